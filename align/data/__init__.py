@@ -1,0 +1,1 @@
+"""Feedback in, token ids out; nothing dropped in silence."""

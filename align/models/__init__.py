@@ -1,0 +1,1 @@
+"""Which weights: packaged, local or from a hub; dtype, adapters, reference, hashes."""

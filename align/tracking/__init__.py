@@ -1,0 +1,1 @@
+"""The run folder: manifest, metrics and their mirror in W&B."""

@@ -1,0 +1,1 @@
+"""Losses: preference objectives as pure tensor functions. This floor knows torch and nothing else."""

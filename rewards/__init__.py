@@ -1,0 +1,8 @@
+"""Rewards: what says how good an answer is.
+
+- ``align.rewards.rules``  plain-Python rewards, readable line by line; ``everyday_answer`` labels the quickstart data
+  and judges its win rate.
+
+A reward is a callable ``(prompts, completions) -> list[float]``, higher is better; recipes name one as
+``module:function``.
+"""
