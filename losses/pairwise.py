@@ -10,7 +10,7 @@ right by the model that this loss fits.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812 -- torch's own convention
+import torch.nn.functional as F
 from torch import Tensor
 
 from .catalogue import pairwise_loss

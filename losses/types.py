@@ -26,7 +26,7 @@ class SequenceLogps:
     def __post_init__(self) -> None:
         if self.total.ndim != 1 or self.total.shape != self.length.shape:
             raise ValueError(
-                f"total and length are both of shape (B,); got {tuple(self.total.shape)} and {tuple(self.length.shape)}"
+                f"total and length have shape (B,), not {tuple(self.total.shape)} and {tuple(self.length.shape)}"
             )
         if bool((self.length < 1).any()):
             row = int((self.length < 1).nonzero()[0])
@@ -51,7 +51,7 @@ class PairLogps:
     def __post_init__(self) -> None:
         if self.chosen.total.shape != self.rejected.total.shape:
             raise ValueError(
-                f"{len(self.chosen.total)} chosen and {len(self.rejected.total)} rejected completions: one of each a pair"
+                f"{len(self.chosen.total)} chosen and {len(self.rejected.total)} rejected: a pair has one of each"
             )
 
 
@@ -61,7 +61,7 @@ class LossOutput:
 
     Args:
         loss: shape (B,).
-        rewards: the loss's own implicit rewards, one per answer, detached, shape (B, K); for pairs K = 2, chosen first.
+        rewards: the loss's own implicit rewards, one per answer, detached, (B, K); for pairs K = 2, chosen first.
         metrics: further quantities of shape (B,), detached, by name.
     """
 
