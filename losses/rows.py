@@ -52,16 +52,15 @@ class PairRows:
     def attention_mask(self) -> Tensor:
         """What the model is given: (R, 1, T, T), True where attention is allowed, or (R, T) for separate rows.
 
-        A query sees keys that are not after it, not padding, and of the prompt or of its own answer. A padding query
-        sees itself: a row of the mask that allows nothing is NaN in some kernels.
+        A query sees keys that are not after it and of the prompt or of its own answer. Padding sees the prompt (a row
+        of the mask that allows nothing is NaN in some kernels) and is seen by nothing that is scored.
         """
         if not self.shared_prompt:
             return (self.segments != PADDING).long()
         length = self.segments.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=self.segments.device).tril()
         query, key = self.segments[:, :, None], self.segments[:, None, :]
-        allowed = causal & ((key == PROMPT) | (key == query)) & (key != PADDING)
-        return (allowed | torch.eye(length, dtype=torch.bool, device=self.segments.device))[:, None]
+        return (causal & ((key == PROMPT) | (key == query)))[:, None]
 
     def lengths(self) -> Tensor:
         """Completion tokens of each answer, (2 B,)."""

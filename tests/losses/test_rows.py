@@ -35,11 +35,11 @@ def test_separate_rows_by_hand():
     assert rows.answer.tolist() == [0, 1, 2, 2, 3]
 
 
-def test_padding_sees_only_itself():
+def test_padding_is_not_seen_and_sees_something():
     rows = pair_rows([[7], [8, 9]], [[1], [2]], [[3], [5, 6]], pad_token_id=0)
     mask = rows.attention_mask()
     assert mask.shape == (2, 1, 5, 5)
-    assert mask[0, 0, 3].int().tolist() == [0, 0, 0, 1, 0]
+    assert mask[0, 0, 3].int().tolist() == [1, 0, 0, 1, 0]
     assert not mask[0, 0, :3, 3:].any()
 
 
