@@ -1,0 +1,187 @@
+"""From a recipe's source to a checked ``Recipe``, or to all its problems at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+
+from align.errors import ConfigError
+
+from .explain import Problem, leaves, model_problems, nearest
+from .losses import check_losses, fill_losses
+from .paths import check_paths
+from .read import parse_mapping, parse_yaml
+from .schema import EVALS, Recipe
+from .training import check_training, training_fields
+
+# What does not change the result of a run.
+NOT_IN_HASH = {"output", "tracking", "resume"}
+
+
+def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    ``base: OTHER`` in a recipe takes every key that it does not set itself from OTHER (a file, looked for beside the
+    recipe, or a shipped recipe); sections merge key by key, lists are replaced. A base has no base. A top-level key
+    with nothing under it counts as not given.
+
+    Args:
+        source: path of a YAML file, or the name of a shipped recipe (``align recipes ls``).
+        overrides: ``key=value``, with dotted keys (``loss.beta=2``, ``losses.0.weight=0.5``) and YAML values.
+
+    Returns:
+        The recipe, with the defaults of its losses filled in.
+
+    Raises:
+        ConfigError: with every problem, each under its key.
+    """
+    data = _merge(source, overrides)
+    problems: list[Problem] = []
+    try:
+        Recipe.model_validate(data)
+    except ValidationError as error:
+        problems += model_problems(error, Recipe, data, _known_keys(data))
+    problems += check_losses(data)
+    if isinstance(training := data.get("training"), dict):
+        problems += check_training(training, data.get("method"))
+    problems += check_paths(data)
+    problems += _across(data)
+    if problems:
+        first_of_each = {where: (where, what) for where, what in reversed(problems)}
+        raise ConfigError(source, [*first_of_each.values()][::-1])
+    fill_losses(data)
+    return Recipe.model_validate(data)
+
+
+def resolved_yaml(recipe: Recipe) -> str:
+    """The recipe with all defaults, as YAML that ``load_recipe`` reads back to an equal recipe."""
+    fields = recipe.model_dump(mode="json", exclude_none=True)
+    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+
+
+def config_hash(recipe: Recipe) -> str:
+    """sha256 of everything in the recipe that changes the result: not output, tracking and resume."""
+    written = json.dumps(recipe.model_dump(mode="json", exclude=NOT_IN_HASH))
+    numbers_alike = json.loads(written, parse_int=float)  # beta: 2 is beta: 2.0
+    return hashlib.sha256(json.dumps(numbers_alike, sort_keys=True).encode()).hexdigest()
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    files = resources.files("align.recipes").iterdir()
+    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
+
+
+def shipped_text(name: str) -> str:
+    """The text of a shipped recipe.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    shipped = shipped_recipes()
+    if name not in shipped:
+        near = nearest(name, shipped, cutoff=0.6)
+        hint = f"did you mean {near}?" if near else f"shipped recipes: {', '.join(shipped)}"
+        raise ConfigError(name, [("recipe", f"no such file, and no shipped recipe of this name; {hint}")])
+    return resources.files("align.recipes").joinpath(f"{name}.yaml").read_text("utf-8")
+
+
+def _read(source: str) -> dict[str, Any]:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        raise ConfigError(source, [("recipe", "is a folder; name the YAML file")])
+    if not path.is_file():
+        return parse_mapping(shipped_text(source), source)
+    try:
+        return parse_mapping(path.read_text("utf-8"), source)
+    except UnicodeDecodeError as error:
+        raise ConfigError(source, [("file", f"is not UTF-8 text (byte {error.start})")]) from None
+
+
+def _merge(source: str, overrides: Sequence[str]) -> dict[str, Any]:
+    own = _read(source)
+    merged = OmegaConf.create(_named_model(own))
+    if "base" in own:
+        base = _read(_beside(source, own["base"]))
+        if "base" in base:
+            raise ConfigError(source, [("base", f"'{own['base']}' has a base itself; one level is the limit")])
+        merged = OmegaConf.create(_named_model(base))
+        merged.merge_with(_named_model(own))
+        del merged["base"]
+    problems = [problem for text in overrides if (problem := _override(merged, text))]
+    if problems:
+        raise ConfigError(source, problems)
+    try:
+        data = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(source, [(str(error.full_key or "recipe"), str(error).splitlines()[0])]) from None
+    return {str(key): value for key, value in dict(data).items() if value is not None}
+
+
+def _beside(source: str, base: Any) -> str:
+    if not isinstance(base, str):
+        raise ConfigError(source, [("base", "is not the name of a recipe")])
+    path = Path(source).expanduser().parent / Path(base).expanduser()
+    return str(path) if path.is_file() else base
+
+
+def _named_model(data: dict[str, Any]) -> dict[str, Any]:
+    """``model: NAME`` is short for ``model: {name: NAME}``."""
+    return {**data, "model": {"name": data["model"]}} if isinstance(data.get("model"), str) else data
+
+
+def _override(recipe: DictConfig, text: str) -> Problem | None:
+    """Set one ``key=value``."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        return (text, "is not key=value, such as loss.beta=2")
+    try:
+        parsed = parse_yaml(value, "override")
+    except ConfigError as error:
+        return (key, f"'{value}' is not YAML: {error.problems[0][1]}")
+    try:
+        OmegaConf.update(recipe, "model.name" if key == "model" and isinstance(parsed, str) else key, parsed)
+    except (OmegaConfBaseException, TypeError, ValueError, IndexError) as error:
+        return (key, f"cannot be set: {str(error).splitlines()[0]}")
+    return None
+
+
+def _known_keys(data: dict[str, Any]) -> dict[str, str]:
+    """Where each key belongs, for those that stand in the wrong section."""
+    training = training_fields(data.get("method") == "sft") if data.get("training") else {}
+    return {**{key: f"training.{key}" for key in training}, **leaves(Recipe)}
+
+
+def _across(data: dict[str, Any]) -> list[Problem]:
+    """Keys that do not go together."""
+    problems = []
+    model, source = data.get("model"), data.get("data")
+    if isinstance(model, dict) and model.get("lora") and model.get("adapter"):
+        problems.append(("model.lora", "an adapter brings its own settings; give model.adapter or model.lora"))
+    if data.get("evals") and isinstance(source, dict) and not source.get("eval"):
+        problems.append(("evals", "need held-out data; set data.eval, or evals: []"))
+    return problems + _reward(data)
+
+
+def _reward(data: dict[str, Any]) -> list[Problem]:
+    """Whether the reward that the recipe names can be imported, where the generation evaluation runs."""
+    generation = data.get("generation")
+    reward = generation.get("reward") if isinstance(generation, dict) else None
+    if not isinstance(reward, str) or ":" not in reward or "generation" not in data.get("evals", EVALS):
+        return []
+    from align.evals.reward_spec import load_reward
+
+    try:
+        load_reward(reward)
+    except ValueError as error:
+        return [("generation.reward", str(error))]
+    return []

@@ -1,0 +1,95 @@
+"""``method``, ``losses`` and ``loss`` against the table of losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, get_type_hints
+
+from .explain import Problem, nearest, type_problem, unknown_name
+
+LISTING = "align recipes methods"
+
+
+def check_losses(recipe: Mapping[str, Any]) -> list[Problem]:
+    """Problems of a recipe's losses: names, settings, their types and ranges."""
+    method, terms, loss = recipe.get("method"), recipe.get("losses"), recipe.get("loss") or {}
+    if (method is None) == (terms is None):
+        what = "both are given" if method is not None else "neither is given"
+        return [("method, losses", f"{what}; a recipe has one method, or a list of losses")]
+    if isinstance(method, str) and isinstance(loss, Mapping):
+        return _check_method(method, loss)
+    if isinstance(terms, list):
+        problems = [("loss", "belongs to method; with losses, each term holds its own settings")] if loss else []
+        for index, term in enumerate(terms):
+            if isinstance(term, Mapping) and isinstance(term.get("name"), str):
+                problems += _check_term(term, f"losses.{index}")
+        return problems
+    return []
+
+
+def fill_losses(recipe: dict[str, Any]) -> None:
+    """Write the settings that the user left to the table into a recipe without problems, in place."""
+    if recipe.get("method") not in (None, "sft"):
+        recipe["loss"] = _settings(recipe["method"], recipe.get("loss") or {})
+    for term in recipe.get("losses") or []:
+        given = {key: value for key, value in term.items() if key not in ("name", "weight")}
+        term.update(_settings(term["name"], given))
+
+
+def _check_method(method: str, loss: Mapping[str, Any]) -> list[Problem]:
+    from align.losses import LOSSES
+
+    if method == "sft":
+        return [(f"loss.{key}", "method sft has no such setting; remove it") for key in loss]
+    if method not in LOSSES:
+        return [("method", unknown_name(method, [*LOSSES, "sft"], "method", LISTING))]
+    return _check_settings(method, loss, "loss")
+
+
+def _check_term(term: Mapping[str, Any], where: str) -> list[Problem]:
+    from align.losses import LOSSES
+
+    if term["name"] not in LOSSES:
+        return [(f"{where}.name", unknown_name(term["name"], LOSSES, "loss", LISTING))]
+    settings = {key: value for key, value in term.items() if key not in ("name", "weight")}
+    return _check_settings(term["name"], settings, where)
+
+
+def _check_settings(name: str, settings: Mapping[str, Any], where: str) -> list[Problem]:
+    from align.losses import LOSSES
+
+    info, problems = LOSSES[name], []
+    hints = get_type_hints(info.function)
+    for key, value in settings.items():
+        if key in info.parameters:
+            what = type_problem(value, hints[key])
+        else:
+            near, has = nearest(key, info.parameters), ", ".join(info.parameters)
+            what = f"unknown key; did you mean {where}.{near}?" if near else f"{name} has no such setting"
+            what += f"; it has: {has}" if has and not near else ""
+        if what:
+            problems.append((f"{where}.{key}", what))
+    return problems or _out_of_range(name, settings, where)
+
+
+def _out_of_range(name: str, settings: Mapping[str, Any], where: str) -> list[Problem]:
+    """Ask the loss itself, on one pair of one token, whether it takes these settings."""
+    import torch
+
+    from align.losses import LOSSES, Loss, PairLogps, SequenceLogps
+
+    one = SequenceLogps(total=torch.zeros(1), length=torch.ones(1))
+    pair = PairLogps(chosen=one, rejected=one)
+    try:
+        Loss(LOSSES[name], settings)(pair, pair)
+    except ValueError as error:
+        return [(where, str(error))]
+    return []
+
+
+def _settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    from align.losses import LOSSES, Loss
+
+    info = LOSSES[name]
+    defaults = {key: p.default for key, p in info.parameters.items() if p.default is not p.empty}
+    return {**defaults, **Loss(info, given).settings}

@@ -1,0 +1,160 @@
+"""The keys of a recipe. Everything is strict: an unknown key or another type is a problem, never a guess."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+Eval = Literal["preference", "generation", "displacement"]
+EVALS: tuple[Eval, ...] = ("preference", "generation", "displacement")
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """A mapping of a recipe: strict types, no unknown keys, no NaN; frozen once read."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class LossTerm(Section):
+    """One term of ``losses``: a loss of the table and its weight, with its own settings (``beta``) beside them."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+    """Loss of the table: see ``align recipes methods``."""
+    weight: float = Field(default=1.0, gt=0)
+    """Factor of this term in the sum."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The loss's own settings."""
+        return dict(self.model_extra or {})
+
+
+class LoraSpec(Section):
+    """Low-rank adapters (peft)."""
+
+    r: int = Field(default=16, ge=1)
+    """Rank."""
+    alpha: int | None = Field(default=None, ge=1)
+    """Scale; 2 r when not given."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout inside the adapter, 0 to 1; above 0 the first step's check of the reference cannot hold exactly."""
+    target_modules: str | list[str] = "all-linear"
+    """Which layers: ``all-linear`` or module names."""
+
+
+class ModelSpec(Section):
+    """The model to train."""
+
+    name: Text
+    """Packaged name (``smollm2-135m-instruct``), folder or hub id."""
+    dtype: Dtype = "auto"
+    """Type of the weights; auto: bfloat16 where the hardware computes in it, else float32."""
+    attention: Attention = "auto"
+    """Attention back-end of transformers."""
+    lora: LoraSpec | None = None
+    """Train a low-rank adapter; without it all weights are trained."""
+    adapter: Text | None = None
+    """Folder of a trained adapter to go on from."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about half the memory for a third more time."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model: only for a source that you trust."""
+
+
+class DataSpec(Section):
+    """What to learn from."""
+
+    train: Text
+    """JSONL, JSON, CSV or Parquet file, a folder of them, a hub id, or ``align:NAME/SPLIT``."""
+    eval: Text | None = None
+    """Held-out data, never trained on."""
+    max_length: int = Field(default=1024, ge=2)
+    """Tokens of a prompt and one answer together; longer answers are cut."""
+    max_bad_fraction: float = Field(default=0.05, ge=0, le=1)
+    """Stop when more than this fraction of the rows cannot be used."""
+    shared_prompt: bool = True
+    """Compute the prompt once for both answers, where the model's layers allow it."""
+
+
+class GenerationSpec(Section):
+    """How the ``generation`` evaluation samples and scores, before and after training."""
+
+    reward: str = Field(default="align.rewards.rules:everyday_answer", pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    """Python function that scores answers, as ``module:function``."""
+    prompts: int = Field(default=160, ge=2)
+    """Held-out prompts to answer (the first ones)."""
+    max_new_tokens: int = Field(default=96, ge=1)
+    """Longest answer, tokens."""
+    temperature: float = Field(default=0.7, ge=0)
+    """0 takes the likeliest token."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the samples."""
+
+
+class WandbSpec(Section):
+    """Mirror of the run in Weights & Biases."""
+
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    """offline writes to the disk only; online needs an account."""
+    project: Text = "align"
+    """Project."""
+    group: str | None = None
+    """Group of runs."""
+    name: str | None = None
+    """Name of the run; the output folder's when not given."""
+
+
+class TrackingSpec(Section):
+    """Where metrics go besides the run folder's own metrics.jsonl."""
+
+    wandb: WandbSpec | None = None
+    """Weights & Biases; not used when not given."""
+
+
+def _evals_of(fields: dict[str, Any]) -> list[Eval]:
+    data = fields.get("data")
+    return list(EVALS) if data is not None and data.eval else []
+
+
+class Recipe(Section):
+    """One run. ``align.config.load.load_recipe`` reads it and makes the checks that cross sections."""
+
+    method: str | None = None
+    """Loss of the table by name (``align recipes methods``), or ``sft``. Exactly one of method and losses."""
+    losses: list[LossTerm] | None = Field(default=None, min_length=1)
+    """A weighted sum of losses, in place of method."""
+    model: ModelSpec
+    """The model; its name alone is enough."""
+    data: DataSpec
+    """What to learn from."""
+    loss: dict[str, Any] = Field(default_factory=dict)
+    """Settings of method's loss, such as beta."""
+    training: dict[str, Any] = Field(default_factory=dict)
+    """Fields of TRL's DPOConfig (SFTConfig for method sft), such as learning_rate and max_steps."""
+    evals: list[Eval] = Field(default_factory=_evals_of)
+    """Evaluations before and after training; all of them when data.eval is given."""
+    generation: GenerationSpec = Field(default_factory=GenerationSpec)
+    """Settings of the generation evaluation."""
+    tracking: TrackingSpec = Field(default_factory=TrackingSpec)
+    """Where metrics go."""
+    output: Text
+    """Run folder."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the last checkpoint where the run folder holds the same configuration."""
+
+    @property
+    def terms(self) -> list[LossTerm]:
+        """The losses of the run: those of ``losses``, or ``method`` as the only one; none for method sft."""
+        if self.losses is not None:
+            return list(self.losses)
+        if self.method is None or self.method == "sft":
+            return []
+        return [LossTerm(name=self.method, **self.loss)]

@@ -1,0 +1,141 @@
+"""The ``training:`` section against the fields of TRL's configs.
+
+The fields pass through to ``trl.DPOConfig`` (``trl.SFTConfig`` for method sft), whose own checks come late or never:
+a dataclass takes any type. So each value is held against its field's annotation here, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import types
+from collections.abc import Mapping
+from functools import cache
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pydantic import AfterValidator, Field
+
+from .explain import Problem, nearest, type_problem
+
+# Keys of TRL that another key of the recipe sets.
+ELSEWHERE = {
+    "beta": "set it as loss.beta",
+    "loss_type": "set method or losses",
+    "loss_weights": "set losses, with a weight in each term",
+    "label_smoothing": "TRL's own losses read it; choose a loss of the table with method",
+    "ld_alpha": "TRL's own losses read it; choose a loss of the table with method",
+    "f_divergence_type": "TRL's own losses read it; choose a loss of the table with method",
+    "f_alpha_divergence_coef": "TRL's own losses read it; choose a loss of the table with method",
+    "discopop_tau": "TRL's own losses read it; choose a loss of the table with method",
+    "use_weighting": "TRL's own losses read it; give strength in the data to weigh pairs",
+    "output_dir": "set output",
+    "max_length": "set data.max_length",
+    "truncation_mode": "answers are cut at data.max_length, on the right, on both sides alike",
+    "gradient_checkpointing": "set model.gradient_checkpointing",
+    "trust_remote_code": "set model.trust_remote_code",
+    "model_init_kwargs": "set model (dtype, attention)",
+    "report_to": "set tracking",
+    "run_name": "set tracking.wandb.name",
+    "project": "set tracking.wandb.project",
+    "resume_from_checkpoint": "set resume",
+    "precompute_ref_log_probs": "how the reference is computed is not an option; remove it",
+    "precompute_ref_batch_size": "how the reference is computed is not an option; remove it",
+    "sync_ref_model": "the reference stays as it is for the whole run; remove it",
+    "ref_model_mixup_alpha": "the reference stays as it is for the whole run; remove it",
+    "ref_model_sync_steps": "the reference stays as it is for the whole run; remove it",
+    "hub_token": "a secret does not belong in a file; set HF_TOKEN, or log in with `hf auth login`",
+    "remove_unused_columns": "the trainer knows its columns; remove it",
+    "padding_free": "off in TRL, where it does nothing; data.shared_prompt is what saves padding here",
+    "do_train": "align train trains; remove it",
+    "do_eval": "set evals",
+    "do_predict": "set evals",
+}
+# Keys of older releases of TRL and transformers.
+RETIRED = {
+    "max_prompt_length": "gone from TRL; data.max_length limits a prompt and its answer together",
+    "max_completion_length": "gone from TRL; data.max_length limits a prompt and its answer together",
+    "rpo_alpha": "gone from TRL; write losses: [{name: dpo}, {name: sft, weight: ...}]",
+    "reference_free": "gone from TRL; method: simpo needs no reference",
+    "generate_during_eval": "gone from TRL; evals: [generation] samples before and after training",
+    "use_logits_to_keep": "gone from TRL; only completion tokens are scored here; remove it",
+    "use_liger_loss": "gone from TRL; only completion tokens are scored here; remove it",
+    "label_pad_token_id": "gone from TRL; remove it",
+    "force_use_ref_model": "gone from TRL; the loss says whether there is a reference; remove it",
+    "evaluation_strategy": "its name is eval_strategy now",
+    "warmup_ratio": "gone from transformers; a warmup_steps below 1 is a fraction of all steps",
+    "group_by_length": "gone from transformers; set train_sampling_strategy: group_by_length",
+    "no_cuda": "its name is use_cpu now",
+}
+
+
+def _steps(value: int) -> int:
+    if value < 1 and value != -1:  # TRL would train num_train_epochs without a word
+        raise ValueError(f"is {value}; it must be at least 1, or -1 to train num_train_epochs")
+    return value
+
+
+# Ranges that the dataclasses do not state.
+AT_LEAST_ONE = Annotated[int, Field(ge=1)]
+NOT_NEGATIVE = Annotated[float, Field(ge=0)]
+RANGES: dict[str, Any] = {
+    "per_device_train_batch_size": AT_LEAST_ONE,
+    "per_device_eval_batch_size": AT_LEAST_ONE,
+    "gradient_accumulation_steps": AT_LEAST_ONE,
+    "max_steps": Annotated[int, AfterValidator(_steps)],
+    "num_train_epochs": Annotated[float, Field(gt=0)],
+    "learning_rate": NOT_NEGATIVE,
+    "weight_decay": NOT_NEGATIVE,
+    "max_grad_norm": NOT_NEGATIVE,
+    "warmup_steps": NOT_NEGATIVE,
+    "seed": Annotated[int, Field(ge=0, lt=2**32)],
+}
+
+
+@cache
+def training_fields(sft: bool) -> dict[str, Any]:
+    """What a recipe may set under ``training:``, with the type of each. Imports TRL: seconds.
+
+    Args:
+        sft: fields of SFTConfig, otherwise of DPOConfig.
+    """
+    import trl
+
+    config = trl.SFTConfig if sft else trl.DPOConfig
+    hints = get_type_hints(config)
+    return {
+        field.name: RANGES.get(field.name, _narrow(hints[field.name], field))
+        for field in dataclasses.fields(config)
+        if field.init and field.name not in ELSEWHERE
+    }
+
+
+def check_training(training: Mapping[str, Any], method: str | None) -> list[Problem]:
+    """Problems of the ``training:`` section."""
+    if not training:
+        return []
+    fields = training_fields(method == "sft")
+    problems = []
+    for key, value in training.items():
+        if what := ELSEWHERE.get(key) or RETIRED.get(key):
+            problems.append((f"training.{key}", what))
+        elif key not in fields:
+            near = nearest(key, fields)
+            hint = f"did you mean training.{near}?" if near else f"not a field of {_config_name(method)}"
+            problems.append((f"training.{key}", f"unknown key; {hint}"))
+        elif what := type_problem(value, fields[key]):
+            problems.append((f"training.{key}", what))
+    return problems
+
+
+def _config_name(method: str | None) -> str:
+    return "trl.SFTConfig" if method == "sft" else "trl.DPOConfig"
+
+
+def _narrow(hint: Any, field: dataclasses.Field[Any]) -> Any:
+    """The choices that transformers checks at the start of a run, where its annotation says ``Enum | str``."""
+    if choices := field.metadata.get("choices"):
+        return Literal[tuple(choices)]
+    if get_origin(hint) not in (Union, types.UnionType):
+        return hint
+    enums = [a for a in get_args(hint) if isinstance(a, type) and issubclass(a, enum.Enum)]
+    return Literal[tuple(str(member.value) for member in enums[0])] if enums else hint
