@@ -1,1 +1,26 @@
-"""Evals: what a model, a reward or a decoder is worth. Every number comes with its n and its interval."""
+"""Evals: what a model, a reward or a decoder is worth. Every number comes with its n and its interval.
+
+Three suites compare an aligned model (after, the policy) with the model it came from (before, the reference) on
+held-out data. Each returns one JSON-able dict: ``suite, schema, n, metrics, rows, settings``, where a metric is
+``{value, low, high, n}`` and ``rows`` keep what it was computed from.
+
+- ``preference``    does the implicit reward rank the chosen answer first? accuracy (a tie is half), margin, ties.
+- ``displacement``  what happened to the log-probs of the held-out pairs: did the chosen answers fall too?
+- ``generation``    answers before and after, judged by a reward: win rate, length, repetition, KL to the reference.
+
+What they stand on:
+
+- ``statistics``    percentile bootstrap, by row or by prompt; exactly invariant to the order of the rows.
+- ``sampling``      answers that depend on the prompt and the seed, not on the batch they were drawn in.
+- ``kl``            log-ratios of sampled answers, and what they do and do not estimate.
+- ``reward_spec``   ``module:function`` to a callable reward.
+
+Before and after with a LoRA, the reference being the same model with its adapters off::
+
+    draw = partial(sample, model, tokenizer, prompt_ids, eos_ids={tokenizer.eos_token_id}, max_new_tokens=96, seed=0)
+    after = draw(temperature=0.7)
+    with model.disable_adapter():
+        before = draw(temperature=0.7)
+    ratios = log_ratios(prompt_ids, draw(temperature=1.0), policy_logps, reference_logps, temperature=1.0)
+    result = compare(prompts, before, after, load_reward("align.rewards.rules:everyday_answer"), kl=ratios)
+"""

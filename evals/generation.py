@@ -1,0 +1,119 @@
+"""Generation suite: answers before and after, side by side, judged by a reward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .kl import LogRatios
+from .result import suite_result
+from .reward_spec import Reward
+from .sampling import Sample
+from .statistics import Estimate, bootstrap_interval, finite_vector, win_rate
+
+
+def compare(
+    prompts: Sequence[str],
+    before: Sequence[Sample],
+    after: Sequence[Sample],
+    reward: Reward,
+    *,
+    kl: LogRatios | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What changed in the answers to N prompts.
+
+    Args:
+        prompts: as the reward is to see them.
+        before, after: answers of the reference and of the policy to the same prompts, in their order, drawn with the
+            same seed and settings.
+        reward: scores each answer; higher is better.
+        kl: log-ratios of answers drawn from the policy for the first K <= N prompts, at temperature 1 for an unbiased
+            KL; see :mod:`align.evals.kl`.
+        settings: how the answers were drawn and the reward's name, kept in the result.
+
+    Returns:
+        Metrics, intervals by prompt: ``win_rate`` (a tie is half) and ``ties`` (share of prompts);
+        ``reward_before``, ``reward_after`` and ``reward_change`` (paired); ``length_*`` (tokens, end token counted);
+        ``unfinished_*`` (share that ``max_new_tokens`` cut); ``repetition_*`` (share of an answer's 3-grams of tokens
+        that it has said before, mean over answers); ``distinct_*`` (different 2-grams of tokens as a share of all,
+        over all answers together: low when the answers are alike; it also falls as text gets longer, so compare at
+        similar length; no interval). With ``kl``: ``kl_to_reference`` (nats per answer) and
+        ``kl_to_reference_per_token`` (all nats over all tokens).
+        Rows ``{prompt, before, after, kl}``, answers as ``{text, reward, tokens, finished}``; ``kl`` in nats is of the
+        answer drawn for the KL and not of the one shown, unless they are the same; None where there is none.
+
+    Raises:
+        ValueError: counts that differ, or a reward that is not one finite number per answer.
+    """
+    if not len(prompts) == len(before) == len(after):
+        raise ValueError(
+            f"{len(prompts)} prompts, {len(before)} answers before, {len(after)} after: one each per prompt"
+        )
+    if kl is not None and not 0 < len(kl.nats) <= len(prompts):
+        raise ValueError(f"{len(kl.nats)} log-ratios for {len(prompts)} prompts")
+    old, new = _scores(reward, prompts, before), _scores(reward, prompts, after)
+    metrics = {
+        "win_rate": win_rate(old, new),
+        "ties": bootstrap_interval(old == new),
+        "reward_change": bootstrap_interval(new - old),
+        **_side(before, old, "before"),
+        **_side(after, new, "after"),
+    }
+    ratios: list[float | None] = [None] * len(prompts)
+    about_kl: dict[str, Any] = {}
+    if kl is not None:
+        metrics["kl_to_reference"] = bootstrap_interval(kl.nats)
+        metrics["kl_to_reference_per_token"] = bootstrap_interval(kl.nats, per=kl.tokens)
+        ratios[: len(kl.nats)] = kl.nats
+        about_kl = {
+            "kl_estimator": "mean of log pi - log pi_ref over sampled answers (k1)",
+            "kl_temperature": kl.temperature,
+            "kl_unbiased": kl.temperature == 1.0,
+        }
+    rows = [
+        {"prompt": prompt, "before": _answer(was, low), "after": _answer(now, high), "kl": ratio}
+        for prompt, was, low, now, high, ratio in zip(prompts, before, old, after, new, ratios, strict=True)
+    ]
+    return suite_result("generation", metrics, rows, {**(settings or {}), **about_kl})
+
+
+def repetition(tokens: Sequence[int]) -> float:
+    """Share of the 3-grams of ``tokens`` that occurred before in it; 0 for fewer than three tokens."""
+    grams = _ngrams(tokens, 3)
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def distinct(answers: Sequence[Sequence[int]]) -> float:
+    """Different 2-grams as a share of all 2-grams of all answers (distinct-2, arXiv 1510.03055); 1 where none are."""
+    grams = [gram for tokens in answers for gram in _ngrams(tokens, 2)]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def _ngrams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    return [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
+
+
+def _scores(reward: Reward, prompts: Sequence[str], answers: Sequence[Sample]) -> NDArray[np.float64]:
+    scores = finite_vector(reward(prompts, [answer.text for answer in answers]), "reward")
+    if len(scores) != len(answers):
+        raise ValueError(f"the reward gave {len(scores)} scores for {len(answers)} answers")
+    return scores
+
+
+def _side(answers: Sequence[Sample], scores: NDArray[np.float64], when: str) -> dict[str, Estimate]:
+    diversity = distinct([answer.tokens for answer in answers])
+    return {
+        f"reward_{when}": bootstrap_interval(scores),
+        f"length_{when}": bootstrap_interval([len(answer.tokens) for answer in answers]),
+        f"unfinished_{when}": bootstrap_interval([not answer.finished for answer in answers]),
+        f"repetition_{when}": bootstrap_interval([repetition(answer.tokens) for answer in answers]),
+        f"distinct_{when}": Estimate(diversity, None, None, len(answers)),
+    }
+
+
+def _answer(answer: Sample, score: float) -> dict[str, Any]:
+    return {"text": answer.text, "reward": float(score), "tokens": len(answer.tokens), "finished": answer.finished}
