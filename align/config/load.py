@@ -176,7 +176,9 @@ def _reward(data: dict[str, Any]) -> list[Problem]:
     """Whether the reward that the recipe names can be imported, where the generation evaluation runs."""
     generation = data.get("generation")
     reward = generation.get("reward") if isinstance(generation, dict) else None
-    if not isinstance(reward, str) or ":" not in reward or "generation" not in data.get("evals", EVALS):
+    evals = data.get("evals", EVALS)
+    runs = isinstance(evals, list | tuple) and "generation" in evals
+    if not runs or not isinstance(reward, str) or ":" not in reward:
         return []
     from align.evals.reward_spec import load_reward
 

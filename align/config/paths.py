@@ -78,13 +78,13 @@ def _adapter(name: str) -> str | None:
 
 
 def _is_hub_id(name: str) -> bool:
-    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name))
+    """``owner/name``, for data also ``owner/name:split``."""
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?", name))
 
 
 def _near(path: Path) -> str:
     """A neighbour with a similar name."""
-    folder = path.parent
-    if not folder.is_dir():
+    if not path.parent.is_dir():
         return ""
-    near = difflib.get_close_matches(path.name, [entry.name for entry in folder.iterdir()], n=1)
-    return f"; did you mean {folder / near[0]}?" if near else ""
+    near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
