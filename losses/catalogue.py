@@ -103,6 +103,23 @@ class Loss:
             raise ValueError(f"{self.info.name} needs {', '.join(needed)}")
         object.__setattr__(self, "settings", settings)
 
+    @classmethod
+    def of(cls, loss: str | PairwiseLoss | Loss, *, weight: float = 1.0, **settings: float) -> Loss:
+        """A loss by name (``"ln_dpo"``) or by its function (``ln_dpo``), with its settings.
+
+        Raises:
+            ValueError: an unknown name, a function that is not in the table, or settings that do not fit.
+        """
+        if isinstance(loss, Loss):
+            return loss
+        if isinstance(loss, str):
+            return cls(find_loss(loss), settings, weight)
+        for info in LOSSES.values():
+            if info.function is loss:
+                return cls(info, settings, weight)
+        name = getattr(loss, "__name__", repr(loss))
+        raise ValueError(f"{name} is not in the table of losses; enter it with @pairwise_loss")
+
     def __call__(self, policy: PairLogps, reference: PairLogps | None) -> LossOutput:
         """The loss of B pairs.
 
