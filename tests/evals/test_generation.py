@@ -21,8 +21,9 @@ def brevity(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
 
 
 def test_by_hand():
-    """Rewards -9, -3 before and -3, -4 after: one win, one loss. [1,2,1,2,1] has 3-grams 121, 212, 121: a third repeats.
+    """Rewards -9, -3 before and -3, -4 after: one win, one loss.
 
+    3-grams of [1,2,1,2,1] are 121, 212, 121: a third repeats, and none of the other answer's.
     2-grams before: 12, 21, 12, 21, 34, 49: 4 of 6 differ. After: 59, 67, 78, 89: all differ.
     KL: 2 and 4 nats over 2 and 6 tokens: 3 per answer, 6/8 per token.
     """

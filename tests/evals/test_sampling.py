@@ -65,7 +65,7 @@ def test_greedy_is_the_models_own_greedy(
 
 
 def test_law_of_the_first_token(make_tiny_model: Callable[..., LlamaForCausalLM], draw: Draw):
-    """8,000 draws against softmax(logits / T): chi-square of 5 tokens, 4 degrees of freedom, is below 23.5 but 1e-4 times."""
+    """8,000 draws against softmax(logits / T): the chi-square of 5 tokens passes 23.5 once in 10,000 times."""
     model = make_tiny_model(vocab_size=5, bos_token_id=0, eos_token_id=4, pad_token_id=4)
     with torch.no_grad():
         law = torch.softmax(model(torch.tensor([[0, 2]])).logits[0, -1].double() / 0.7, dim=0)
@@ -97,7 +97,7 @@ def test_answers_end_at_eos(
 
 
 def test_adapters_off_is_the_untrained_model(make_tiny_model: Callable[..., LlamaForCausalLM], draw: Draw):
-    """A LoRA that does something, in training mode with dropout: off, it is the base model; and the mode is restored."""
+    """A LoRA that does something, in training mode with dropout: off, it is the base model; the mode is restored."""
     untrained = draw(make_tiny_model(), prompts=PROMPTS)
     model = get_peft_model(
         make_tiny_model(), LoraConfig(r=2, lora_dropout=0.5, init_lora_weights=False, target_modules="all-linear")
