@@ -1,1 +1,80 @@
-"""The command line: one file per command, heavy imports inside the commands."""
+"""The command line: one file per command, heavy imports inside the commands.
+
+Exit codes: 0; 1 the run failed, or the data is not good enough; 2 usage or configuration; 130 interrupted. How a
+command ends is decided here, in one place, by ``CommandLine``.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from align.errors import AlignError
+from align.tracking.telemetry import disable_telemetry
+
+from . import doctor, generate, recipes, report, train, validate
+from .disk import disk_is_full
+
+
+class CommandLine(TyperGroup):
+    """Turns what a command raises into a message and an exit code; an unexpected error keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except AlignError as error:
+            _end(str(error), error.exit_code)
+        except KeyboardInterrupt as interrupt:
+            _end(str(interrupt) or "interrupted", 130)
+        except Exception as error:
+            if message := disk_is_full(error):
+                _end(message, 1)
+            raise
+
+
+app = typer.Typer(
+    cls=CommandLine,
+    help="Align language models with preferences: train, look at data, sample, report.",
+    epilog="Start with: align train quickstart --dry-run",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command()(train.train)
+app.command()(validate.validate)
+app.command()(generate.generate)
+app.add_typer(recipes.app, name="recipes")
+app.command()(report.report)
+app.command()(doctor.doctor)
+
+
+def main() -> None:
+    """Entry point of ``align`` and ``python -m align``."""
+    disable_telemetry()
+    app(prog_name="align")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"align-lm {version('align-lm')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None: ...
+
+
+def _end(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    raise typer.Exit(code)

@@ -1,0 +1,84 @@
+"""``align recipes``: what ships, how to copy it, and what may stand in one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from align.errors import AlignError
+
+app = typer.Typer(help="List, show and copy recipes; their schema and methods.", no_args_is_help=True)
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped recipe (align recipes ls).")]
+
+
+@app.command()
+def ls() -> None:
+    """List the shipped recipes."""
+    from align.config.load import shipped_recipes, shipped_text
+
+    names = shipped_recipes()
+    width = max((len(name) for name in names), default=0)
+    for name in names:
+        comments = [line.lstrip("# ") for line in shipped_text(name).splitlines() if line.startswith("#")]
+        print(f"{name:<{width}}  {comments[0] if comments else ''}")
+
+
+@app.command()
+def show(name: Name) -> None:
+    """Print a shipped recipe."""
+    from align.config.load import shipped_text
+
+    print(shipped_text(name), end="")
+
+
+@app.command()
+def cp(
+    name: Name,
+    destination: Annotated[
+        Path | None, typer.Argument(metavar="DEST", help="File or folder; ./NAME.yaml when not given.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+) -> None:
+    """Copy a shipped recipe, to edit it."""
+    from align.config.load import shipped_text
+
+    text = shipped_text(name)
+    target = destination or Path(f"{name}.yaml")
+    target = target / f"{name}.yaml" if target.is_dir() else target
+    try:
+        with target.open("w" if force else "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise AlignError(f"{target} is there already; --force writes over it") from None
+    except FileNotFoundError:
+        raise AlignError(f"{target.parent}: no such folder") from None
+    print(f"{target}\n  align train {target} --dry-run")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors. It takes some seconds: TRL's fields are in it."""
+    import json
+
+    from align.config.json_schema import recipe_schema
+
+    print(json.dumps(recipe_schema(), indent=2))
+
+
+@app.command()
+def methods() -> None:
+    """List the methods: formula, reference, default beta, paper."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from align.losses import LOSSES
+
+    table = Table("method", "reference", "beta", "paper", "formula and purpose", box=None, pad_edge=False)
+    for info in LOSSES.values():
+        beta = "" if info.default_beta is None else f"{info.default_beta:g}"
+        reference = "yes" if info.reference else "no"
+        table.add_row(info.name, reference, beta, info.paper, f"{info.formula}\n[dim]{info.purpose}[/dim]")
+    Console().print(table)
+    print("\nmethod: sft trains on answers alone (TRL's SFTTrainer); as a term of losses, sft is the chosen answer's.")

@@ -1,0 +1,50 @@
+"""``align train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="Recipe: a YAML file, or the name of a shipped one.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Keys to set, such as loss.beta=2.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print eight rows with their masks, and exit.")
+    ] = False,
+) -> None:
+    """Train, evaluate before and after, and write the report.
+
+    The same command goes on with a run that was interrupted. One YAML file holds the run; keys can be set behind it:
+
+        align train quickstart training.max_steps=20 output=runs/short
+    """
+    from align.config.load import load_recipe
+    from align.run import train as run
+
+    changes = overrides or []
+    checked = load_recipe(recipe, changes)
+    command = ["align", "train", recipe, *changes]
+    try:
+        folder = run(checked, source=recipe, command=command, dry_run=dry_run)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_interrupted(Path(checked.output), command)) from None
+    if not dry_run:
+        print(f"done: {folder}")
+
+
+def _interrupted(output: Path, command: list[str]) -> str:
+    """What is saved, and how to go on."""
+    import shlex
+
+    from align.tracking.run_folder import RunFolder
+
+    checkpoint = RunFolder(output).newest_checkpoint()
+    saved = f"{checkpoint} is saved" if checkpoint else "no checkpoint was complete yet"
+    return f"interrupted: {saved}; to go on from there:\n  {shlex.join(command)}"

@@ -1,0 +1,300 @@
+"""Answers of a trained model: to one prompt, in a conversation, or to a file of prompts.
+
+Text is a user's message where the tokenizer has a chat template, and is taken as it stands where it has none or where
+``raw`` is asked for. Tokens are drawn from ``softmax(logits / temperature)``: no top-p, top-k or penalty, whatever the
+model's own generation settings say.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, TextStreamer
+
+from align.data.fields import FieldError, content, required
+from align.data.load import read_rows
+from align.data.rows import Content, Fault
+from align.data.tokenize import encode_prompt
+from align.errors import AlignError
+from align.evals.sampling import Sample, sample
+from align.models.load import LoadedModel, load_run
+
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How answers are drawn.
+
+    Args:
+        model: run folder, adapter folder, model folder, packaged name or hub id.
+        max_new_tokens: longest answer, tokens.
+        temperature: 0 for the likeliest token at each step.
+        seed: seed of the draws.
+        raw: take text as it stands, without the chat template.
+    """
+
+    model: str
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    raw: bool
+
+
+class Answerer:
+    """A model that answers.
+
+    Args:
+        settings: the model and how to draw from it.
+
+    Raises:
+        AlignError: the model cannot be loaded.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        loaded: LoadedModel = load_run(settings.model)
+        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        self.eos_ids = _eos_ids(self.model, self.tokenizer)
+        self.context = getattr(self.model.config, "max_position_embeddings", None)
+        self.has_template = bool(self.tokenizer.chat_template)
+
+    def encode(self, prompt: Content) -> list[int]:
+        """Token ids of a prompt, up to where the answer begins.
+
+        Raises:
+            AlignError: the prompt is empty, or leaves no room for an answer in the model's context.
+        """
+        if isinstance(prompt, str) and prompt and self.has_template and not self.settings.raw:
+            prompt = [{"role": "user", "content": prompt}]
+        ids = encode_prompt(prompt, self.tokenizer)
+        if self.context and len(ids) + self.settings.max_new_tokens > self.context:
+            raise AlignError(
+                f"{len(ids):,} tokens and an answer of {self.settings.max_new_tokens:,} are more than the "
+                f"{self.context:,} that the model reads"
+            )
+        return ids
+
+    def stream(self, prompt: Content) -> str:
+        """Print an answer as it is made, and return it."""
+        ids = torch.tensor([self.encode(prompt)], device=self.model.device)
+        drawing = {"do_sample": True, "temperature": self.settings.temperature} if self.settings.temperature else {}
+        self.model.generation_config = GenerationConfig(
+            max_new_tokens=self.settings.max_new_tokens,
+            eos_token_id=sorted(self.eos_ids),
+            pad_token_id=self.tokenizer.pad_token_id,
+            **drawing,
+        )
+        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        made = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer)
+        return str(self.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def answer_prompt(settings: Settings, prompt: str) -> None:
+    """Print the answer to one prompt."""
+    torch.manual_seed(settings.seed)
+    Answerer(settings).stream(prompt)
+
+
+def chat(settings: Settings, read: Callable[[], str]) -> None:
+    """A conversation: each line is a message, ``/reset`` starts anew, ``/quit`` or the end of the input ends it.
+
+    Args:
+        settings: the model and how to draw from it.
+        read: gives the next line; raises EOFError at the end.
+
+    Raises:
+        AlignError: the model has no chat template.
+    """
+    answerer = Answerer(settings)
+    if not answerer.has_template:
+        raise AlignError(
+            f"{settings.model}: no chat template, so it cannot chat; use --prompt, which takes plain text"
+        )
+    torch.manual_seed(settings.seed)
+    history: list[dict[str, str]] = []
+    while True:
+        try:
+            line = read().strip()
+        except EOFError:
+            return
+        if line == "/quit":
+            return
+        if line == "/reset":
+            history = []
+        elif line:
+            history = _turn(answerer, history, line)
+
+
+def answer_file(settings: Settings, source: str, output: Path, progress: Callable[[int, int], None]) -> list[Fault]:
+    """Answer every prompt of a file; answers are written as they are made, and a second call goes on.
+
+    A row of the output is ``{row, prompt, completion, tokens, finished, settings}``, with the row's number in the
+    input. Rows are in the order of the input once all are there.
+
+    Args:
+        settings: the model and how to draw from it; a prompt that is listed twice gets two independent answers.
+        source: rows with a ``prompt``: text or chat messages; any file that ``align train`` reads.
+        output: JSONL.
+        progress: called with the number of rows done and of all, after every batch.
+
+    Returns:
+        The rows that could not be used.
+
+    Raises:
+        AlignError: the output holds answers to other prompts or with other settings, or no prompt can be used.
+    """
+    prompts, faults = _read_prompts(source)
+    done = _read_done(output, prompts, settings)
+    pending = {row: prompt for row, prompt in prompts.items() if row not in done}
+    if pending:
+        answerer = Answerer(settings)
+        encoded = dict(_encoded(answerer, source, pending, faults))
+        with output.open("a", encoding="utf-8") as file:
+
+            def write(rows: Mapping[int, Sample]) -> None:
+                for row, made in rows.items():
+                    file.write(json.dumps(_line(row, prompts[row], made, settings), ensure_ascii=False) + "\n")
+                file.flush()
+                done.update(rows)
+                progress(len(done), len(encoded) + len(prompts) - len(pending))
+
+            for copy, rows in _copies(prompts, encoded):
+                _draw(answerer, copy, rows, write)
+    if not done:
+        first = faults[0]
+        raise AlignError(f"{source}: no prompt can be used; row {first.row}: {first.field}: {first.reason}")
+    _sort(output)
+    return faults
+
+
+def _turn(answerer: Answerer, history: list[dict[str, str]], line: str) -> list[dict[str, str]]:
+    """The history after one message and its answer; unchanged where there is no room for them."""
+    asked = [*history, {"role": "user", "content": line}]
+    try:
+        answer = answerer.stream(asked)
+    except AlignError as error:
+        print(f"{error}: /reset starts anew")
+        return history
+    return [*asked, {"role": "assistant", "content": answer}]
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> set[int]:
+    """Every token that ends an answer: the tokenizer's, and those of the model's generation settings."""
+    named = model.generation_config.eos_token_id
+    more = named if isinstance(named, list) else [named]
+    return {token for token in [tokenizer.eos_token_id, *more] if token is not None}
+
+
+def _read_prompts(source: str) -> tuple[dict[int, Content], list[Fault]]:
+    prompts: dict[int, Content] = {}
+    faults: list[Fault] = []
+    for number, (file, row, found) in enumerate(read_rows(source), start=1):
+        if isinstance(found, Fault):
+            faults.append(found)
+            continue
+        try:
+            prompts[number] = content("prompt", required("prompt", found, "prompt"))
+        except FieldError as problem:
+            faults.append(Fault(file, row, problem.field, problem.reason, found))
+    return prompts, faults
+
+
+def _read_done(output: Path, prompts: Mapping[int, Content], settings: Settings) -> set[int]:
+    """Rows that the output holds already; a line that a kill has torn is cut off."""
+    if not output.exists():
+        return set()
+    text = output.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    done = set()
+    for number, line in enumerate(whole.decode().splitlines(), start=1):
+        row = _parse(line)
+        if row.get("settings") != asdict(settings) or prompts.get(row.get("row", 0)) != row.get("prompt"):
+            raise AlignError(
+                f"{output}: line {number} is no answer to these prompts with these settings; name another output"
+            )
+        done.add(row["row"])
+    if len(whole) < len(text):
+        os.truncate(output, len(whole))
+    return done
+
+
+def _parse(line: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _encoded(
+    answerer: Answerer, source: str, prompts: Mapping[int, Content], faults: list[Fault]
+) -> Iterator[tuple[int, list[int]]]:
+    for row, prompt in prompts.items():
+        try:
+            yield row, answerer.encode(prompt)
+        except AlignError as error:
+            faults.append(Fault(source, row, "prompt", str(error).removeprefix("prompt: "), {"prompt": prompt}))
+
+
+def _copies(
+    prompts: Mapping[int, Content], encoded: Mapping[int, list[int]]
+) -> list[tuple[int, dict[int, list[int]]]]:
+    """The rows to answer, by how often their prompt came before in the input."""
+    seen: Counter[str] = Counter()
+    copies: dict[int, dict[int, list[int]]] = {}
+    for row, prompt in prompts.items():
+        key = json.dumps(prompt)
+        if row in encoded:
+            copies.setdefault(seen[key], {})[row] = encoded[row]
+        seen[key] += 1
+    return sorted(copies.items())
+
+
+def _draw(
+    answerer: Answerer, copy: int, rows: Mapping[int, list[int]], write: Callable[[Mapping[int, Sample]], None]
+) -> None:
+    """Answer rows whose prompts all differ: ``sample`` draws by prompt and seed, so resuming changes nothing."""
+    numbers = list(rows)
+    settings = answerer.settings
+    try:
+        sample(
+            answerer.model,
+            answerer.tokenizer,
+            [rows[number] for number in numbers],
+            eos_ids=answerer.eos_ids,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            seed=settings.seed + 1_000_003 * copy,
+            batch_size=BATCH,
+            on_batch=lambda batch: write({numbers[place]: made for place, made in batch.items()}),
+        )
+    except ValueError as error:
+        raise AlignError(f"{settings.model}: {error}") from error
+
+
+def _line(row: int, prompt: Content, made: Sample, settings: Settings) -> dict[str, Any]:
+    return {
+        "row": row,
+        "prompt": prompt,
+        "completion": made.text,
+        "tokens": len(made.tokens),
+        "finished": made.finished,
+        "settings": asdict(settings),
+    }
+
+
+def _sort(output: Path) -> None:
+    lines = output.read_text("utf-8").splitlines(keepends=True)
+    ordered = sorted(lines, key=lambda line: int(json.loads(line)["row"]))
+    if ordered != lines:
+        partial = output.with_name(f".{output.name}.tmp")
+        partial.write_text("".join(ordered), "utf-8")
+        partial.replace(output)
