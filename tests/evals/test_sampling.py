@@ -20,10 +20,8 @@ Draw = Callable[..., list[Sample]]
 @pytest.fixture
 def draw(tiny_tokenizer: PreTrainedTokenizerFast) -> Draw:
     """``draw(model, prompts, ...)`` with settings at which some answers end by themselves and some do not."""
-    return partial(
-        sample, tokenizer=tiny_tokenizer, eos_ids={tiny_tokenizer.eos_token_id, 65}, max_new_tokens=24,
-        temperature=2.0, seed=3,
-    )  # fmt: skip
+    eos = {tiny_tokenizer.eos_token_id, 65}
+    return partial(sample, tokenizer=tiny_tokenizer, eos_ids=eos, max_new_tokens=24, temperature=2.0, seed=3)
 
 
 def test_batch_size_changes_nothing(make_tiny_model: Callable[..., LlamaForCausalLM], draw: Draw):
