@@ -1,1 +1,19 @@
-"""Feedback in, token ids out; nothing dropped in silence."""
+"""Feedback in, token ids out; nothing dropped in silence.
+
+- ``rows.py``         what a row is: ``PairRow``, ``CompletionRow``, ``Fault``, and the hash that names a row.
+- ``load.py``         ``read_rows``: JSONL, JSON, CSV, Parquet, a folder of them, a saved dataset, a hub id, or
+                      ``align:NAME/SPLIT`` for the small data that the package carries.
+- ``fields.py``       what a prompt and an answer may be: text as it stands, or chat messages.
+- ``pairs.py``        ``read_pairs``: explicit and implicit prompts, rankings and ratings become pairs with a strength.
+- ``completions.py``  ``read_completions`` for ``method: sft``, and the rows that TRL's SFTTrainer takes.
+- ``tokenize.py``     token ids: BOS once, EOS once, one prompt for both answers, one limit for both answers.
+- ``report.py``       what is wrong with the data, what is in it, and which tokens are scored.
+
+Every row is either used or set aside as a ``Fault`` with file, row, field and reason; what is neither (duplicates,
+contradictions, cut answers, moved boundaries) has a count. Reading needs no tokenizer; tokenising needs no file.
+
+    table = read_pairs("data/pairs.jsonl")
+    check_fraction(table.faults, table.counts["rows"], max_bad_fraction=0.05)
+    tokenized = tokenize_pairs(table.rows, tokenizer, max_length=1024)
+    dataset = tokenized.dataset()
+"""
