@@ -41,21 +41,21 @@ bench: $(VENV)/.installed-run  ## time training steps of the packaged model
 
 # `losses/` is `align.losses` only once installed: mypy and import-linter look at the wheel, not at the checkout.
 types: installed-tree
-	cd build/lint && MYPYPATH=site ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p align
+	cd build && MYPYPATH=lint ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p align
 
 imports: installed-tree
-	cd build/lint/site && ../../../$(BIN)/lint-imports --config ../../../pyproject.toml --cache-dir ../../../.import_linter_cache
+	cd build/lint && ../../$(BIN)/lint-imports --config ../../.importlinter --cache-dir ../../.import_linter_cache
 
 installed-tree: $(VENV)/.installed-dev
 	@rm -rf build
-	@$(BIN)/python -m build --wheel --no-isolation --outdir build/lint . >/dev/null
-	@$(PIP) --quiet --no-deps --no-index --target build/lint/site build/lint/*.whl
+	@$(PIP) --quiet --no-deps --no-index --no-build-isolation --target build/lint .
 
 browser: $(VENV)/.browser
 
 $(BIN)/pip:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, $(MINOR)))' || { \
-	  echo "Python 3.$(MINOR) or newer is needed, $$($(PYTHON) --version 2>&1) was found: make $(MAKECMDGOALS) PYTHON=<a newer one>"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, $(MINOR)))' 2>/dev/null || { \
+	  echo "Align needs Python 3.$(MINOR) or newer and $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo missing):" \
+	    "make $(MAKECMDGOALS) PYTHON=<a newer one>"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.torch: constraints.txt | $(BIN)/pip
