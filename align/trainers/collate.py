@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from align.losses.rows import PairRows, pair_rows
+from align.losses.rows import Rows, pair_rows
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class PairCollator:
         }
 
 
-def rows_of(batch: Mapping[str, torch.Tensor]) -> PairRows:
+def rows_of(batch: Mapping[str, torch.Tensor]) -> Rows:
     """The rows of a collated batch."""
-    return PairRows(
+    return Rows(
         batch["input_ids"],
         batch["position_ids"],
         batch["segments"],
         batch["source"],
         batch["target"],
         batch["answer"],
-        pairs=len(batch["strength"]),
+        answers=2 * len(batch["strength"]),
     )

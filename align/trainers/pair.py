@@ -11,8 +11,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import resource
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -25,15 +23,16 @@ from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import use_adapter
 
-from align.data.pairs import read_dataset
+from align.data.pairs import pair_table
 from align.data.report import fault_report
 from align.data.tokenize import tokenize_pairs
 from align.errors import AlignError
 from align.losses import Loss, LossOutput, PairLogps, SequenceLogps, combine
 from align.losses.catalogue import PairwiseLoss
 from align.losses.logprobs import TokenLogps
-from align.losses.rows import PADDING, PairRows
-from align.models.head import attach_scoring, model_mask, why_not_shared_prompt
+from align.losses.rows import PADDING, Rows
+from align.models.scoring import attach_scoring, score, why_not_shared_prompt
+from align.tracking.run_folder import peak_rss_gb
 
 from .collate import PairCollator, rows_of
 
@@ -135,14 +134,14 @@ class PairTrainer(DPOTrainer):
             raise ValueError(f"{dataset_name}: a map-style datasets.Dataset is needed, not {type(dataset).__name__}")
         if {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(dataset.column_names):
             return dataset
-        table = read_dataset(dataset, dataset_name)
+        table = pair_table(((dataset_name, number, row) for number, row in enumerate(dataset, 1)), dataset_name)
         tokenized = tokenize_pairs(table.rows, processing_class, args.max_length)
         faults = [*table.faults, *tokenized.faults]
         if faults:
             logger.warning("%s", fault_report(faults, len(dataset)))
         if not tokenized.rows:
             raise AlignError(f"{dataset_name}: no row can be used")
-        return tokenized.to_dataset()
+        return tokenized.dataset()
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -152,19 +151,6 @@ class PairTrainer(DPOTrainer):
         return dataset
 
     # --- log-probs ----------------------------------------------------------------------------------------------
-
-    def _score(self, model: nn.Module, rows: PairRows) -> TokenLogps:
-        # Separate rows count their own positions; models without position embeddings need not know the argument.
-        positions = {"position_ids": rows.position_ids} if rows.shared_prompt else {}
-        mask = model_mask(self.model, rows.attention_mask())
-        out: TokenLogps = model(
-            input_ids=rows.input_ids,
-            attention_mask=mask,
-            score_source=rows.source,
-            score_target=rows.target,
-            **positions,
-        )
-        return TokenLogps(*out)
 
     @contextlib.contextmanager
     def _as_reference(self) -> Iterator[nn.Module]:
@@ -177,28 +163,18 @@ class PairTrainer(DPOTrainer):
             with use_adapter(inner, "ref" if "ref" in inner.peft_config else None):
                 yield self.model
 
-    def score_pairs(self, batch: dict[str, torch.Tensor]) -> tuple[PairLogps, PairLogps | None]:
-        """Log-probs of a collated batch under policy and reference, without gradients."""
-        rows = rows_of(self._prepare_inputs(batch))
-        with torch.no_grad(), self.accelerator.autocast():
-            policy = self._score(self.model, rows)
-        if not self.needs_reference:
-            return _pair_logps(rows, policy.logps), None
-        with self._as_reference() as reference:
-            return _pair_logps(rows, policy.logps), _pair_logps(rows, self._score(reference, rows).logps)
-
     # --- loss ---------------------------------------------------------------------------------------------------
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool) -> Any:
         if return_outputs:
             raise ValueError("compute_metrics would need logits, and none are built; evaluate with align.evals")
         rows = rows_of(inputs)
-        tokens = self._score(model, rows)
+        tokens = score(model, rows)
         policy = _pair_logps(rows, tokens.logps)
         reference: PairLogps | None = None
         if self.needs_reference:
             with self._as_reference() as reference_model:
-                reference_tokens = self._score(reference_model, rows)
+                reference_tokens = score(reference_model, rows)
             self._check_step_zero(tokens, reference_tokens)
             reference = _pair_logps(rows, reference_tokens.logps)
         output = combine(self.losses, policy, reference)
@@ -225,14 +201,14 @@ class PairTrainer(DPOTrainer):
 
     def _record(
         self,
-        rows: PairRows,
+        rows: Rows,
         tokens: TokenLogps,
         policy: PairLogps,
         reference: PairLogps | None,
         output: LossOutput,
     ) -> None:
         """Metrics of a batch, summed over processes in one reduction."""
-        chosen_tokens = rows.answer < rows.pairs
+        chosen_tokens = rows.answer < rows.answers // 2
         margins = output.chosen_rewards - output.rejected_rewards
         by_pair = {
             "rewards/chosen": output.chosen_rewards,
@@ -261,7 +237,7 @@ class PairTrainer(DPOTrainer):
             "scored": chosen_tokens.new_tensor(len(chosen_tokens), dtype=torch.float64),
             "chosen": chosen_tokens.double().sum(),
             "seen": (rows.segments != PADDING).double().sum(),
-            "pairs": chosen_tokens.new_tensor(rows.pairs, dtype=torch.float64),
+            "pairs": chosen_tokens.new_tensor(rows.answers // 2, dtype=torch.float64),
         }
         reduced = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="sum").tolist()
         total = dict(zip(sums, reduced, strict=True))
@@ -293,12 +269,6 @@ class PairTrainer(DPOTrainer):
         super().log(logs, start_time)
 
 
-def peak_rss_gb() -> float:
-    """The largest resident size of this process so far, in GB (1e9 bytes)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
 def _losses(given: Any, args: DPOConfig) -> list[Loss]:
     terms = list(given) if isinstance(given, (list, tuple)) else [given]
     losses = []
@@ -310,7 +280,7 @@ def _losses(given: Any, args: DPOConfig) -> list[Loss]:
     return losses
 
 
-def _pair_logps(rows: PairRows, token_logps: torch.Tensor) -> PairLogps:
+def _pair_logps(rows: Rows, token_logps: torch.Tensor) -> PairLogps:
     totals, lengths = rows.totals(token_logps), rows.lengths()
-    n = rows.pairs
+    n = rows.answers // 2
     return PairLogps(SequenceLogps(totals[:n], lengths[:n]), SequenceLogps(totals[n:], lengths[n:]))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from align.losses.logprobs import Head, TokenLogps, token_logps
+from align.losses.rows import Rows, answer_rows
+from align.losses.types import SequenceLogps
 
 # Families whose attention takes a mask of ours and whose positions are ours to give, each in the tests.
 SHARED_PROMPT_FAMILIES = {"gemma", "llama", "mistral", "qwen2", "qwen3"}
@@ -71,13 +74,40 @@ def why_not_shared_prompt(model: PreTrainedModel) -> str | None:
     return None
 
 
-def model_mask(model: PreTrainedModel, mask: torch.Tensor) -> torch.Tensor:
-    """The (R, 1, T, T) Boolean mask in the form that the model's attention takes: eager attention adds it."""
-    if mask.ndim != 4 or model.config.get_text_config()._attn_implementation != "eager":
-        return mask
-    return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(
-        ~mask, torch.finfo(model.dtype).min
+def score(model: Any, rows: Rows) -> TokenLogps:
+    """Log-probs of every answer token of ``rows`` under a model that ``attach_scoring`` has seen.
+
+    Args:
+        model: the causal model, or what wraps it.
+    """
+    inner = getattr(model, "module", model)  # DistributedDataParallel hides the model's own attributes
+    mask = rows.attention_mask()
+    if mask.ndim == 4 and inner.config.get_text_config()._attn_implementation == "eager":
+        # Eager attention adds its mask to the scores instead of selecting by it.
+        lowest = torch.finfo(inner.dtype).min
+        mask = torch.zeros(mask.shape, dtype=inner.dtype, device=mask.device).masked_fill(~mask, lowest)
+    # Separate rows count their own positions, so that models without position ids need not know the argument.
+    positions = {"position_ids": rows.position_ids} if rows.shared_prompt else {}
+    out = model(
+        input_ids=rows.input_ids,
+        attention_mask=mask,
+        score_source=rows.source,
+        score_target=rows.target,
+        **positions,
     )
+    return TokenLogps(*out)
 
 
-__all__ = ["TokenLogps", "attach_scoring", "head_of", "model_mask", "why_not_shared_prompt"]
+def sequence_logps(
+    model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], *, pad_token_id: int
+) -> SequenceLogps:
+    """Log-probs of one answer a prompt, without gradients.
+
+    Args:
+        model: a causal model that ``attach_scoring`` has seen, or what wraps it.
+        prompts, answers: token ids.
+        pad_token_id: fills the rows; it changes nothing.
+    """
+    rows = answer_rows(prompts, answers, pad_token_id=pad_token_id).to(model.device)
+    with torch.no_grad():
+        return SequenceLogps(rows.totals(score(model, rows).logps), rows.lengths())

@@ -1,0 +1,194 @@
+"""The evaluations of a run, after training: held-out pairs, and answers before and after.
+
+Every suite writes ``eval/NAME.json`` once, whole. Answers are kept as they come, in ``eval/answers.jsonl``, so that an
+interrupted evaluation goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from align.config.schema import Recipe
+from align.data.rows import Content
+from align.data.splits import Split
+from align.data.tokenize import encode_prompt
+from align.evals.displacement import displacement_suite
+from align.evals.generation import compare
+from align.evals.kl import log_ratios
+from align.evals.preference import preference_suite
+from align.evals.reward_spec import load_reward
+from align.evals.sampling import Sample, sample
+from align.losses import PairLogps, SequenceLogps, combine
+from align.losses.rows import pair_rows
+from align.models.scoring import score, sequence_logps
+from align.tracking.files import write_json, write_text
+from align.tracking.progress import progress
+from align.trainers.build import Built, losses_of
+
+SAMPLES_SHOWN = 20
+BATCH = 32
+
+
+def evaluate(
+    recipe: Recipe, built: Built, tokenizer: PreTrainedTokenizerBase, held_out: Split, run: Path
+) -> dict[str, dict[str, Any]]:
+    """Run the recipe's suites on the held-out data; results that are on disk already are taken from there.
+
+    Returns:
+        What ``eval/NAME.json`` holds, by name.
+    """
+    folder = run / "eval"
+    folder.mkdir(exist_ok=True)
+    pairs = _Pairs(recipe, built, tokenizer, held_out)
+    suites: dict[str, Callable[[], dict[str, Any]]] = {
+        "preference": pairs.preference,
+        "displacement": pairs.displacement,
+        "generation": lambda: _generation(recipe, built, tokenizer, held_out, run),
+    }
+    results = {}
+    for name in recipe.evals:
+        path = folder / f"{name}.json"
+        if path.exists():
+            results[name] = json.loads(path.read_text(encoding="utf-8"))
+            continue
+        with built.trainer.accelerator.autocast():
+            results[name] = suites[name]()
+        write_json(path, results[name])
+    return results
+
+
+class _Pairs:
+    """The suites on held-out pairs; they share one pass of each model over them."""
+
+    def __init__(self, recipe: Recipe, built: Built, tokenizer: PreTrainedTokenizerBase, held_out: Split) -> None:
+        self.losses = losses_of(recipe)
+        self.built = built
+        self.pad_token_id = int(tokenizer.pad_token_id)
+        self.shared_prompt = getattr(built.trainer, "shared_prompt", False)
+        self.rows: Sequence[Any] = held_out.tokenized.rows
+        self.ids = [row.row_id for row in held_out.tokenized.rows]
+        self.groups = [json.dumps(row.prompt) for row in held_out.used]
+
+    @cached_property
+    def logps(self) -> tuple[PairLogps, PairLogps]:
+        """Under the trained and under the untrained model."""
+        policy = self._score(self.built.trainer.model, "trained")
+        with self.built.untrained() as before:
+            return policy, self._score(before, "untrained")
+
+    def preference(self) -> dict[str, Any]:
+        rewards = combine(self.losses, *self.logps).rewards
+        settings = {"rewards": " + ".join(f"{loss.weight:g} * {loss.info.name}" for loss in self.losses)}
+        return preference_suite(rewards[:, 0], rewards[:, 1], self.ids, groups=self.groups, settings=settings)
+
+    def displacement(self) -> dict[str, Any]:
+        return displacement_suite(*self.logps, self.ids, groups=self.groups)
+
+    def _score(self, model: Any, name: str) -> PairLogps:
+        order = sorted(
+            range(len(self.rows)), key=lambda i: -len(self.rows[i].chosen_ids) - len(self.rows[i].rejected_ids)
+        )
+        totals = torch.zeros(2, len(self.rows))
+        lengths = torch.zeros(2, len(self.rows), dtype=torch.long)
+        model.eval()
+        with progress(f"scoring held-out pairs, {name} model", len(order)) as advance, torch.no_grad():
+            for start in range(0, len(order), BATCH):
+                part = order[start : start + BATCH]
+                batch = [self.rows[i] for i in part]
+                rows = pair_rows(
+                    [row.prompt_ids for row in batch],
+                    [row.chosen_ids for row in batch],
+                    [row.rejected_ids for row in batch],
+                    pad_token_id=self.pad_token_id,
+                    shared_prompt=self.shared_prompt,
+                ).to(model.device)
+                totals[:, part] = rows.totals(score(model, rows).logps).view(2, -1).cpu()
+                lengths[:, part] = rows.lengths().view(2, -1).cpu()
+                advance(len(part))
+        return PairLogps(SequenceLogps(totals[0], lengths[0]), SequenceLogps(totals[1], lengths[1]))
+
+
+def _generation(
+    recipe: Recipe, built: Built, tokenizer: PreTrainedTokenizerBase, held_out: Split, run: Path
+) -> dict[str, Any]:
+    """Answers of both models to the first held-out prompts, and the KL on answers drawn at temperature 1."""
+    spec = recipe.generation
+    unique = {json.dumps(row.prompt): row.prompt for row in held_out.used}
+    prompts = list(unique.values())[: spec.prompts]
+    ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
+    answers = _Answers(run / "eval" / "answers.jsonl", tokenizer, ids, recipe)
+    model = built.trainer.model
+    after = answers.of("trained", model, spec.temperature)
+    drawn = after if spec.temperature == 1.0 else answers.of("trained, for the KL", model, 1.0)
+    with built.untrained() as untrained:
+        before = answers.of("untrained", untrained, spec.temperature)
+    pad = int(tokenizer.pad_token_id)
+
+    def reference_logps(p: Sequence[Sequence[int]], a: Sequence[Sequence[int]]) -> SequenceLogps:
+        with built.untrained() as untrained:
+            return sequence_logps(untrained, p, a, pad_token_id=pad)
+
+    kl = log_ratios(
+        ids, drawn, lambda p, a: sequence_logps(model, p, a, pad_token_id=pad), reference_logps, temperature=1.0
+    )
+    settings = {**spec.model_dump(), "prompts": len(prompts)}
+    result = compare([_last(p) for p in prompts], before, after, load_reward(spec.reward), kl=kl, settings=settings)
+    lines = [json.dumps(row, ensure_ascii=False) for row in result["rows"][:SAMPLES_SHOWN]]
+    write_text(run / "samples.jsonl", "\n".join(lines) + "\n")
+    return result
+
+
+def _last(prompt: Content) -> str:
+    """What a reward and a reader see of a prompt: the text, or the last user turn."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+class _Answers:
+    """Answers drawn so far, kept in a file; an interrupted draw loses at most the batch in hand."""
+
+    def __init__(
+        self, path: Path, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], recipe: Recipe
+    ) -> None:
+        self.path, self.tokenizer, self.prompts, self.spec = path, tokenizer, prompts, recipe.generation
+        self.kept: dict[tuple[str, int], Sample] = {}
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:
+                    continue  # the line that a kill has torn; its answer is drawn again
+                self.kept[entry["of"], entry["row"]] = Sample(entry["tokens"], entry["text"], entry["finished"])
+
+    def of(self, name: str, model: Any, temperature: float) -> list[Sample]:
+        """One answer a prompt. Each has its own random stream, so that it is the same in whatever batch."""
+        missing = [row for row in range(len(self.prompts)) if (name, row) not in self.kept]
+        with progress(f"answers, {name}", len(missing)) as advance, self.path.open("a", encoding="utf-8") as file:
+
+            def keep(batch: Mapping[int, Sample]) -> None:
+                for place, answer in batch.items():
+                    self.kept[name, missing[place]] = answer
+                    entry = {"of": name, "row": missing[place], **asdict(answer)}
+                    file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                file.flush()
+                advance(len(batch))
+
+            sample(
+                model,
+                self.tokenizer,
+                [self.prompts[row] for row in missing],
+                eos_ids={int(self.tokenizer.eos_token_id)},
+                max_new_tokens=self.spec.max_new_tokens,
+                temperature=temperature,
+                seed=self.spec.seed,
+                batch_size=BATCH,
+                on_batch=keep,
+            )
+        return [self.kept[name, row] for row in range(len(self.prompts))]

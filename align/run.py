@@ -1,0 +1,207 @@
+"""A run, from a recipe to a report.
+
+The order: lock the folder, read and check the data, load the model, train, evaluate, write adapter and merged model,
+report and model card. Whatever was finished is kept: a second call with the same recipe goes on where the first one
+stopped, from the last checkpoint, past evaluations that are already on disk.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from peft import PeftModel
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase, Trainer, set_seed
+
+from align.config.load import config_hash, resolved_yaml
+from align.config.schema import Recipe
+from align.data.report import fault_report, show_masks, write_rejected
+from align.data.splits import Split, read_split
+from align.data.tokenize import TokenizedCompletions
+from align.errors import AlignError
+from align.evaluate import evaluate
+from align.models.load import load_tokenizer
+from align.reports.card import write_card
+from align.reports.report import render_report
+from align.tracking.callback import tracked
+from align.tracking.files import write_text
+from align.tracking.manifest import run_facts
+from align.tracking.run_folder import RunFolder
+from align.tracking.telemetry import disable_telemetry
+from align.tracking.wandb import WandbMirror
+from align.trainers.build import build, training_arguments
+from align.trainers.interrupt import interruptible
+from align.trainers.plan import plan
+
+console = Console(stderr=True)
+
+
+def train(recipe: Recipe, *, source: str, command: Sequence[str], dry_run: bool = False) -> Path:
+    """Run a recipe.
+
+    Args:
+        recipe: from ``align.config.load.load_recipe``.
+        source: where it was read, for messages and the manifest.
+        command: the command line, for the manifest.
+        dry_run: show eight tokenised rows with their masks, the steps and a memory estimate, and write nothing.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        AlignError: the run cannot start or go on; the message says what to do.
+        KeyboardInterrupt: it was interrupted; the checkpoint is complete.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise AlignError(
+            "align train runs in one process; for several, give PairTrainer to accelerate launch from a script"
+        )
+    disable_telemetry()
+    set_seed(recipe.training.get("seed", 42))
+    tokenizer = load_tokenizer(recipe.model.name, trust_remote_code=recipe.model.trust_remote_code)
+    if dry_run:
+        show_plan(recipe, tokenizer)
+        return Path(recipe.output)
+    with RunFolder(recipe.output) as run:
+        checkpoint = run.open_or_resume(config_hash(recipe), recipe.resume)
+        _run(recipe, tokenizer, run, checkpoint, source, command)
+    return run.path
+
+
+def _run(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    run: RunFolder,
+    checkpoint: Path | None,
+    source: str,
+    command: Sequence[str],
+) -> None:
+    began = time.monotonic()
+    write_text(run.path / "config.resolved.yaml", resolved_yaml(recipe))
+    splits = read_splits(recipe, tokenizer, run.path)
+    _same_data(run, splits, checkpoint)
+    held_out = splits.get("eval")
+    built = build(
+        recipe,
+        tokenizer,
+        splits["train"].tokenized.dataset(),
+        held_out.tokenized.dataset() if held_out else None,
+        run.path,
+    )
+    trainer = built.trainer
+    run.update_manifest(
+        **run_facts(command, int(trainer.args.seed)),
+        recipe=source,
+        data={name: split.facts for name, split in splits.items()},
+        **built.facts,
+    )
+    mirror = _mirror(recipe, run)
+    ready = time.monotonic()
+    with tracked(trainer, run, mirror), interruptible(trainer):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trained = time.monotonic()
+    results = evaluate(recipe, built, tokenizer, held_out, run.path) if held_out and recipe.evals else {}
+    evaluated = time.monotonic()
+    _save(recipe, trainer, tokenizer, run.path)
+    timings = {"set_up": ready - began, "train": trained - ready, "eval": evaluated - trained}
+    timings["total"] = time.monotonic() - began
+    run.update_manifest(timings={f"{name}_seconds": round(value, 1) for name, value in timings.items()})
+    run.end("finished")
+    write_card(run.path)
+    report = render_report(run.path)
+    if mirror is not None:
+        mirror.summary(results)
+        if "generation" in results:
+            mirror.samples(results["generation"]["rows"][:20])
+        mirror.file(report)
+        sync = mirror.finish()
+        if sync:
+            console.print(f"W&B, offline: {sync}", soft_wrap=True)
+
+
+def show_plan(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Eight rows with their masks, the steps, and the memory that they would need; nothing is written."""
+    split = read_splits(recipe, tokenizer, None)["train"]
+    arguments = training_arguments(recipe, Path(recipe.output), tokenizer)
+    out = Console()
+    out.print(show_masks(split.tokenized, tokenizer))
+    planned = plan(recipe, arguments, _row_lengths(recipe, split))
+    out.print(
+        f"{len(split.tokenized.rows):,} rows · {planned.steps:,} steps of {planned.pairs_per_step} "
+        f"({planned.epochs:.2g} epochs) · about {planned.tokens_per_step:,} tokens a step",
+        f"{planned.parameters / 1e6:,.1f} M parameters, {planned.trainable / 1e6:,.1f} M trained",
+        f"memory, estimated: {planned.peak_gb:.1f} GB = "
+        + " + ".join(f"{name} {gb:.1f}" for name, gb in planned.memory.items() if gb >= 0.05),
+        sep="\n",
+        highlight=False,
+    )
+
+
+def _row_lengths(recipe: Recipe, split: Split) -> list[int]:
+    """Tokens of each row as it is laid out: the prompt once where it is shared."""
+    if isinstance(split.tokenized, TokenizedCompletions):
+        return [len(row.input_ids) for row in split.tokenized.rows]
+    prompts = 1 if recipe.data.shared_prompt else 2
+    return [
+        prompts * len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids) for row in split.tokenized.rows
+    ]
+
+
+def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, run: Path | None) -> dict[str, Split]:
+    """Training and held-out data, checked. With a run folder, what is set aside is written there first.
+
+    Raises:
+        AlignError: a source cannot be read, or too much of it is bad.
+    """
+    spec = recipe.data
+    sources = {"train": spec.train, **({"eval": spec.eval} if spec.eval else {})}
+    pairs = recipe.method != "sft"
+    splits = {name: read_split(path, tokenizer, spec.max_length, pairs=pairs) for name, path in sources.items()}
+    faults = [fault for split in splits.values() for fault in split.faults]
+    kept_in = run / "rejected_rows.jsonl" if run is not None else None
+    if kept_in is not None and faults:
+        write_rejected(kept_in, faults)
+    for split in splits.values():
+        if split.faults:
+            console.print(fault_report(split.faults, split.table.counts["rows"], kept_in), highlight=False)
+        split.check(spec.max_bad_fraction)
+    return splits
+
+
+def _same_data(run: RunFolder, splits: dict[str, Split], checkpoint: Path | None) -> None:
+    """A run goes on with the data that it started with, or not at all."""
+    known = run.manifest.get("data", {}) if checkpoint is not None else {}
+    for name, split in splits.items():
+        before = known.get(name, {}).get("sha256")
+        if before is not None and before != split.table.fingerprint():
+            raise AlignError(
+                f"{split.table.source} has changed since {run.path} was started ({before[:12]} then, "
+                f"{split.table.fingerprint()[:12]} now): bring the old data back, or choose another output"
+            )
+
+
+def _mirror(recipe: Recipe, run: RunFolder) -> WandbMirror | None:
+    wandb = recipe.tracking.wandb
+    if wandb is None:
+        return None
+    return WandbMirror(
+        run, recipe.model_dump(), mode=wandb.mode, project=wandb.project, group=wandb.group, name=wandb.name
+    )
+
+
+def _save(recipe: Recipe, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, run: Path) -> None:
+    """The adapter and the merged model, or the model alone after full training."""
+    model = trainer.model
+    if isinstance(model, PeftModel):
+        model.save_pretrained(run / "adapter", selected_adapters=["default"])
+        tokenizer.save_pretrained(run / "adapter")
+        model.set_adapter("default")
+        model = model.merge_and_unload(adapter_names=["default"])
+        folder = run / "merged"
+    else:
+        folder = run / "model"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

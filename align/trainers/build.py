@@ -1,0 +1,182 @@
+"""A trainer from a recipe: model, adapter, reference, arguments; and the facts that the manifest states of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedTokenizerBase, Trainer
+from trl import DPOConfig, SFTConfig, SFTTrainer
+from trl.trainer.utils import use_adapter
+
+from align.config.schema import LoraSpec, ModelSpec, Recipe
+from align.errors import AlignError
+from align.losses import Loss
+from align.models.fingerprint import weights_hash
+from align.models.hardware import resolve_dtype
+from align.models.load import load_model
+from align.models.scoring import attach_scoring
+
+from .pair import PairTrainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A trainer ready to train.
+
+    Attributes:
+        trainer: TRL's, with our loss.
+        untrained: context of the model as it was before training, for comparisons after it.
+        facts: sections ``model`` and ``reference`` of the manifest.
+    """
+
+    trainer: Trainer
+    untrained: Callable[[], AbstractContextManager[Any]]
+    facts: dict[str, Any]
+
+
+def losses_of(recipe: Recipe) -> list[Loss]:
+    """The recipe's losses with their settings and weights; empty for ``method: sft``."""
+    return [Loss.of(term.name, weight=term.weight, **term.settings) for term in recipe.terms]
+
+
+def build(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train: Dataset, held_out: Dataset | None, output: Path
+) -> Built:
+    """Load the model and set up its trainer.
+
+    Args:
+        train, held_out: tokenised rows.
+        output: the run folder; checkpoints go there.
+
+    Raises:
+        AlignError: the model or the adapter cannot be loaded, or an argument is refused by transformers.
+    """
+    losses = losses_of(recipe)
+    model, lora, facts = _policy(recipe.model)
+    facts["reference"] = _reference_facts(recipe, model, losses)
+    arguments = training_arguments(recipe, output, tokenizer)
+    common: dict[str, Any] = {
+        "model": model,
+        "args": arguments,
+        "train_dataset": train,
+        "eval_dataset": held_out,
+        "processing_class": tokenizer,
+        "peft_config": lora,
+    }
+    try:
+        if losses:
+            trainer: Trainer = PairTrainer(loss=losses, shared_prompt=recipe.data.shared_prompt, **common)
+        else:
+            trainer = SFTTrainer(**common)
+            inner = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
+            attach_scoring(inner)
+    except ValueError as error:
+        raise AlignError(f"the trainer refuses this set-up: {error}") from error
+    parameters = list(trainer.model.parameters())
+    facts["model"]["parameters"] = sum(p.numel() for p in parameters)
+    facts["model"]["trainable"] = sum(p.numel() for p in parameters if p.requires_grad)
+    return Built(trainer, lambda: _untrained(recipe, trainer), facts)
+
+
+def training_arguments(recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase) -> DPOConfig | SFTConfig:
+    """``training:`` with what the rest of the recipe decides, and defaults that suit a run folder."""
+    compute, _ = resolve_dtype(recipe.model.dtype)
+    accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
+    decided: dict[str, Any] = {
+        "output_dir": str(output),
+        "max_length": recipe.data.max_length,
+        "gradient_checkpointing": recipe.model.gradient_checkpointing,
+        "bf16": compute == torch.bfloat16,
+        "fp16": compute == torch.float16,
+        "use_cpu": not accelerated,
+        "report_to": "none",
+    }
+    defaults: dict[str, Any] = {
+        "logging_steps": 1,
+        "logging_first_step": True,
+        "save_strategy": "steps",
+        "save_steps": 0.2,
+        "save_total_limit": 2,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    if recipe.terms:
+        return DPOConfig(**{**defaults, **recipe.training, **decided})
+    # The rows are token ids and labels already, by the rules of align.data.
+    return SFTConfig(
+        **{**defaults, **recipe.training, **decided},
+        eos_token=tokenizer.eos_token,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+
+
+def _policy(spec: ModelSpec) -> tuple[Any, LoraConfig | None, dict[str, Any]]:
+    """The model to train, the adapter to add to it, and the facts so far."""
+    dtype, reason = weights_dtype(spec)
+    name = str(dtype).removeprefix("torch.")
+    model, _ = load_model(spec.name, dtype=name, attention=spec.attention, trust_remote_code=spec.trust_remote_code)
+    facts: dict[str, Any] = {
+        "name": spec.name,
+        "weights_sha256": weights_hash(model.state_dict().items()),
+        "dtype": name,
+        "dtype_reason": reason,
+        "attention": model.config._attn_implementation,
+    }
+    if spec.adapter is not None:
+        try:
+            model = PeftModel.from_pretrained(model, spec.adapter, is_trainable=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise AlignError(f"model.adapter {spec.adapter}: not an adapter of {spec.name}: {error}") from error
+        return model, None, {"model": facts}
+    if spec.lora is None:
+        return model, None, {"model": facts}
+    return model, lora_config(spec.lora), {"model": facts}
+
+
+def weights_dtype(spec: ModelSpec) -> tuple[torch.dtype, str]:
+    """The dtype that the weights are held in, and why."""
+    dtype, reason = resolve_dtype(spec.dtype)
+    if spec.lora is None and spec.adapter is None and dtype != torch.float32:
+        if spec.dtype == "auto":
+            # A step of 1e-6 is lost in a bf16 weight; products still run in bf16, under autocast.
+            return torch.float32, f"{reason}; weights in float32, as full training needs"
+        logger.warning("full training of %s weights loses small steps to rounding; dtype: auto does not", spec.dtype)
+    return dtype, reason
+
+
+def lora_config(spec: LoraSpec) -> LoraConfig:
+    """The recipe's adapter in peft's terms."""
+    alpha = 2 * spec.r if spec.alpha is None else spec.alpha
+    return LoraConfig(r=spec.r, lora_alpha=alpha, target_modules=spec.target_modules, task_type="CAUSAL_LM")
+
+
+def _reference_facts(recipe: Recipe, model: Any, losses: list[Loss]) -> dict[str, Any]:
+    """Which weights the policy is compared with. A continued adapter's copy is hashed with its base."""
+    if not any(loss.info.reference for loss in losses):
+        return {"kind": "none", "weights_sha256": None}
+    kind = "adapters-off" if recipe.model.lora is not None and recipe.model.adapter is None else "frozen-copy"
+    return {"kind": kind, "weights_sha256": weights_hash(model.state_dict().items())}
+
+
+@contextmanager
+def _untrained(recipe: Recipe, trainer: Trainer) -> Iterator[Any]:
+    model = trainer.model
+    if isinstance(model, PeftModel) and (recipe.model.adapter is None or "ref" in model.peft_config):
+        with use_adapter(model, "ref" if "ref" in model.peft_config else None):
+            yield model
+    elif getattr(trainer, "ref_model", None) is not None:
+        yield trainer.ref_model
+    else:
+        # Nothing of the start was kept: full training without a reference, or SFT of a continued adapter.
+        fresh, _, _ = _policy(recipe.model)
+        attach_scoring(fresh.get_base_model() if isinstance(fresh, PeftModel) else fresh)
+        yield fresh.to(trainer.accelerator.device).eval()
