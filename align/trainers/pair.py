@@ -254,6 +254,10 @@ class PairTrainer(DPOTrainer):
     # --- logging ------------------------------------------------------------------------------------------------
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._total_train_tokens == 0 and self.state.global_step > 0:
+            # A resumed run goes on counting; TRL's counter is not in the checkpoint, its log is.
+            logged = [entry["num_tokens"] for entry in self.state.log_history if "num_tokens" in entry]
+            self._total_train_tokens = int(logged[-1]) if logged else 0
         if self._clock is None:
             self._clock = (time.perf_counter(), self._total_train_tokens)
         loss: torch.Tensor = super().training_step(*args, **kwargs)

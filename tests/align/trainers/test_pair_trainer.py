@@ -1,0 +1,411 @@
+"""The pair trainer on a tiny model: equal to TRL's own where TRL has the loss, and right where it has not."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+
+import pytest
+import torch
+from align.losses import LOSSES, Loss, PairLogps, SequenceLogps, ln_dpo
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.utils import FusedCausalLMOutput
+
+from align.errors import AlignError
+from align.trainers.pair import PairTrainer
+
+ROWS = [
+    {"prompt": "the inner", "chosen": " thing is there", "rejected": " cat"},
+    {"prompt": "an apple", "chosen": " fell", "rejected": " in the garden, then another"},
+    {"prompt": "there", "chosen": " she is", "rejected": " they are an ant"},
+    {"prompt": "a hint then:", "chosen": " think again", "rejected": " no"},
+]
+# TRL's name of the loss, ours, beta.
+PARITY = [
+    ("sigmoid", "dpo", 0.3),
+    ("sigmoid_norm", "ln_dpo", 4.0),
+    ("ipo", "ipo_per_token", 0.4),
+    ("hinge", "slic", 0.2),
+]
+
+
+def arguments(tmp_path, **changes) -> DPOConfig:
+    settings = {
+        "output_dir": str(tmp_path),
+        "per_device_train_batch_size": 2,
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "max_length": 64,
+        "seed": 3,
+    }
+    return DPOConfig(**{**settings, **changes})
+
+
+def steps(trainer) -> list[dict[str, float]]:
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.fixture
+def dataset() -> Dataset:
+    return Dataset.from_list(ROWS)
+
+
+@pytest.mark.parametrize(("theirs", "ours", "beta"), PARITY)
+def test_formula_equals_trls_on_the_same_log_probs(
+    tmp_path, tiny_tokenizer, make_tiny_model, dataset, theirs, ours, beta
+):
+    """TRL's own ``_compute_loss`` is given log-probs instead of a model; to 1e-6 relative."""
+    trainer = DPOTrainer(
+        model=make_tiny_model(),
+        ref_model=make_tiny_model(),
+        args=arguments(tmp_path, loss_type=[theirs], beta=beta),
+        train_dataset=dataset,
+        processing_class=tiny_tokenizer,
+    )
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.zeros(6, 9, dtype=torch.long)
+    for row, (start, end) in enumerate([(2, 5), (1, 9), (3, 4), (2, 9), (1, 3), (3, 6)]):
+        mask[row, start:end] = 1
+    tokens = [torch.randn(6, 8, generator=generator) * mask[:, 1:] for _ in range(2)]
+
+    def stand_in(**_) -> FusedCausalLMOutput:
+        zeros = torch.zeros(6, 8)
+        return FusedCausalLMOutput(
+            loss=None, log_probs=tokens[0], entropy=zeros, mean_logits=zeros, is_top1=zeros.bool(), label_mask=None
+        )
+
+    trainer.precompute_ref_logps = True
+    batch = {
+        "input_ids": torch.ones(6, 9, dtype=torch.long),
+        "attention_mask": torch.ones(6, 9, dtype=torch.long),
+        "completion_mask": mask,
+        "ref_chosen_logps": tokens[1][:3].sum(1),
+        "ref_rejected_logps": tokens[1][3:].sum(1),
+    }
+    expected = trainer._compute_loss(stand_in, batch, False).item()
+
+    lengths = mask[:, 1:].sum(1)
+    policy, reference = (
+        PairLogps(SequenceLogps(t[:3].sum(1), lengths[:3]), SequenceLogps(t[3:].sum(1), lengths[3:])) for t in tokens
+    )
+    assert Loss.of(ours, beta=beta)(policy, reference).loss.mean().item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(("theirs", "ours", "beta"), PARITY)
+def test_trainers_agree(tmp_path, tiny_tokenizer, make_tiny_model, dataset, theirs, ours, beta, lora):
+    """Three steps of both trainers on the same token ids: loss to 1e-4, gradient norm to 1e-3, float32."""
+
+    def run(kind, **changes):
+        torch.manual_seed(0)
+        peft = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
+        reference = None if lora or kind is PairTrainer else make_tiny_model()
+        loss = changes.pop("loss", None)
+        return steps(
+            kind(
+                model=make_tiny_model(),
+                ref_model=reference,
+                args=arguments(tmp_path, beta=beta, **changes),
+                train_dataset=dataset,
+                processing_class=tiny_tokenizer,
+                peft_config=peft,
+                **({"loss": loss} if loss else {}),
+            )
+        )
+
+    want, got = run(DPOTrainer, loss_type=[theirs]), run(PairTrainer, loss=ours)
+    assert len(want) == len(got) == 3
+    for theirs_step, ours_step in zip(want, got, strict=True):
+        assert ours_step["loss"] == pytest.approx(theirs_step["loss"], rel=1e-4)
+        assert ours_step["grad_norm"] == pytest.approx(theirs_step["grad_norm"], rel=1e-3)
+        for name in ("logps/chosen", "logps/rejected", "entropy", "mean_token_accuracy"):
+            assert ours_step[name] == pytest.approx(theirs_step[name], rel=1e-4), name
+    assert want[0]["loss"] != pytest.approx(want[-1]["loss"], rel=1e-3)
+
+
+def test_drop_in_for_a_trl_script(tmp_path, tiny_tokenizer, make_tiny_model):
+    """Messages, a function as the loss, beta from DPOConfig: as a script has it, but for the class and ``loss=``."""
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "chosen": [{"role": "assistant", "content": row["chosen"]}],
+            "rejected": [{"role": "assistant", "content": row["rejected"]}],
+        }
+        for row in ROWS
+    ]
+    trainer = PairTrainer(
+        model=make_tiny_model(),
+        args=arguments(tmp_path, beta=5.0, eval_strategy="steps", eval_steps=2),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows[:2]),
+        processing_class=tiny_tokenizer,
+        loss=ln_dpo,
+    )
+    assert trainer.losses[0].settings == {"beta": 5.0}
+    log = steps(trainer)
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert log[-1]["loss"] < log[0]["loss"]
+    evaluated = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
+    assert {"eval_rewards/accuracies", "eval_displacement/chosen_delta", "eval_length/chosen_tokens"} <= set(evaluated)
+
+
+def test_metrics_by_hand(tmp_path, tiny_tokenizer, make_tiny_model, dataset):
+    """After a step, the metrics of a batch are what its log-probs say; rewards in LN-DPO's own units."""
+    trainer = PairTrainer(
+        model=make_tiny_model(),
+        args=arguments(tmp_path, beta=5.0, per_device_train_batch_size=4, max_steps=2),
+        train_dataset=dataset,
+        processing_class=tiny_tokenizer,
+        loss="ln_dpo",
+    )
+    log = steps(trainer)[1]
+    assert log["rewards/margins"] == pytest.approx(log["rewards/chosen"] - log["rewards/rejected"], rel=1e-5)
+    assert log["rewards/chosen"] == pytest.approx(5.0 * log["displacement/chosen_delta_per_token"], rel=1e-5)
+    lengths = [len(tiny_tokenizer(row["prompt"] + row["chosen"]).input_ids) for row in ROWS]
+    prompts = [len(tiny_tokenizer(row["prompt"]).input_ids) for row in ROWS]
+    expected = sum(n - p + 1 for n, p in zip(lengths, prompts, strict=True)) / 4
+    assert log["length/chosen_tokens"] == pytest.approx(expected)
+    assert 0 <= log["displacement/frac_chosen_down"] <= 1
+    assert log["perf/tokens_per_s"] > 0
+    assert log["perf/peak_rss_gb"] > 0.1
+
+
+def test_shared_and_separate_rows_train_alike(tmp_path, tiny_tokenizer, make_tiny_model, dataset):
+    runs = [
+        steps(
+            PairTrainer(
+                model=make_tiny_model(),
+                args=arguments(tmp_path),
+                train_dataset=dataset,
+                processing_class=tiny_tokenizer,
+                loss="dpo",
+                shared_prompt=shared,
+            )
+        )
+        for shared in (True, False)
+    ]
+    for one, other in zip(*runs, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+    assert runs[0][-1]["num_tokens"] < runs[1][-1]["num_tokens"]
+
+
+def test_accumulation_equals_one_batch(tmp_path, tiny_tokenizer, make_tiny_model, dataset):
+    """2 x 2 pairs accumulated give the gradient of 4 pairs at once."""
+    norms = []
+    for batch, accumulate in ((4, 1), (2, 2)):
+        trainer = PairTrainer(
+            model=make_tiny_model(),
+            args=arguments(
+                tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, max_steps=1
+            ),
+            train_dataset=dataset,
+            processing_class=tiny_tokenizer,
+            loss="dpo",
+        )
+        norms.append(steps(trainer)[0]["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_strength_weighs_a_pair(tmp_path, tiny_tokenizer, make_tiny_model):
+    """At the first step every DPO loss is log 2, so the mean is log 2 * (1 + .5) / 2."""
+    rows = [{**ROWS[0], "strength": 1.0}, {**ROWS[1], "strength": 0.5}]
+    trainer = PairTrainer(
+        model=make_tiny_model(),
+        args=arguments(tmp_path, max_steps=1),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tiny_tokenizer,
+        loss="dpo",
+    )
+    assert steps(trainer)[0]["loss"] == pytest.approx(0.75 * math.log(2), abs=1e-5)
+
+
+# --- the reference
+
+
+def test_full_training_keeps_a_frozen_copy_of_these_very_weights(tmp_path, tiny_tokenizer, make_tiny_model, dataset):
+    """A model made in memory has no path to reload from: the copy is of the weights that training starts from."""
+    model = make_tiny_model(seed=5)
+    before = copy.deepcopy(model.state_dict())
+    trainer = PairTrainer(
+        model=model, args=arguments(tmp_path), train_dataset=dataset, processing_class=tiny_tokenizer, loss="dpo"
+    )
+    steps(trainer)
+    for name, tensor in trainer.ref_model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    assert any(not torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_fresh_adapter_is_compared_with_adapters_off(tmp_path, tiny_tokenizer, make_tiny_model, dataset):
+    trainer = PairTrainer(
+        model=make_tiny_model(),
+        args=arguments(tmp_path),
+        train_dataset=dataset,
+        processing_class=tiny_tokenizer,
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+        loss="dpo",
+    )
+    log = steps(trainer)
+    assert trainer.ref_model is None
+    assert list(trainer.model.peft_config) == ["default"]
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_continued_adapter_is_compared_with_a_copy_of_itself(tmp_path, tiny_tokenizer, make_tiny_model, dataset):
+    """The reference is the adapter as it was, not the base model: the first loss is log 2 all the same."""
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(make_tiny_model(), config).save_pretrained(tmp_path / "adapter")
+    model = PeftModel.from_pretrained(make_tiny_model(), tmp_path / "adapter", is_trainable=True)
+    trainer = PairTrainer(
+        model=model, args=arguments(tmp_path), train_dataset=dataset, processing_class=tiny_tokenizer, loss="dpo"
+    )
+    log = steps(trainer)
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert log[-1]["displacement/chosen_delta"] != 0
+
+
+@pytest.mark.parametrize("name", [info.name for info in LOSSES.values() if not info.reference])
+def test_reference_free_losses_load_no_reference(tmp_path, tiny_tokenizer, make_tiny_model, dataset, name):
+    trainer = PairTrainer(
+        model=make_tiny_model(),
+        args=arguments(tmp_path),
+        train_dataset=dataset,
+        processing_class=tiny_tokenizer,
+        loss=Loss.of(name),
+    )
+    log = steps(trainer)
+    assert trainer.ref_model is None
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert not any(key.startswith("displacement/") for key in log[0])
+
+
+def test_a_wrong_reference_stops_the_run(tmp_path, tiny_tokenizer, make_tiny_model, dataset):
+    def trainer(**kwargs) -> PairTrainer:
+        return PairTrainer(
+            model=make_tiny_model(seed=0),
+            ref_model=make_tiny_model(seed=1),
+            args=arguments(tmp_path, max_steps=1),
+            train_dataset=dataset,
+            processing_class=tiny_tokenizer,
+            loss="dpo",
+            **kwargs,
+        )
+
+    with pytest.raises(AlignError, match="before the first step, policy and reference differ by up to"):
+        trainer().train()
+    assert len(steps(trainer(starts_at_reference=False))) == 1
+
+
+# --- combinations, rows, refusals
+
+
+def test_combined_losses(tmp_path, tiny_tokenizer, make_tiny_model, dataset):
+    trainer = PairTrainer(
+        model=make_tiny_model(),
+        args=arguments(tmp_path, max_steps=1),
+        train_dataset=dataset,
+        processing_class=tiny_tokenizer,
+        loss=[Loss.of("dpo", weight=0.8, beta=0.1), Loss.of("sft", weight=0.2)],
+    )
+    log = steps(trainer)[0]
+    assert log["loss/dpo"] == pytest.approx(math.log(2), abs=1e-5)
+    assert log["loss"] == pytest.approx(0.8 * log["loss/dpo"] + 0.2 * log["loss/sft"], rel=1e-5)
+
+
+def test_bad_rows_are_set_aside_and_said(tmp_path, tiny_tokenizer, make_tiny_model, caplog):
+    rows = [*ROWS, {"prompt": "x", "chosen": "same", "rejected": "same"}]
+    with caplog.at_level(logging.WARNING, logger="align.trainers.pair"):
+        trainer = PairTrainer(
+            model=make_tiny_model(),
+            args=arguments(tmp_path),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tiny_tokenizer,
+            loss="dpo",
+        )
+    assert len(trainer.train_dataset) == 4
+    assert "1 of 5 rows cannot be used" in caplog.text
+    with pytest.raises(AlignError, match="no row can be used"):
+        PairTrainer(
+            model=make_tiny_model(),
+            args=arguments(tmp_path),
+            train_dataset=Dataset.from_list(rows[-1:]),
+            processing_class=tiny_tokenizer,
+        )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"label_smoothing": 0.1},
+        {"loss_type": ["ipo"]},
+        {"precompute_ref_log_probs": True},
+        {"truncation_mode": "keep_end"},
+        {"ld_alpha": 0.5},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_arguments_that_would_be_dropped_are_refused(tmp_path, tiny_tokenizer, make_tiny_model, dataset, change):
+    with pytest.raises(ValueError, match=f"does not take:\n  {next(iter(change))}="):
+        PairTrainer(
+            model=make_tiny_model(),
+            args=arguments(tmp_path, **change),
+            train_dataset=dataset,
+            processing_class=tiny_tokenizer,
+        )
+
+
+def test_only_completion_positions_meet_the_head(tmp_path, tiny_tokenizer, make_tiny_model, dataset, monkeypatch):
+    """TRL on CPU scores every prompt and pad position; here the head sees as many positions as there are targets."""
+    seen = []
+    from align.models import scoring
+
+    real = scoring.token_logps
+    monkeypatch.setattr(scoring, "token_logps", lambda h, t, head: seen.append(len(h)) or real(h, t, head))
+    trainer = PairTrainer(
+        model=make_tiny_model(),
+        args=arguments(tmp_path, max_steps=1, per_device_train_batch_size=4),
+        train_dataset=dataset,
+        processing_class=tiny_tokenizer,
+        loss="dpo",
+    )
+    answers = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in trainer.train_dataset)
+    steps(trainer)
+    assert seen == [answers, answers]
+
+
+def test_resume_gives_the_weights_of_an_uninterrupted_run(tmp_path, tiny_tokenizer, make_tiny_model):
+    """Six steps at once, and three steps, another trainer, and three more: bitwise equal weights and metrics."""
+    rows = Dataset.from_list(ROWS * 2)
+
+    def trainer(folder: str, **changes) -> PairTrainer:
+        torch.manual_seed(11)
+        return PairTrainer(
+            model=make_tiny_model(),
+            args=arguments(tmp_path / folder, save_strategy="steps", save_steps=3, max_steps=6, **changes),
+            train_dataset=rows,
+            processing_class=tiny_tokenizer,
+            peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+            loss="ln_dpo",
+        )
+
+    whole = trainer("whole")
+    log = steps(whole)
+    resumed = trainer("resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    for (name, one), (_, other) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+    for one, other in zip(log, [e for e in resumed.state.log_history if "loss" in e], strict=True):
+        timed = {"perf/tokens_per_s", "perf/peak_rss_gb"}
+        assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
