@@ -1,0 +1,271 @@
+"""What the page and the card both say, so that they cannot differ."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from align.losses import LOSSES
+
+from .record import RunRecord
+
+SFT_FORMULA = "-log pi(answer | prompt), mean per token"
+NOTATION = (
+    "w: the chosen answer, l: the rejected one; S: its log-prob under the policy, R: under the reference (nats); "
+    "r = S - R; n: tokens; sigma: the logistic function."
+)
+
+# Names of the suites' metrics in words, and how their values read.
+PERCENT, NATS, TOKENS, POINTS = "%", "nats", "tokens", ""
+METRICS: dict[str, tuple[str, str]] = {
+    "generation/win_rate": ("Win rate against the model before training", PERCENT),
+    "generation/ties": ("Ties, each counted as half a win", PERCENT),
+    "generation/reward_before": ("Score of the answers, before", POINTS),
+    "generation/reward_after": ("Score of the answers, after", POINTS),
+    "generation/reward_change": ("Change of the score, by prompt", POINTS),
+    "generation/length_before": ("Answer length, before", TOKENS),
+    "generation/length_after": ("Answer length, after", TOKENS),
+    "generation/unfinished_before": ("Answers cut by the token limit, before", PERCENT),
+    "generation/unfinished_after": ("Answers cut by the token limit, after", PERCENT),
+    "generation/repetition_before": ("3-grams said before in the same answer, before", PERCENT),
+    "generation/repetition_after": ("3-grams said before in the same answer, after", PERCENT),
+    "generation/distinct_before": ("Different 2-grams over all answers, before", PERCENT),
+    "generation/distinct_after": ("Different 2-grams over all answers, after", PERCENT),
+    "generation/kl_to_reference": ("KL to the reference, per answer", NATS),
+    "generation/kl_to_reference_per_token": ("KL to the reference, per token", NATS),
+    "preference/accuracy": ("Preference accuracy on held-out pairs", PERCENT),
+    "preference/margin": ("Margin of the implicit reward", POINTS),
+    "preference/ties": ("Pairs with equal rewards", PERCENT),
+    "displacement/chosen_delta": ("Log-prob change of chosen answers", NATS),
+    "displacement/chosen_delta_per_token": ("Log-prob change of chosen answers, per token", NATS),
+    "displacement/rejected_delta": ("Log-prob change of rejected answers", NATS),
+    "displacement/frac_chosen_down": ("Chosen answers that became less likely", PERCENT),
+    "displacement/largest_fall": ("Largest fall of a chosen answer", NATS),
+}
+COUNTS = {"set_aside": "rows set aside", "truncated": "answers cut at the length limit"}
+REFERENCES = {
+    "none": "none: the loss does not compare with a reference",
+    "adapters-off": "the same weights with the adapter switched off",
+    "frozen-copy": "a frozen copy of the weights that training started from",
+}
+
+
+@dataclass(frozen=True)
+class Term:
+    """One loss of the run, in words.
+
+    Attributes:
+        name, weight, settings: as in the recipe.
+        formula, purpose: from the table of losses.
+        paper: such as ``arXiv:2305.18290``; empty where there is none.
+        url: of the paper, or empty.
+    """
+
+    name: str
+    weight: float
+    settings: dict[str, Any]
+    formula: str
+    purpose: str
+    paper: str
+    url: str
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A measured number, ready to print.
+
+    Attributes:
+        label: what it is.
+        value: with its unit.
+        interval: ``61.0 to 74.9``, in the value's unit, or empty where there is none.
+        n: independent observations.
+        note: what it says, where that follows from the interval.
+    """
+
+    label: str
+    value: str
+    interval: str
+    n: int
+    note: str = ""
+
+
+def terms(recipe: Mapping[str, Any]) -> list[Term]:
+    """The losses of a resolved recipe, with what the table says of them."""
+    if recipe.get("method") == "sft":
+        return [Term("sft", 1.0, {}, SFT_FORMULA, "imitates the answers of the data", "", "")]
+    if recipe.get("losses"):
+        raw = [dict(term) for term in recipe["losses"]]
+    elif recipe.get("method"):
+        raw = [{"name": recipe["method"], **(recipe.get("loss") or {})}]
+    else:
+        return []
+    return [_term(term.pop("name"), term.pop("weight", 1.0), term) for term in raw]
+
+
+def _term(name: str, weight: float, settings: dict[str, Any]) -> Term:
+    info = LOSSES.get(name)
+    if info is None:  # a loss of the user's own, which this process has not imported
+        return Term(name, weight, settings, "", "", "", "")
+    url = f"https://arxiv.org/abs/{info.paper.removeprefix('arXiv:')}" if info.paper.startswith("arXiv:") else ""
+    return Term(name, weight, settings, info.formula, info.purpose, info.paper, url)
+
+
+def method_name(recipe: Mapping[str, Any]) -> str:
+    """``ln_dpo``, or ``0.8 dpo + 0.2 sft``."""
+    found = terms(recipe)
+    if len(found) == 1:
+        return found[0].name
+    return " + ".join(f"{term.weight:g} {term.name}" for term in found) or "unknown method"
+
+
+def model_name(record: RunRecord) -> str:
+    """The model as the recipe names it."""
+    recipe_model = record.recipe.get("model")
+    named = recipe_model.get("name") if isinstance(recipe_model, dict) else recipe_model
+    return str(record.section("model").get("name") or named or "unknown model")
+
+
+def judge(record: RunRecord) -> str:
+    """The function that scored the sampled answers, or empty."""
+    settings = record.evals.get("generation", {}).get("settings") or {}
+    return str(settings.get("reward") or "")
+
+
+def notation(recipe: Mapping[str, Any]) -> str:
+    """What the letters of the formulas mean; empty where no formula uses them."""
+    return NOTATION if any(term.paper for term in terms(recipe)) else ""
+
+
+def commands(record: RunRecord) -> list[tuple[str, str]]:
+    """What to type next, each with a word on what it does."""
+    output = shlex.quote(record.output)
+    typed = record.manifest.get("command")
+    found = []
+    if any((record.path / folder).is_dir() for folder in ("adapter", "model", "merged")):
+        found.append(("Chat with the result", f"align generate --model {output} --chat"))
+    if record.recipe:
+        again = shlex.quote(str(Path(record.output) / "config.resolved.yaml"))
+        found.append(("Train it again", f"align train {again} output={shlex.quote(record.output + '-again')}"))
+    if typed:
+        found.append(("The command that started this run", shlex.join(typed)))
+    if sync := record.section("wandb").get("sync"):
+        found.append(("Send the metrics to Weights & Biases", sync))
+    return found
+
+
+def data_rows(data: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """One table row per field of the data sections, in their order."""
+    names: dict[str, None] = {}
+    for part in data.values():
+        names.update(dict.fromkeys(key for key, value in part.items() if not isinstance(value, dict | list)))
+    return [
+        (COUNTS.get(name, name.replace("_", " ")), [_cell(name, part.get(name)) for part in data.values()])
+        for name in names
+    ]
+
+
+def capitalise(text: str) -> str:
+    """The text with its first letter large, and the others as they are."""
+    return text[:1].upper() + text[1:]
+
+
+def measures(record: RunRecord) -> list[Measure]:
+    """Every metric of every suite, before and after next to each other; metrics without a name in words come last."""
+    entries = {
+        f"{s}/{name}": entry for s, content in record.evals.items() for name, entry in content["metrics"].items()
+    }
+    known = [name for name in METRICS if name in entries]
+    return [_measure(name, entries[name]) for name in [*known, *(name for name in entries if name not in METRICS)]]
+
+
+def headline(record: RunRecord) -> list[Measure]:
+    """The numbers to look at first; those that were not measured are left out."""
+    names = (
+        "generation/win_rate",
+        "preference/accuracy",
+        "displacement/chosen_delta_per_token",
+        "generation/kl_to_reference",
+    )
+    found = [m for name in names if (m := _find(record, name)) is not None]
+    for label, name, kind in (
+        ("Score of the answers, before and after", "generation/reward", POINTS),
+        ("Answer length, before and after", "generation/length", TOKENS),
+    ):
+        before, after = _entry(record, f"{name}_before"), _entry(record, f"{name}_after")
+        if before and after:
+            value = f"{number(before['value'], kind)} → {number(after['value'], kind)}{unit(kind)}"
+            intervals = " → ".join(i for side in (before, after) if (i := _interval(side, kind)))
+            found.append(Measure(label, value, intervals, after["n"]))
+    return found
+
+
+def number(value: float | None, kind: str) -> str:
+    """A value of a kind, without its unit."""
+    if value is None:
+        return "not finite"
+    if kind == PERCENT:
+        text = f"{100 * value:.1f}"
+    elif kind == TOKENS or abs(value) >= 10:
+        text = f"{value:.1f}"
+    else:
+        text = f"{value:.3f}"
+    return text.replace("-", "−")
+
+
+def unit(kind: str) -> str:
+    """The unit with the space before it."""
+    return f" {kind}" if kind else ""
+
+
+def interval_words(record: RunRecord) -> str:
+    """How the intervals were made: ``95 % percentile bootstrap, 10,000 resamples``."""
+    made = [i for content in record.evals.values() if (i := (content.get("settings") or {}).get("interval"))]
+    if not made:
+        return ""
+    return f"{100 * made[0]['level']:g} % {made[0]['kind']}, {made[0]['resamples']:,} resamples"
+
+
+def _entry(record: RunRecord, name: str) -> dict[str, Any] | None:
+    suite, metric = name.split("/", 1)
+    entry = record.evals.get(suite, {}).get("metrics", {}).get(metric)
+    return entry if entry and entry["value"] is not None else None
+
+
+def _find(record: RunRecord, name: str) -> Measure | None:
+    entry = _entry(record, name)
+    return _measure(name, entry) if entry else None
+
+
+def _measure(name: str, entry: Mapping[str, Any]) -> Measure:
+    label, kind = METRICS.get(name, (name, POINTS))
+    value = f"{number(entry['value'], kind)}{unit(kind)}"
+    return Measure(label, value, _interval(entry, kind), entry["n"], _note(name, entry))
+
+
+def _interval(entry: Mapping[str, Any], kind: str) -> str:
+    low, high = entry.get("low"), entry.get("high")
+    return "" if low is None or high is None else f"{number(low, kind)} to {number(high, kind)}"
+
+
+def _note(name: str, entry: Mapping[str, Any]) -> str:
+    """What the interval says about the value that means nothing happened."""
+    even = {"generation/win_rate": (0.5, "50 %"), "preference/accuracy": (0.5, "50 %")}
+    zero = ("generation/reward_change", "displacement/chosen_delta_per_token", "displacement/chosen_delta")
+    point, words = even.get(name, (0.0, "0") if name in zero else (None, ""))
+    low, high = entry.get("low"), entry.get("high")
+    if point is None or low is None or high is None:
+        return ""
+    if low > point:
+        return f"the interval lies above {words}"
+    return f"the interval lies below {words}" if high < point else f"the interval holds {words}: no clear change"
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return "—"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value)[:16] if name.endswith("sha256") else str(value)

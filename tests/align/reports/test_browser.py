@@ -1,0 +1,122 @@
+"""The page in a real browser: it renders, its filter works, nothing complains, and nothing leaves the machine."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from align.reports.report import render_report
+
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
+FLAGS = (
+    *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-extensions"),
+    "--host-resolver-rules=MAP * ~NOTFOUND",  # the browser's own calls home find nobody
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-default-apps"),
+    *("--enable-logging=stderr", "--v=0", "--virtual-time-budget=3000", "--dump-dom"),
+)
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: apt-get install chromium")
+
+USE_FILTER = """
+<script>
+addEventListener("load", () => {
+  const visible = () => [...document.querySelectorAll(".sample")].filter((s) => s.checkVisibility()).length;
+  const type = (id, value) => {
+    const field = document.getElementById(id);
+    field.value = value;
+    field.dispatchEvent(new Event("input", { bubbles: true }));
+    return visible();
+  };
+  const found = [visible(), type("find", "SOURDOUGH"), type("find", "no such word"), type("find", "")];
+  const counts = [...found, type("change", "down")];
+  document.body.dataset.counts = counts.join();
+});
+</script>
+"""
+
+
+@dataclass
+class Visit:
+    """What the browser made of a page."""
+
+    dom: str
+    console: list[str]
+    hosts: set[str]
+
+
+def visit(page: Path, scratch: Path) -> Visit:
+    """Open a page in a browser with an empty profile."""
+    net_log = scratch / "net.json"
+    done = subprocess.run(
+        [str(CHROMIUM), *FLAGS, f"--user-data-dir={scratch / 'profile'}", f"--log-net-log={net_log}", page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return Visit(
+        dom=done.stdout,
+        console=re.findall(r"CONSOLE[:(]\S+\] (.*)", done.stderr),
+        hosts=requested_hosts(net_log.read_text(encoding="utf-8")),
+    )
+
+
+def requested_hosts(log: str) -> set[str]:
+    """Hosts that the page began a request for. The browser's own requests (updates, time) come from no origin."""
+    params = [event["params"] for event in json.loads(log)["events"] if "url" in event.get("params", {})]
+    urls = [urlsplit(p["url"]) for p in params if p.get("initiator", "not an origin") != "not an origin"]
+    return {url.netloc for url in urls if url.scheme not in ("file", "data", "blob")}
+
+
+@needs_chromium
+def test_the_page_renders_in_silence(finished_run, tmp_path):
+    seen = visit(render_report(finished_run), tmp_path)
+    assert seen.console == []
+    assert seen.hosts == set()
+    assert seen.dom.count("<article") == 20
+    assert seen.dom.count("<svg") == 9
+    assert "20 of 20 shown" in seen.dom, "the filter's script did not run"
+
+
+@needs_chromium
+def test_the_filter_hides_what_does_not_match(finished_run, tmp_path):
+    """A script that types into the boxes stands in for the reader; the page's policy is taken out to let it run."""
+    page = render_report(finished_run)
+    rows = [json.loads(line) for line in (finished_run / "samples.jsonl").read_text().splitlines()]
+    worse = sum(row["after"]["reward"] < row["before"]["reward"] for row in rows)
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text(encoding="utf-8"))
+    page.write_text(text.replace("</body>", USE_FILTER + "</body>"), encoding="utf-8")
+    assert f'data-counts="20,4,0,20,{worse}"' in visit(page, tmp_path).dom
+    assert 0 < worse < 20
+
+
+@needs_chromium
+def test_a_broken_page_would_be_caught(finished_run, tmp_path):
+    """Console errors and requests are seen where there are some: the test above is able to fail."""
+    page = render_report(finished_run)
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text(encoding="utf-8"))
+    bad = '<script>console.error("broken on purpose")</script><img src="http://reports.invalid/pixel.png">'
+    page.write_text(text.replace("</body>", bad + "</body>"), encoding="utf-8")
+    seen = visit(page, tmp_path)
+    assert any("broken on purpose" in line for line in seen.console)
+    assert "reports.invalid" in seen.hosts
+
+
+@needs_chromium
+def test_the_policy_of_the_page_stops_a_script_and_a_request_that_got_in(finished_run, tmp_path):
+    """A script and a picture in the page as it is are refused by the browser: a second wall behind the escaping."""
+    page = render_report(finished_run)
+    bad = '<script>document.title = "taken over"</script><img src="http://reports.invalid/pixel.png">'
+    page.write_text(page.read_text(encoding="utf-8").replace("</body>", bad + "</body>"), encoding="utf-8")
+    seen = visit(page, tmp_path)
+    assert seen.hosts == set()
+    assert "<title>taken over" not in seen.dom
+    assert sum("Content Security Policy" in line for line in seen.console) >= 2
