@@ -7,6 +7,7 @@ command ends is decided here, in one place, by ``CommandLine``.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -16,7 +17,7 @@ from align.errors import AlignError
 from align.tracking.telemetry import disable_telemetry
 
 from . import doctor, generate, recipes, report, train, validate
-from .disk import disk_is_full
+from .disk import full_message, is_full
 
 
 class CommandLine(TyperGroup):
@@ -31,8 +32,8 @@ class CommandLine(TyperGroup):
         except KeyboardInterrupt as interrupt:
             _end(str(interrupt) or "interrupted", 130)
         except Exception as error:
-            if message := disk_is_full(error):
-                _end(message, 1)
+            if is_full(error):
+                _end(full_message(error, Path.cwd()), 1)
             raise
 
 
@@ -76,5 +77,6 @@ def _options(
 
 
 def _end(message: str, code: int) -> NoReturn:
+    sys.stdout.flush()  # what was printed before comes before, also in a log that holds both streams
     print(message, file=sys.stderr)
     raise typer.Exit(code)

@@ -10,6 +10,8 @@ import typer
 
 from align.errors import ConfigError
 
+from .disk import writing_to
+
 
 def generate(
     model: Annotated[
@@ -38,14 +40,15 @@ def generate(
         answer_prompt(settings, prompt)
     elif source is not None and output is not None:
         try:
-            faults = answer_file(settings, source, output, _show_progress)
+            with writing_to(output):
+                faults = answer_file(settings, source, output, _show_progress)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted: {output} keeps what is done; the same command goes on") from None
         print(output)
         if faults:
             from align.data.report import fault_report
 
-            print(fault_report(source, faults, sum(1 for _ in output.open()) + len(faults)))
+            print(fault_report(faults, sum(1 for _ in output.open()) + len(faults)))
     else:
         talk(settings, lambda: input("> " if sys.stdin.isatty() else ""))
 

@@ -9,6 +9,8 @@ import typer
 
 from align.errors import AlignError
 
+from .disk import writing_to
+
 app = typer.Typer(help="List, show and copy recipes; their schema and methods.", no_args_is_help=True)
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped recipe (align recipes ls).")]
 
@@ -48,7 +50,7 @@ def cp(
     target = destination or Path(f"{name}.yaml")
     target = target / f"{name}.yaml" if target.is_dir() else target
     try:
-        with target.open("w" if force else "x", encoding="utf-8") as file:
+        with writing_to(target), target.open("w" if force else "x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
         raise AlignError(f"{target} is there already; --force writes over it") from None

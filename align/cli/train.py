@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .disk import writing_to
+
 
 def train(
     recipe: Annotated[
@@ -31,10 +33,12 @@ def train(
     changes = overrides or []
     checked = load_recipe(recipe, changes)
     command = ["align", "train", recipe, *changes]
+    output = Path(checked.output)
     try:
-        folder = run(checked, source=recipe, command=command, dry_run=dry_run)
+        with writing_to(output):
+            folder = run(checked, source=recipe, command=command, dry_run=dry_run)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(_interrupted(Path(checked.output), command)) from None
+        raise KeyboardInterrupt(_interrupted(output, command)) from None
     if not dry_run:
         print(f"done: {folder}")
 

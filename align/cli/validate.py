@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,8 @@ from align.errors import AlignError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from align.data.rows import CompletionTable, PairTable
+    from align.config.schema import DataSpec
+    from align.data.rows import Fault
 
 
 def validate(
@@ -25,7 +27,8 @@ def validate(
         ),
     ],
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="For data: the model whose tokenizer counts the tokens.")
+        str | None,
+        typer.Option("--model", "-m", help="For data: the model whose tokenizer counts the tokens (limit: 1,024)."),
     ] = None,
 ) -> None:
     """Check a recipe with its data, or data alone, and print the whole picture.
@@ -48,52 +51,50 @@ def _validate_recipe(source: str) -> None:
     print(f"{source}: no problems in the recipe")
     tokenizer = load_tokenizer(recipe.model.name, trust_remote_code=recipe.model.trust_remote_code)
     for data in filter(None, (recipe.data.train, recipe.data.eval)):
-        table = _read(data, completions=recipe.method == "sft")
-        _show(table, tokenizer, recipe.data.max_length, recipe.data.max_bad_fraction)
+        print()
+        _show_tokenized(data, tokenizer, recipe.data, pairs=recipe.method != "sft")
 
 
 def _validate_data(source: str, model: str | None) -> None:
     from align.config.schema import DataSpec
-    from align.models.load import load_tokenizer
+    from align.data.completions import read_completions
+    from align.data.pairs import read_pairs
+    from align.data.report import describe
 
-    tokenizer = load_tokenizer(model) if model else None
-    limit = DataSpec(train=source).max_bad_fraction
-    _show(_read(source, completions=_holds_completions(source)), tokenizer, None, limit)
+    pairs = _holds_pairs(source)
+    defaults = DataSpec(train=source)
+    if model:
+        from align.models.load import load_tokenizer
+
+        _show_tokenized(source, load_tokenizer(model), defaults, pairs)
+        return
+    table = read_pairs(source) if pairs else read_completions(source)
+    print(describe(table))
+    _check(table.faults, table.counts["rows"], defaults.max_bad_fraction)
 
 
-def _holds_completions(source: str) -> bool:
-    """Whether the first row that can be read is an answer to imitate, and not a comparison."""
+def _holds_pairs(source: str) -> bool:
+    """Whether the first row that can be read is a comparison, and not one answer to imitate."""
     from align.data.load import read_rows
 
     first = next((row for _, _, row in read_rows(source) if isinstance(row, dict)), {})
-    return bool({"completion", "messages", "text"} & first.keys()) and not {"chosen", "rejected"} & first.keys()
+    return bool({"chosen", "rejected"} & first.keys()) or not {"completion", "messages", "text"} & first.keys()
 
 
-def _read(source: str, completions: bool) -> PairTable | CompletionTable:
-    from align.data.completions import read_completions
-    from align.data.pairs import read_pairs
+def _show_tokenized(source: str, tokenizer: PreTrainedTokenizerBase, spec: DataSpec, pairs: bool) -> None:
+    from align.data.report import describe
+    from align.data.splits import read_split
 
-    return read_completions(source) if completions else read_pairs(source)
+    split = read_split(source, tokenizer, spec.max_length, pairs=pairs)
+    print(describe(split.table, tokenizer, spec.max_length))
+    _check(split.faults, split.table.counts["rows"], spec.max_bad_fraction)
 
 
-def _show(
-    table: PairTable | CompletionTable,
-    tokenizer: PreTrainedTokenizerBase | None,
-    max_length: int | None,
-    max_bad_fraction: float,
-) -> None:
-    from align.data.report import check_fraction, describe
-    from align.data.rows import PairTable
-    from align.data.tokenize import tokenize_completions, tokenize_pairs
+def _check(faults: Sequence[Fault], rows: int, max_bad_fraction: float) -> None:
+    """Stop where too many rows are bad; the faults themselves stand in the picture already."""
+    from align.data.report import check_fraction
 
-    print()
-    print(describe(table, tokenizer, max_length))
-    faults = list(table.faults)
-    if tokenizer is not None and isinstance(table, PairTable):
-        faults += tokenize_pairs(table.rows, tokenizer, max_length).faults
-    elif tokenizer is not None:
-        faults += tokenize_completions(table.rows, tokenizer, max_length).faults
     try:
-        check_fraction(faults, table.counts["rows"], max_bad_fraction)
-    except AlignError as error:  # its other lines name the faults, which stand above already
+        check_fraction(faults, rows, max_bad_fraction)
+    except AlignError as error:
         raise AlignError(str(error).splitlines()[-1]) from None

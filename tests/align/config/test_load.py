@@ -1,0 +1,173 @@
+"""Recipes: read, merged, checked, resolved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.config.load import config_hash, load_recipe, resolved_yaml, shipped_recipes
+from align.errors import ConfigError
+
+Write = Callable[..., str]
+
+
+def problems(source: str, *overrides: str) -> dict[str, str]:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(source, overrides)
+    return dict(caught.value.problems)
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_loads(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.model.name == "smollm2-135m-instruct"
+    assert recipe.output == f"runs/{name}"
+    assert recipe.evals == ["preference", "generation", "displacement"]
+
+
+def test_shipped_recipes_are_all_there() -> None:
+    assert {"quickstart", "sft", "simpo", "dpo_full", "combined"} <= set(shipped_recipes())
+
+
+def test_defaults_are_filled_in(write_recipe: Write) -> None:
+    """LN-DPO's default beta is 5; without held-out data there is nothing to evaluate on."""
+    recipe = load_recipe(write_recipe())
+    assert recipe.loss == {"beta": 5.0}
+    assert recipe.model.name == "some/model"
+    assert recipe.evals == []
+    assert [(term.name, term.weight, term.settings) for term in recipe.terms] == [("ln_dpo", 1.0, {"beta": 5.0})]
+
+
+def test_terms_of_a_sum_get_their_own_defaults(write_recipe: Write) -> None:
+    """DPO's default beta is 0.1; SimPO's are beta 2 and gamma 1; SFT has no settings."""
+    losses = [{"name": "dpo", "weight": 0.5}, {"name": "simpo", "beta": 4.0}, {"name": "sft"}]
+    recipe = load_recipe(write_recipe(method=None, losses=losses))
+    settings = [(term.name, term.weight, term.settings) for term in recipe.terms]
+    assert settings == [("dpo", 0.5, {"beta": 0.1}), ("simpo", 1.0, {"beta": 4.0, "gamma": 1.0}), ("sft", 1.0, {})]
+
+
+def test_all_problems_at_once_in_the_published_look(write_recipe: Write) -> None:
+    source = write_recipe(loss={"betaa": 2.0}, training={"max_steps": "many"})
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(source)
+    assert str(caught.value) == (
+        f"{source}: 2 problems\n"
+        "  loss.betaa          unknown key; did you mean loss.beta?\n"
+        "  training.max_steps  'many' is not a whole number"
+    )
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "where", "what"),
+    [
+        ({"metod": "dpo"}, "metod", "did you mean method?"),
+        ({"max_length": 8}, "max_length", "did you mean data.max_length?"),
+        ({"model": {"name": "a/b", "dtype": "bf16"}}, "model.dtype", "'bf16' is not one of auto, float32"),
+        ({"model": {"name": "a/b", "dtype": "bfloat"}}, "model.dtype", "did you mean bfloat16?"),
+        ({"model": {"name": "a/b", "lora": {"r": 0}}}, "model.lora.r", "is 0; it must be at least 1"),
+        ({"model": {"name": "a/b", "lora": {"r": 16.0}}}, "model.lora.r", "write 16"),
+        ({"model": {"name": "a/b", "lora": {"r": True}}}, "model.lora.r", "true is not a whole number"),
+        ({"model": {"name": "a/b", "lora": {"target_modules": 3}}}, "model.lora.target_modules", "text or a list"),
+        ({"model": {"dtype": "auto"}}, "model.name", "is missing"),
+        ({"model": "./nowhere"}, "model.name", "no such folder: './nowhere'"),
+        ({"model": {"name": "a/b", "adapter": "./nowhere"}}, "model.adapter", "no such folder"),
+        ({"data": None}, "data", "is missing"),
+        ({"data": {"train": "pears.jsonl"}}, "data.train", "no such file or folder: 'pears.jsonl'"),
+        ({"data": {"train": "align:quickstart/nowhere"}}, "data.train", "no data set 'align:quickstart/nowhere'"),
+        ({"method": "dpoo"}, "method", "'dpoo' is not a known method; did you mean dpo?"),
+        ({"method": None}, "method, losses", "neither is given"),
+        ({"losses": [{"name": "dpo"}]}, "method, losses", "both are given"),
+        ({"method": "sft", "loss": {"beta": 1.0}}, "loss.beta", "method sft has no such setting"),
+        ({"loss": {"beta": "x"}}, "loss.beta", "'x' is not a number"),
+        ({"loss": {"beta": -1.0}}, "loss", "beta is -1.0: it must be positive"),
+        ({"loss": {"gamma": 1.0}}, "loss.gamma", "ln_dpo has no such setting; it has: beta"),
+        ({"method": None, "losses": [{"name": "ipoo"}]}, "losses.0.name", "did you mean ipo?"),
+        ({"method": None, "losses": [{"name": "dpo", "beat": 1}]}, "losses.0.beat", "did you mean losses.0.beta?"),
+        ({"method": None, "losses": [{"name": "dpo", "weight": 0}]}, "losses.0.weight", "must be over 0"),
+        ({"evals": ["preference"]}, "evals", "need held-out data"),
+        ({"output": "."}, "output", None),
+        ({"base": 3}, "base", "is not the name of a recipe"),
+    ],
+)
+def test_a_problem_is_named_with_its_key(
+    write_recipe: Write, keys: dict[str, Any], where: str, what: str | None
+) -> None:
+    if what is None:
+        assert load_recipe(write_recipe(**keys)).output == "."
+    else:
+        assert what in problems(write_recipe(**keys))[where]
+
+
+def test_a_file_with_a_similar_name_is_offered(write_recipe: Write, tmp_path: Path) -> None:
+    source = write_recipe(data={"train": str(tmp_path / "pars.jsonl")})
+    assert problems(source)["data.train"].endswith(f"did you mean {tmp_path / 'pairs.jsonl'}?")
+
+
+def test_a_reward_that_cannot_be_imported(write_recipe: Write, tmp_path: Path) -> None:
+    data = {"train": str(tmp_path / "pairs.jsonl"), "eval": str(tmp_path / "pairs.jsonl")}
+    found = problems(write_recipe(data=data, generation={"reward": "json:lods"}))
+    assert "did you mean json:load" in found["generation.reward"]
+
+
+def test_overrides_reach_every_key(write_recipe: Write) -> None:
+    source = write_recipe(method=None, losses=[{"name": "dpo"}])
+    recipe = load_recipe(source, ["losses.0.beta=5e-1", "model=other/model", "model.lora.r=4", "resume=never"])
+    assert recipe.terms[0].settings == {"beta": 0.5}
+    assert recipe.model.name == "other/model"
+    assert recipe.model.lora is not None
+    assert recipe.model.lora.r == 4
+    assert recipe.resume == "never"
+
+
+def test_overrides_that_cannot_be_set(write_recipe: Write) -> None:
+    source = write_recipe(method=None, losses=[{"name": "dpo"}])
+    found = problems(source, "resume", "losses.0.beta=[", "losses.7.beta=1")
+    assert found["resume"] == "is not key=value, such as loss.beta=2"
+    assert found["losses.0.beta"].startswith("'[' is not YAML")
+    assert found["losses.7.beta"].startswith("cannot be set")
+    assert "did you mean data.train?" in problems(source, "data.trian=x")["data.trian"]
+
+
+def test_a_base_gives_what_the_recipe_leaves_open(write_recipe: Write) -> None:
+    write_recipe("parent.yaml", loss={"beta": 3.0}, model={"name": "a/b", "lora": {"r": 4}})
+    child = write_recipe("child.yaml", base="parent.yaml", model="c/d", data=None)
+    recipe = load_recipe(child)
+    assert recipe.loss == {"beta": 3.0}
+    assert recipe.model.name == "c/d"
+    assert recipe.model.lora is not None
+    assert recipe.model.lora.r == 4
+    assert recipe.data.train.endswith("pairs.jsonl")
+
+
+def test_a_base_has_no_base(write_recipe: Write) -> None:
+    write_recipe("grandparent.yaml")
+    write_recipe("parent.yaml", base="grandparent.yaml")
+    assert "one level is the limit" in problems(write_recipe("child.yaml", base="parent.yaml"))["base"]
+
+
+def test_sources_that_are_no_recipe(tmp_path: Path) -> None:
+    assert "did you mean simpo?" in problems("simpoo")["recipe"]
+    assert "is a folder" in problems(str(tmp_path))["recipe"]
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe")
+    assert "is not UTF-8 text" in problems(str(tmp_path / "binary.yaml"))["file"]
+
+
+def test_the_resolved_recipe_reads_back(write_recipe: Write, tmp_path: Path) -> None:
+    losses = [{"name": "ln_dpo", "beta": 2}, {"name": "sft", "weight": 0.2}]
+    model = {"name": "a/b", "lora": {"r": 4}}
+    recipe = load_recipe(write_recipe(method=None, losses=losses, model=model, tracking={"wandb": {"group": "g"}}))
+    (tmp_path / "resolved.yaml").write_text(resolved_yaml(recipe))
+    assert load_recipe(str(tmp_path / "resolved.yaml")) == recipe
+
+
+def test_the_hash_follows_what_changes_the_result(write_recipe: Write) -> None:
+    source = write_recipe(loss={"beta": 2.0})
+    base = config_hash(load_recipe(source))
+    same = config_hash(load_recipe(source, ["output=elsewhere", "resume=never", "tracking.wandb.mode=offline"]))
+    assert same == base == config_hash(load_recipe(source, ["loss.beta=2"]))
+    assert config_hash(load_recipe(source, ["loss.beta=2.5"])) != base
+    assert config_hash(load_recipe(source, ["data.max_length=512"])) != base
