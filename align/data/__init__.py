@@ -7,6 +7,7 @@
 - ``pairs.py``        ``read_pairs``: explicit and implicit prompts, rankings and ratings become pairs with a strength.
 - ``completions.py``  ``read_completions`` for ``method: sft``, and the rows that TRL's SFTTrainer takes.
 - ``tokenize.py``     token ids: BOS once, EOS once, one prompt for both answers, one limit for both answers.
+- ``splits.py``       the data sets of a run: the above in one step.
 - ``report.py``       what is wrong with the data, what is in it, and which tokens are scored.
 
 Every row is either used or set aside as a ``Fault`` with file, row, field and reason; what is neither (duplicates,

@@ -106,7 +106,7 @@ def resolve(prompt: Content | None, answers: Mapping[str, Content]) -> tuple[Con
     texts = {name: answer for name, answer in answers.items() if isinstance(answer, str)}
     talks = {name: answer for name, answer in answers.items() if not isinstance(answer, str)}
     if isinstance(prompt, list):
-        talks = {name: talks.get(name) or _assistant(texts[name]) for name in answers}
+        talks = {name: _assistant(texts[name]) if name in texts else talks[name] for name in answers}
     elif texts and talks:
         raise FieldError(next(iter(talks)), "messages where another answer is text: give all answers in one form")
     for name in answers:

@@ -47,9 +47,7 @@ def read_rows(source: str) -> Iterator[Row]:
     elif _HUB_ID.fullmatch(source) and not source.endswith(SUFFIXES):
         rows = _read_hub(source)
     else:
-        raise AlignError(
-            f"{source}: no such file or folder (looked from {Path.cwd()}): check data.train and data.eval"
-        )
+        raise AlignError(f"{source}: no such file or folder (looked from {Path.cwd()}): check the path")
     return _with_rows(source, rows)
 
 
@@ -80,7 +78,8 @@ def _read_folder(folder: Path) -> Iterator[Row]:
         raise AlignError(f"{folder}: has splits: name one: {', '.join(str(folder / split) for split in splits)}")
     if (folder / "state.json").exists():
         return _read_saved(folder)
-    files = sorted(path for path in folder.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file())
+    paths = (path for path in folder.rglob("*") if path.name.lower().endswith(SUFFIXES) and path.is_file())
+    files = sorted(path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts))
     if not files:
         raise AlignError(f"{folder}: no data in this folder: looked for {', '.join(SUFFIXES)}")
     return (row for path in files for row in _read_file(path, str(path)))

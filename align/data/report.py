@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -77,21 +77,14 @@ def _rows_of(group: Sequence[Fault], source: str) -> str:
 
 
 def write_rejected(path: str | Path, faults: Sequence[Fault]) -> None:
-    """One JSON line for each row that was set aside: ``{source, row, faults: [{field, reason}], content}``.
+    """One JSON line for each fault, ``{source, row, field, reason, content}``; content is the row as it was read.
 
     The file is replaced as a whole, so that a kill leaves the old one or the new one.
     """
-    rows: dict[tuple[str, int], dict[str, Any]] = {}
-    for fault in faults:
-        row = rows.setdefault(
-            (fault.source, fault.row),
-            {"source": fault.source, "row": fault.row, "faults": [], "content": fault.content},
-        )
-        row["faults"].append({"field": fault.field, "reason": fault.reason})
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text("".join(json.dumps(row, default=str) + "\n" for row in rows.values()), encoding="utf-8")
+    partial.write_text("".join(json.dumps(vars(fault), default=str) + "\n" for fault in faults), encoding="utf-8")
     partial.replace(path)
 
 
@@ -238,9 +231,9 @@ def _cuts(tokenized: Tokenized) -> str:
 
 
 def _token_facts(tokenized: Tokenized) -> list[tuple[str, str]]:
-    facts = []
-    if tokenized.counts["boundary_moved"]:
-        facts.append(("boundary moved", f"{tokenized.counts['boundary_moved']:,} (answer begins before prompt's end)"))
+    facts = [
+        ("boundary moved", f"{tokenized.counts['boundary_moved']:,} rows, whose answer begins before prompt's end")
+    ]
     if tokenized.counts["eos_inside"]:
         facts.append(("end token", f"{tokenized.counts['eos_inside']:,} answers hold one before their end"))
     return facts
@@ -257,7 +250,8 @@ def show_masks(tokenized: Tokenized, tokenizer: PreTrainedTokenizerBase, n: int 
 
     styles = {"prompt": "dim", "chosen": "green", "rejected": "yellow", "completion": "green"}
     lines = [Text("prompt: not scored · answers: scored, from their first token to the [end token]")]
-    for number, row in enumerate(tokenized.rows[:n], start=1):
+    rows: Sequence[TokenizedPair | TokenizedCompletion] = tokenized.rows[:n]
+    for number, row in enumerate(rows, start=1):
         parts = _parts(row)
         tokens = " · ".join(f"{name} {len(ids):,}" for name, ids in parts.items())
         strength = f" · strength {row.strength:g}" if isinstance(row, TokenizedPair) else ""

@@ -245,7 +245,8 @@ class _Encoder:
 
     def ids(self, texts: list[str], is_text: bool, is_prompt: bool = True) -> list[list[int]]:
         """Token ids; ``is_text`` is False for what a template wrote, which holds its special tokens already."""
-        encoded = self.tokenizer(texts, add_special_tokens=is_text, verbose=False)["input_ids"]
+        output = self.tokenizer(texts, add_special_tokens=is_text, return_attention_mask=False, verbose=False)
+        encoded = output["input_ids"]
         if is_text and self.adds_bos:
             bos = self.tokenizer.bos_token_id
             encoded = [ids[1:] if ids[:2] == [bos, bos] else ids for ids in encoded]
