@@ -47,9 +47,17 @@ def test_by_hand():
 
 
 def test_nothing_fell():
-    result = displacement_suite(pairs([-1.0], [-3.0], [1]), pairs([-2.0], [-3.0], [1]), ["a"])
+    """One chosen answer rose and one stayed: staying is no fall. Both pairs are of one prompt: no interval."""
+    result = displacement_suite(
+        pairs([-1.0, -2.0], [-3.0, -3.0], [1, 1]),
+        pairs([-2.0, -2.0], [-3.0, -3.0], [1, 1]),
+        ["a", "b"],
+        groups=["p", "p"],
+    )
+    assert result["n"] == 2
     assert result["metrics"]["largest_fall"]["value"] == 0.0
     assert result["metrics"]["frac_chosen_down"] == {"value": 0.0, "low": None, "high": None, "n": 1}
+    assert [metric["n"] for metric in result["metrics"].values()] == [1, 1, 1, 1, 2]
 
 
 def test_refuses_other_pairs():

@@ -10,9 +10,9 @@ from align.evals.generation import compare, distinct, repetition
 from align.evals.kl import LogRatios
 from align.evals.sampling import Sample
 
-PROMPTS = ["Name a fruit.", "Name a tree."]
-BEFORE = [Sample([1, 2, 1, 2, 1], "well well", False), Sample([3, 4, 9], "oak", True)]
-AFTER = [Sample([5, 9], "fig", True), Sample([6, 7, 8, 9], "elms", True)]
+PROMPTS = ["Name a fruit.", "Name a tree.", "Name a pet."]
+BEFORE = [Sample([1, 2, 1, 2, 1], "well well", False), Sample([3, 4, 9], "oak", True), Sample([5], "cats", False)]
+AFTER = [Sample([5, 9], "fig", True), Sample([6, 7, 8, 9], "elms", True), Sample([6, 7, 9], "cat", True)]
 
 
 def brevity(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
@@ -21,10 +21,10 @@ def brevity(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
 
 
 def test_by_hand():
-    """Rewards -9, -3 before and -3, -4 after: one win, one loss.
+    """Rewards -9, -3, -4 before and -3, -4, -3 after: two wins, one loss.
 
-    3-grams of [1,2,1,2,1] are 121, 212, 121: a third repeats, and none of the other answer's.
-    2-grams before: 12, 21, 12, 21, 34, 49: 4 of 6 differ. After: 59, 67, 78, 89: all differ.
+    3-grams of [1,2,1,2,1] are 121, 212, 121: a third repeats, and none of the other answers'.
+    2-grams before: 12, 21, 12, 21, 34, 49: 4 of 6 differ. After: 59, 67, 78, 89, 67, 79: 5 of 6.
     KL: 2 and 4 nats over 2 and 6 tokens: 3 per answer, 6/8 per token.
     """
     result = compare(
@@ -37,31 +37,33 @@ def test_by_hand():
     )
     assert {name: metric["value"] for name, metric in result["metrics"].items()} == pytest.approx(
         {
-            "win_rate": 0.5,
+            "win_rate": 2 / 3,
             "ties": 0.0,
-            "reward_change": 2.5,
-            "reward_before": -6.0,
-            "length_before": 4.0,
-            "unfinished_before": 0.5,
-            "repetition_before": 1 / 6,
+            "reward_change": 2.0,
+            "reward_before": -16 / 3,
+            "length_before": 3.0,
+            "unfinished_before": 2 / 3,
+            "repetition_before": 1 / 9,
             "distinct_before": 4 / 6,
-            "reward_after": -3.5,
+            "reward_after": -10 / 3,
             "length_after": 3.0,
             "unfinished_after": 0.0,
             "repetition_after": 0.0,
-            "distinct_after": 1.0,
+            "distinct_after": 5 / 6,
             "kl_to_reference": 3.0,
             "kl_to_reference_per_token": 0.75,
         }
     )
-    assert result["metrics"]["win_rate"] == {"value": 0.5, "low": 0.0, "high": 1.0, "n": 2}
+    assert result["metrics"]["win_rate"] == {"value": pytest.approx(2 / 3), "low": 0.0, "high": 1.0, "n": 3}
+    assert result["metrics"]["kl_to_reference"]["n"] == 2
     assert result["rows"][0] == {
         "prompt": "Name a fruit.",
         "before": {"text": "well well", "reward": -9.0, "tokens": 5, "finished": False},
         "after": {"text": "fig", "reward": -3.0, "tokens": 2, "finished": True},
         "kl": 2.0,
     }
-    assert (result["suite"], result["n"]) == ("generation", 2)
+    assert [row["kl"] for row in result["rows"]] == [2.0, 4.0, None]
+    assert (result["suite"], result["n"]) == ("generation", 3)
     assert result["settings"]["temperature"] == 0.7
     assert result["settings"]["kl_unbiased"] is True
     assert json.loads(json.dumps(result, allow_nan=False)) == result
@@ -74,10 +76,9 @@ def test_same_answers_tie():
     assert "kl_to_reference" not in metrics
 
 
-def test_kl_on_the_first_prompts_only():
+def test_answers_at_another_temperature_are_said_to_be_biased():
     result = compare(PROMPTS, BEFORE, AFTER, brevity, kl=LogRatios([2.0], [2], 0.7))
-    assert [row["kl"] for row in result["rows"]] == [2.0, None]
-    assert result["metrics"]["kl_to_reference"]["n"] == 1
+    assert result["settings"]["kl_temperature"] == 0.7
     assert result["settings"]["kl_unbiased"] is False
 
 
@@ -89,11 +90,11 @@ def test_short_answers_repeat_nothing():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="2 prompts, 1 answers before"):
+    with pytest.raises(ValueError, match="3 prompts, 1 answers before"):
         compare(PROMPTS, BEFORE[:1], AFTER, brevity)
-    with pytest.raises(ValueError, match="gave 1 scores for 2 answers"):
+    with pytest.raises(ValueError, match="gave 1 scores for 3 answers"):
         compare(PROMPTS, BEFORE, AFTER, lambda prompts, completions: [1.0])
     with pytest.raises(ValueError, match=r"reward\[1\] is nan"):
-        compare(PROMPTS, BEFORE, AFTER, lambda prompts, completions: [1.0, float("nan")])
-    with pytest.raises(ValueError, match="3 log-ratios for 2 prompts"):
-        compare(PROMPTS, BEFORE, AFTER, brevity, kl=LogRatios([1.0] * 3, [1] * 3, 1.0))
+        compare(PROMPTS, BEFORE, AFTER, lambda prompts, completions: [1.0, float("nan"), 1.0])
+    with pytest.raises(ValueError, match="4 log-ratios for 3 prompts"):
+        compare(PROMPTS, BEFORE, AFTER, brevity, kl=LogRatios([1.0] * 4, [1] * 4, 1.0))

@@ -36,7 +36,7 @@ def test_pairs_of_a_prompt_count_once():
     chosen = torch.tensor([1.0, 1.0, 1.0, -1.0], dtype=torch.bfloat16, requires_grad=True)
     result = preference_suite(chosen, torch.zeros(4), list("abcd"), groups=["p", "p", "q", "q"])
     assert result["n"] == 4
-    assert result["metrics"]["accuracy"]["n"] == 2
+    assert [metric["n"] for metric in result["metrics"].values()] == [2, 2, 2]
     assert result["metrics"]["accuracy"]["low"] == 0.5  # prompt q alone: one right, one wrong
 
 

@@ -44,6 +44,14 @@ def test_a_prompt_listed_twice_gets_two_answers(make_tiny_model: Callable[..., L
     assert answers[0] != answers[3]
 
 
+def test_prompts_do_not_share_their_noise(make_tiny_model: Callable[..., LlamaForCausalLM], draw: Draw):
+    """With a head of zeros all tokens are equally likely and the noise alone decides."""
+    model = make_tiny_model()
+    model.lm_head.weight.data.zero_()
+    answers = draw(model, prompts=[[1], [2], [3]], eos_ids={0})
+    assert len({tuple(answer.tokens[:3]) for answer in answers}) == 3
+
+
 def test_seed_and_temperature(make_tiny_model: Callable[..., LlamaForCausalLM], draw: Draw):
     model = make_tiny_model()
     assert draw(model, prompts=PROMPTS) == draw(model, prompts=PROMPTS)
