@@ -1,0 +1,106 @@
+"""``align generate`` on a tiny random model: what it writes, in what order, and how it goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import Result
+
+Align = Callable[..., Result]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """Text, messages, the first text again, a row without a prompt, an empty prompt, a broken line."""
+    messages = [{"role": "user", "content": "the other one"}]
+    rows = [{"prompt": "the hat"}, {"prompt": messages}, {"prompt": "the hat"}, {"question": "?"}, {"prompt": ""}]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n")
+    return path
+
+
+def answers(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def options(model: Path, *more: object) -> tuple[object, ...]:
+    return ("generate", "--model", model, "--max-new-tokens", 6, *more)
+
+
+def test_a_file_of_prompts(align: Align, tiny_model_dir: Path, prompts: Path, tmp_path: Path) -> None:
+    output = tmp_path / "answers.jsonl"
+    result = align(*options(tiny_model_dir, "-i", prompts, "-o", output))
+    assert result.exit_code == 0, result.stderr
+    rows = answers(output)
+    assert [row["row"] for row in rows] == [1, 2, 3]
+    assert all(1 <= row["tokens"] <= 6 for row in rows)
+    assert rows[0]["completion"] != rows[2]["completion"], "a prompt that is listed twice gets two answers"
+    assert "3 of 6 rows cannot be used" in result.stdout
+    assert "broken JSON" in result.stdout
+
+
+def test_a_second_call_makes_only_what_is_missing(
+    align: Align, tiny_model_dir: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """Cut after the second row, inside the third line, as a kill would: the result is the same file."""
+    output = tmp_path / "answers.jsonl"
+    command = options(tiny_model_dir, "-i", prompts, "-o", output)
+    align(*command)
+    whole = output.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    output.write_bytes(lines[0] + lines[1] + lines[2][:20])
+    result = align(*command)
+    assert result.exit_code == 0, result.stderr
+    assert output.read_bytes() == whole
+
+
+def test_answers_with_other_settings_are_not_mixed_in(
+    align: Align, tiny_model_dir: Path, prompts: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "answers.jsonl"
+    align(*options(tiny_model_dir, "-i", prompts, "-o", output))
+    before = output.read_bytes()
+    result = align(*options(tiny_model_dir, "-i", prompts, "-o", output, "--seed", 1))
+    assert result.exit_code == 1
+    assert "name another output" in result.stderr
+    assert output.read_bytes() == before
+
+
+def test_a_prompt_that_leaves_no_room_is_reported(align: Align, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """The tiny model reads 512 tokens."""
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "xyz " * 400}) + "\n")
+    result = align(*options(tiny_model_dir, "-i", tmp_path / "long.jsonl", "-o", tmp_path / "out.jsonl"))
+    assert result.exit_code == 1
+    assert "more than the 512 that the model reads" in result.stderr
+
+
+def test_one_prompt_is_the_likeliest_answer_at_temperature_0(align: Align, tiny_model_dir: Path) -> None:
+    command = options(tiny_model_dir, "-p", "the hat", "--temperature", 0)
+    first = align(*command, "--seed", 1).stdout
+    assert first.strip()
+    assert first == align(*command, "--seed", 2).stdout
+    assert first != align(*command, "--raw").stdout, "with and without the chat template"
+
+
+def test_chat_keeps_its_history_until_reset(align: Align, tiny_model_dir: Path) -> None:
+    """At temperature 0 the same words get the same answer after /reset, and another one as a second turn."""
+    command = options(tiny_model_dir, "--chat", "--temperature", 0)
+    lines = align(*command, input="the hat\n/reset\nthe hat\nthe hat\n/quit\nnot read\n").stdout.splitlines()
+    assert len(lines) == 3
+    assert lines[0] == lines[1] != lines[2]
+
+
+def test_chat_says_when_the_conversation_is_too_long(align: Align, tiny_model_dir: Path) -> None:
+    result = align(*options(tiny_model_dir, "--chat"), input="xyz " * 400 + "\n")
+    assert result.exit_code == 0, result.stderr
+    assert "/reset starts anew" in result.stdout
+
+
+def test_a_folder_without_a_model(align: Align, tmp_path: Path) -> None:
+    result = align(*options(tmp_path, "-p", "Hi"))
+    assert result.exit_code == 1
+    assert "no config.json in this folder" in result.stderr
