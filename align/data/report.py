@@ -103,7 +103,7 @@ def check_fraction(faults: Sequence[Fault], total: int, max_bad_fraction: float)
         return
     raise AlignError(
         f"{fault_report(faults, total)}\n"
-        f"{bad / max(total, 1):.1%} of the rows is over data.max_bad_fraction {max_bad_fraction:g}: "
+        f"{100 * bad / total:.1f} % of the rows is over data.max_bad_fraction {max_bad_fraction:g}: "
         "mend the data, or raise the limit if what is left is enough"
     )
 
@@ -114,7 +114,7 @@ def describe(table: Table, tokenizer: PreTrainedTokenizerBase | None = None, max
     Args:
         tokenizer: adds lengths in tokens, moved boundaries, and what ``max_length`` (tokens) cuts.
     """
-    used = "pairs" if isinstance(table, PairTable) else "completions"
+    used = "pair" if isinstance(table, PairTable) else "completion"
     facts = [("kinds of rows", _kinds(table)), *_repeats(table)]
     if table.unused:
         facts.append(("not read", "columns " + ", ".join(f"{name} ({n:,})" for name, n in table.unused.items())))
@@ -130,7 +130,7 @@ def describe(table: Table, tokenizer: PreTrainedTokenizerBase | None = None, max
             facts.append((f"max_length {max_length:,}", _cuts(tokenized)))
         facts += _token_facts(tokenized)
         faults += tokenized.faults
-    lines = [f"{table.source}: {table.counts['rows']:,} rows, {table.counts[used]:,} {used}"]
+    lines = [f"{table.source}: {_of(table.counts['rows'], 'row')}, {_of(len(table.rows), used)}"]
     lines += [f"  {name:<15} {fact}" for name, fact in facts]
     lines += lengths
     if faults:
@@ -138,12 +138,16 @@ def describe(table: Table, tokenizer: PreTrainedTokenizerBase | None = None, max
     return "\n".join(lines)
 
 
+def _of(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' if count != 1 else ''}"
+
+
 def _kinds(table: Table) -> str:
     names = {
         "explicit_prompt": "with prompt",
         "implicit_prompt": "with the prompt inside the answers",
-        "rankings": "rankings",
-        "ratings": "ratings",
+        "rankings": "ranked",
+        "ratings": "rated",
         "prompt_completion": "with prompt and completion",
         "messages": "conversations",
         "text": "plain text",
@@ -163,9 +167,9 @@ def _repeats(table: Table) -> list[tuple[str, str]]:
         ("contradictions", f"{counts['contradictions']:,}{_examples(contradictions)}"),
     ]
     if counts["ties"]:
-        facts.append(("ties", f"{counts['ties']:,} comparisons of equal rank or rating give no pair"))
+        facts.append(("ties", f"{counts['ties']:,} (answers of equal rank or rating give no pair)"))
     if counts["prompt_repeated"]:
-        facts.append(("repeated", f"{counts['prompt_repeated']:,} pairs whose answers begin with their own prompt"))
+        facts.append(("repeated", f"{counts['prompt_repeated']:,} (both answers begin with the text of their prompt)"))
     return facts
 
 
@@ -188,7 +192,8 @@ def _longer(rows: Sequence[PairRow]) -> str:
         return "no pair"
     gaps = [_characters(row.chosen) - _characters(row.rejected) for row in rows]
     chosen, rejected = (sum(gap > 0 for gap in gaps), sum(gap < 0 for gap in gaps))
-    return f"chosen in {chosen / len(gaps):.0%} of the pairs, rejected in {rejected / len(gaps):.0%} (characters)"
+    chosen_share, rejected_share = 100 * chosen / len(gaps), 100 * rejected / len(gaps)
+    return f"chosen in {chosen_share:.0f} % of the pairs, rejected in {rejected_share:.0f} % (characters)"
 
 
 def _characters(content: Content) -> int:
@@ -227,15 +232,18 @@ def _token_lengths(tokenized: Tokenized) -> dict[str, list[int]]:
 def _cuts(tokenized: Tokenized) -> str:
     cut = {key: n for key, n in tokenized.counts.items() if key.startswith("truncated_")}
     counts = " and ".join(f"{n:,} {key.removeprefix('truncated_')}" for key, n in cut.items())
-    return f"cuts {counts} answers; {tokenized.counts['set_aside']:,} rows set aside"
+    return f"cuts {counts} answers; sets aside {tokenized.counts['set_aside']:,}"
 
 
 def _token_facts(tokenized: Tokenized) -> list[tuple[str, str]]:
-    facts = [
-        ("boundary moved", f"{tokenized.counts['boundary_moved']:,} rows, whose answer begins before prompt's end")
-    ]
+    facts = [("boundary moved", f"{tokenized.counts['boundary_moved']:,} (answer begins before the prompt's end)")]
     if tokenized.counts["eos_inside"]:
-        facts.append(("end token", f"{tokenized.counts['eos_inside']:,} answers hold one before their end"))
+        facts.append(
+            (
+                "end token",
+                f"inside {_of(tokenized.counts['eos_inside'], 'answer')}: what follows it is never generated",
+            )
+        )
     return facts
 
 

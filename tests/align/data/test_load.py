@@ -56,7 +56,12 @@ def test_folder_is_read_in_the_order_of_its_paths_without_hidden_files(tmp_path:
     (tmp_path / "README.md").write_text("about")
     (tmp_path / ".cache" / "old.jsonl").write_text(jsonl([{"prompt": "old"}]))
     first, second = write(tmp_path / "b.parquet"), write(tmp_path / "deep" / "a.jsonl")
-    assert [(file, row) for file, row, _ in read_rows(str(tmp_path))] == [(first, 1), (first, 2), (second, 1), (second, 2)]
+    assert [(file, row) for file, row, _ in read_rows(str(tmp_path))] == [
+        (first, 1),
+        (first, 2),
+        (second, 1),
+        (second, 2),
+    ]
 
 
 def test_saved_dataset_and_its_splits(tmp_path: Path) -> None:
@@ -84,9 +89,7 @@ def test_line_faults_keep_their_line_and_the_rest_is_read(tmp_path: Path) -> Non
 
 def test_csv_faults_keep_their_record(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
-    path.write_bytes(
-        b'prompt,chosen,rejected,strength\n"two\nlines",a,b,0.5\nx,a,b\nx,\xff,b,\nx,a,b,\nx,a,b,much\n'
-    )
+    path.write_bytes(b'prompt,chosen,rejected,strength\n"two\nlines",a,b,0.5\nx,a,b\nx,\xff,b,\nx,a,b,\nx,a,b,much\n')
     rows = [row for _, _, row in read_rows(str(path))]
     assert rows[0] == {"prompt": "two\nlines", "chosen": "a", "rejected": "b", "strength": 0.5}
     assert isinstance(rows[1], Fault)
@@ -126,7 +129,7 @@ def test_unusable_file_says_what_to_do(tmp_path: Path, name: str, content: bytes
 def test_missing_sources(tmp_path: Path) -> None:
     with pytest.raises(AlignError, match="no such file or folder"):
         read_rows(str(tmp_path / "typo.jsonl"))
-    with pytest.raises(AlignError, match="no data in this folder: looked for .jsonl"):
+    with pytest.raises(AlignError, match=r"no data in this folder: looked for \.jsonl"):
         read_rows(str(tmp_path))
     with pytest.raises(AlignError, match="no such data in the package"):
         read_rows("align:nothing/train")

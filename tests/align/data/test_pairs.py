@@ -47,7 +47,17 @@ def test_explicit_pair_is_taken_as_it_stands() -> None:
         ({"chosen": "the cat sat", "rejected": "the cat\nsat"}, "the cat", " sat", "\nsat"),
         ({"chosen": "a  b x", "rejected": "a  b y"}, "a  b", " x", " y"),
     ],
-    ids=["messages", "text answer", "repeated prompt", "prompt text", "implicit", "turns", "text", "word end", "blanks"],
+    ids=[
+        "messages",
+        "text answer",
+        "repeated prompt",
+        "prompt text",
+        "implicit",
+        "turns",
+        "text",
+        "word end",
+        "blanks",
+    ],
 )
 def test_prompt_and_answers(row: dict[str, Any], prompt: Any, chosen: Any, rejected: Any) -> None:
     result = table(row)
@@ -70,7 +80,11 @@ def test_implicit_prompt_when_one_answer_begins_the_other() -> None:
 @pytest.mark.parametrize(
     ("row", "field", "reason"),
     [
-        ({"question": "x", "rejected": "y"}, "chosen", "missing: the row has question, rejected; wanted [prompt,] chos"),
+        (
+            {"question": "x", "rejected": "y"},
+            "chosen",
+            "missing: the row has question, rejected; wanted [prompt,] chos",
+        ),
         ({"prompt": None, "chosen": "a", "rejected": "b"}, "prompt", "null: the row has prompt, chosen, rejected;"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "prompt", "a number, not text or chat messages"),
         ({"prompt": "", "chosen": "a", "rejected": "b"}, "prompt", "empty prompt: "),
@@ -87,7 +101,11 @@ def test_implicit_prompt_when_one_answer_begins_the_other() -> None:
         ({"chosen": [USER, YES], "rejected": [USER, YES]}, "chosen", "equal to rejected"),
         ({"prompt": [USER], "chosen": [YES], "rejected": "Yes."}, "chosen", "equal to rejected"),
         ({"prompt": "p", "chosen": "a", "rejected": "\ud83d"}, "rejected", "holds half a surrogate pair"),
-        ({"prompt": [{"from": "human"}], "chosen": "a", "rejected": "b"}, "prompt", "message 1 has from; wanted role, co"),
+        (
+            {"prompt": [{"from": "human"}], "chosen": "a", "rejected": "b"},
+            "prompt",
+            "message 1 has from; wanted role, co",
+        ),
         ({"prompt": ["Hi"], "chosen": "a", "rejected": "b"}, "prompt", "message 1 is a str, not an object with role"),
         (
             {"prompt": [{"role": "user", "content": [{"type": "image"}]}], "chosen": "a", "rejected": "b"},
@@ -95,13 +113,25 @@ def test_implicit_prompt_when_one_answer_begins_the_other() -> None:
             "message 1: content is a list, not text",
         ),
         ({"prompt": [USER, YES], "chosen": "a", "rejected": "b"}, "prompt", "ends in an assistant turn"),
-        ({"prompt": [USER], "chosen": [YES, USER], "rejected": [NO]}, "chosen", "ends in a user turn, not in an assist"),
-        ({"prompt": [USER], "chosen": [YES, USER, YES], "rejected": [NO]}, "chosen", "message 2 is a user turn: put it"),
+        (
+            {"prompt": [USER], "chosen": [YES, USER], "rejected": [NO]},
+            "chosen",
+            "ends in a user turn, not in an assist",
+        ),
+        (
+            {"prompt": [USER], "chosen": [YES, USER, YES], "rejected": [NO]},
+            "chosen",
+            "message 2 is a user turn: put it",
+        ),
         ({"prompt": "p", "chosen": [YES], "rejected": "no"}, "chosen", "messages where another answer is text"),
         ({"prompt": "Ho?", "chosen": [USER, YES], "rejected": [USER, NO]}, "prompt", "text, but answers are messages"),
         ({"chosen": [YES], "rejected": [NO]}, "prompt", "missing, and the answers share no first message"),
         ({"chosen": "Apple", "rejected": "Ant"}, "prompt", "missing, and the answers share no first word"),
-        ({"prompt": "p", "chosen": "a", "rejected": "b", "strength": float("nan")}, "strength", "nan is not in (0, 1]"),
+        (
+            {"prompt": "p", "chosen": "a", "rejected": "b", "strength": float("nan")},
+            "strength",
+            "nan is not in (0, 1]",
+        ),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "strength": 0}, "strength", "0 is not in (0, 1]"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "strength": 1.5}, "strength", "1.5 is not in (0, 1]"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "strength": True}, "strength", "True is not a number"),
@@ -111,12 +141,28 @@ def test_implicit_prompt_when_one_answer_begins_the_other() -> None:
         ({"prompt": "p", "completions": ["a", ""], "rank": [1, 2]}, "completions 2", "empty completion"),
         ({"prompt": "p", "completions": ["a", "b"]}, "rank", "missing: the row has prompt, completions; wanted"),
         ({"prompt": "p", "completions": ["a", "b"], "rank": [1]}, "rank", "1 numbers for 2 completions"),
-        ({"prompt": "p", "completions": ["a", "b"], "rank": [0, 1]}, "rank", "0 is not a rank: ranks are whole numbers"),
+        (
+            {"prompt": "p", "completions": ["a", "b"], "rank": [0, 1]},
+            "rank",
+            "0 is not a rank: ranks are whole numbers",
+        ),
         ({"prompt": "p", "completions": ["a", "b"], "rank": [1, 1.5]}, "rank", "1.5 is not a rank"),
         ({"prompt": "p", "completions": ["a", "b"], "rank": 1}, "rank", "not a list with one number per completion"),
-        ({"prompt": "p", "completions": ["a", "b"], "ratings": [1, float("inf")]}, "ratings", "inf is not a finite numb"),
-        ({"prompt": "p", "completions": ["a", "b"], "rank": [1, 2], "ratings": [1, 2]}, "rank", "given beside ratings"),
-        ({"prompt": "p", "completions": ["a", "a"], "rank": [1, 2]}, "completions 2", "equal to completions 1, but not"),
+        (
+            {"prompt": "p", "completions": ["a", "b"], "ratings": [1, float("inf")]},
+            "ratings",
+            "inf is not a finite numb",
+        ),
+        (
+            {"prompt": "p", "completions": ["a", "b"], "rank": [1, 2], "ratings": [1, 2]},
+            "rank",
+            "given beside ratings",
+        ),
+        (
+            {"prompt": "p", "completions": ["a", "a"], "rank": [1, 2]},
+            "completions 2",
+            "equal to completions 1, but not",
+        ),
     ],
 )
 def test_fault(row: dict[str, Any], field: str, reason: str) -> None:
@@ -200,5 +246,7 @@ def test_null_fields_of_parquet_messages_are_left_out() -> None:
 
 
 def test_answers_that_repeat_a_prompt_of_text_are_counted() -> None:
-    result = table({"prompt": "Q: ", "chosen": "Q: a", "rejected": "Q: b"}, {"prompt": "Q", "chosen": "Q", "rejected": "b"})
+    result = table(
+        {"prompt": "Q: ", "chosen": "Q: a", "rejected": "Q: b"}, {"prompt": "Q", "chosen": "Q", "rejected": "b"}
+    )
     assert result.counts["prompt_repeated"] == 1
