@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,10 +41,9 @@ PROMPTS = (
 )
 
 
-@pytest.fixture
-def finished_run(tmp_path: Path) -> Path:
-    """A run of 80 steps with every part that a run can have."""
-    with RunFolder(tmp_path / "quickstart") as run:
+@pytest.fixture(scope="session")
+def _finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with RunFolder(tmp_path_factory.mktemp("runs") / "quickstart") as run:
         run.open_or_resume("5f0c" * 16)
         (run.path / "config.resolved.yaml").write_text(RECIPE)
         run.update_manifest(**run_facts(["align", "train", "quickstart"], seed=7), **sections())
@@ -52,6 +52,12 @@ def finished_run(tmp_path: Path) -> Path:
         write_faults(run.path)
         (run.path / "adapter").mkdir()
     return run.path
+
+
+@pytest.fixture
+def finished_run(_finished_run: Path, tmp_path: Path) -> Path:
+    """A run of 80 steps with every part that a run can have; the test's own copy."""
+    return Path(shutil.copytree(_finished_run, tmp_path / "quickstart"))
 
 
 @pytest.fixture

@@ -108,6 +108,15 @@ def test_text_of_models_and_data_is_text(finished_run):
     assert "?{{" in page.text  # the lone surrogate, which UTF-8 cannot hold
 
 
+def test_scores_by_criterion_are_shown_where_the_samples_have_them(finished_run):
+    assert "brevity" not in page_of(finished_run).text
+    samples = finished_run / "samples.jsonl"
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    rows[3]["after"]["criteria"] = {"brevity": 0.25, "on task": 1.0}
+    samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "brevity 0.25 · on task 1.00" in page_of(finished_run).text
+
+
 def test_the_same_folder_gives_the_same_bytes(finished_run):
     first = render_report(finished_run).read_bytes()
     (finished_run / "report.html").unlink()
