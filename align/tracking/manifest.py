@@ -1,13 +1,12 @@
-"""What tells one run from another later: versions, commit, machine, data, command."""
+"""What tells one run from another later: versions, commit, machine, command."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -111,16 +110,6 @@ def _cpu_name() -> str:
         lines = []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
-
-
-def fingerprint(paths: Iterable[Path]) -> str:
-    """SHA-256 of the files' contents in order of their names; for one file it is what ``sha256sum`` prints."""
-    digest = hashlib.sha256()
-    for path in sorted(paths, key=lambda p: p.name):
-        with path.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def without_secrets(argv: Sequence[str]) -> list[str]:

@@ -84,16 +84,8 @@ class WandbMirror:
         Returns:
             The command that sends an offline run, or None where there is nothing to send.
         """
-        if self._run is None:
-            return None
-        offline = bool(self._run.offline)
         self._guard("finish", lambda: self._run.finish())
-        if not offline or self._run is None:
-            return None
-        # A resumed run leaves one folder per start, with one id between them; sync sends them in order.
-        sync = f"wandb sync {shlex.quote(str(self._folder.path / 'wandb'))}/offline-run-*-{self._section['id']}"
-        self._folder.update_manifest(wandb={**self._section, "sync": sync})
-        return sync
+        return None if self._run is None else self._section.get("sync")
 
     def _start(self, config: Mapping[str, Any], project: str, group: str | None, name: str) -> None:
         import wandb
@@ -116,6 +108,10 @@ class WandbMirror:
                 login_timeout=30,
             ),
         )
+        if self._run.offline:
+            # A resumed run leaves one folder per start, with one id between them; sync sends them in order.
+            folder = shlex.quote(str(self._folder.path / "wandb"))
+            self._section["sync"] = f"wandb sync {folder}/offline-run-*-{self._section['id']}"
 
     def _log_table(self, rows: Sequence[Mapping[str, Any]]) -> None:
         import wandb

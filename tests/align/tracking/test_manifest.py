@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -10,7 +9,7 @@ import sys
 
 import torch
 
-from align.tracking.manifest import fingerprint, git_state, run_facts, without_secrets
+from align.tracking.manifest import git_state, run_facts, without_secrets
 
 
 def test_secrets_leave_the_command():
@@ -41,14 +40,6 @@ def test_secrets_leave_the_command():
         ),
         *("https://***@host/x", "***", "model=***"),
     ]
-
-
-def test_the_fingerprint_is_the_files_sha256(tmp_path):
-    one, two = tmp_path / "b.jsonl", tmp_path / "a.jsonl"
-    one.write_bytes(b"one")
-    two.write_bytes(b"two")
-    assert fingerprint([one]) == hashlib.sha256(b"one").hexdigest()
-    assert fingerprint([one, two]) == fingerprint([two, one]) == hashlib.sha256(b"twoone").hexdigest()
 
 
 def test_git_state_inside_and_outside_a_repository(tmp_path, monkeypatch):
