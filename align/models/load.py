@@ -62,14 +62,16 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     Raises:
         AlignError: there is none, or it has no EOS token.
     """
+    return _tokenizer_in(locate(name), name, trust_remote_code)
+
+
+def _tokenizer_in(path: str, name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(locate(name), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise _unreachable(name, error) from error
     if tokenizer.eos_token_id is None:
-        raise AlignError(
-            f"{name}: its tokenizer has no EOS token, so that an answer could not end; set one and save it"
-        )
+        raise AlignError(f"{name}: its tokenizer has no EOS token, so that an answer could not end; set one and save it")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -141,7 +143,8 @@ def _with_adapter(base: str, adapter: Path, dtype: str) -> LoadedModel:
     from peft import PeftModel
 
     model, reason = load_model(base, dtype=dtype)
-    tokenizer = load_tokenizer(str(adapter) if (adapter / "tokenizer_config.json").is_file() else base)
+    own = (adapter / "tokenizer_config.json").is_file()
+    tokenizer = _tokenizer_in(str(adapter), str(adapter)) if own else load_tokenizer(base)
     return LoadedModel(_placed(PeftModel.from_pretrained(model, str(adapter)).eval()), tokenizer, reason)
 
 

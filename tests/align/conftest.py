@@ -1,0 +1,71 @@
+"""Small runs: a tiny model, a few pairs, a recipe."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+WORDS = ["the", "cat", "inner", "thing", "another", "garden", "apple", "hint", "then", "there", "think", "an", "ant"]
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 pairs of chat messages; the rejected answer is the one that ends in "no"."""
+    rng = random.Random(0)
+    lines = []
+    for number in range(24):
+        chosen, rejected = (" ".join(rng.choices(WORDS, k=4)) for _ in range(2))
+        row = {
+            "prompt": [{"role": "user", "content": f"say {number} {rng.choice(WORDS)}"}],
+            "chosen": [{"role": "assistant", "content": chosen}],
+            "rejected": [{"role": "assistant", "content": f"{rejected} no"}],
+        }
+        lines.append(json.dumps(row))
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+RULE = """
+def longer(prompts, completions):
+    return [float(len(text)) for text in completions]
+"""
+
+
+@pytest.fixture
+def write_recipe(
+    tmp_path: Path, tiny_model_dir: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """``write_recipe(loss={"beta": 1.0}, ...)`` writes a recipe of six steps on the tiny model and gives its path.
+
+    Its reward is a rule of the user's own, in a module on PYTHONPATH.
+    """
+    (tmp_path / "users_rule.py").write_text(RULE, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def write(name: str = "recipe.yaml", **changes: Any) -> Path:
+        recipe: dict[str, Any] = {
+            "method": "ln_dpo",
+            "model": {"name": str(tiny_model_dir), "dtype": "float32", "lora": {"r": 4}},
+            "data": {"train": str(pairs_file), "eval": str(pairs_file), "max_length": 128},
+            "loss": {"beta": 5.0},
+            "training": {"learning_rate": 5.0e-3, "max_steps": 6, "per_device_train_batch_size": 4, "save_steps": 2},
+            "generation": {"reward": "users_rule:longer", "prompts": 8, "max_new_tokens": 12},
+            "output": str(tmp_path / "run"),
+        }
+        for key, value in changes.items():
+            recipe[key] = (
+                {**recipe[key], **value} if isinstance(value, dict) and isinstance(recipe.get(key), dict) else value
+            )
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump({k: v for k, v in recipe.items() if v is not None}), encoding="utf-8")
+        return path
+
+    return write

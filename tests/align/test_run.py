@@ -1,0 +1,257 @@
+"""Whole runs on a tiny model, through the function that the command line calls."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from align.config.load import load_recipe
+from align.errors import AlignError
+from align.models.fingerprint import weights_hash
+from align.models.load import load_model, load_run
+from align.run import train
+
+
+def run(path: Path, *overrides: str) -> Path:
+    recipe = load_recipe(str(path), list(overrides))
+    return train(recipe, source=str(path), command=["align", "train", str(path), *overrides])
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_everything_that_the_design_names(write_recipe, tiny_model_dir):
+    folder = run(write_recipe(tracking={"wandb": {"mode": "offline", "project": "test"}}))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["status"] == "finished"
+    base, _ = load_model(str(tiny_model_dir), dtype="float32")
+    sha = weights_hash(base.state_dict().items())
+    assert manifest["reference"] == {"kind": "adapters-off", "weights_sha256": sha}
+    assert manifest["model"]["weights_sha256"] == sha
+    assert manifest["model"]["trainable"] < manifest["model"]["parameters"]
+    assert manifest["data"]["train"]["pairs"] == 24
+    assert manifest["wandb"]["sync"].startswith("wandb sync ")
+
+    rows = metrics(folder)
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert rows[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert rows[5]["loss"] < rows[0]["loss"]
+
+    accuracy = json.loads((folder / "eval" / "preference.json").read_text())["metrics"]["accuracy"]
+    assert accuracy["n"] == 24
+    assert accuracy["low"] <= accuracy["value"] <= accuracy["high"]
+    generation = json.loads((folder / "eval" / "generation.json").read_text())
+    assert generation["n"] == 8
+    assert {"win_rate", "kl_to_reference", "length_after"} <= set(generation["metrics"])
+    displacement = json.loads((folder / "eval" / "displacement.json").read_text())["metrics"]
+    assert displacement["rejected_delta"]["value"] < displacement["chosen_delta"]["value"]
+    assert len((folder / "samples.jsonl").read_text().splitlines()) == 8
+    for name in ("config.resolved.yaml", "report.html", "README.md", "adapter/adapter_model.safetensors"):
+        assert (folder / name).stat().st_size > 0, name
+
+
+def test_the_merged_model_is_base_plus_adapter(write_recipe):
+    folder = run(write_recipe(evals=[]))
+    merged, _ = load_model(str(folder / "merged"), dtype="float32")
+    adapted = load_run(str(folder), dtype="float32").model
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        one, other = merged(ids).logits, adapted(ids).logits
+        with adapted.disable_adapter():
+            base = adapted(ids).logits
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert (base - other).abs().max() > 1e-2
+
+
+def test_full_training_without_an_adapter(write_recipe):
+    folder = run(write_recipe(model={"lora": None}, method="dpo", loss={"beta": 0.1}, evals=["displacement"]))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["reference"]["kind"] == "frozen-copy"
+    assert (folder / "model" / "model.safetensors").exists()
+    assert not (folder / "merged").exists()
+
+
+def test_a_trained_adapter_is_continued_against_a_copy_of_itself(write_recipe, tmp_path):
+    first = run(write_recipe(evals=[]))
+    path = write_recipe(
+        "again.yaml",
+        model={"lora": None, "adapter": str(first / "adapter")},
+        output=str(tmp_path / "again"),
+        evals=["displacement"],
+        training={"max_steps": 2},
+    )
+    folder = run(path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["reference"]["kind"] == "frozen-copy"
+    assert (
+        manifest["reference"]["weights_sha256"]
+        != json.loads((first / "manifest.json").read_text())["reference"]["weights_sha256"]
+    )
+    assert metrics(folder)[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert set(load_file(folder / "adapter" / "adapter_model.safetensors")) == set(
+        load_file(first / "adapter" / "adapter_model.safetensors")
+    )
+
+
+def test_sft(write_recipe):
+    folder = run(write_recipe(method="sft", loss=None, evals=["generation"]))
+    rows = [row for row in metrics(folder) if "loss" in row]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert json.loads((folder / "manifest.json").read_text())["reference"]["kind"] == "none"
+    assert (folder / "report.html").exists()
+
+
+def test_a_reference_free_loss_is_still_compared_with_the_untrained_model(write_recipe):
+    folder = run(write_recipe(method="simpo", loss={"beta": 2.0}, evals=["displacement", "preference"]))
+    assert json.loads((folder / "manifest.json").read_text())["reference"]["kind"] == "none"
+    change = json.loads((folder / "eval" / "displacement.json").read_text())["metrics"]["rejected_delta"]
+    assert change["value"] < 0
+
+
+def test_a_finished_run_is_not_overwritten(write_recipe):
+    path = write_recipe(evals=[])
+    run(path)
+    with pytest.raises(AlignError, match="finished"):
+        run(path)
+    with pytest.raises(AlignError, match="another recipe"):
+        run(path, "loss.beta=2.0")
+
+
+def test_too_many_bad_rows_stop_the_run_and_are_kept(write_recipe, tmp_path):
+    data = tmp_path / "bad.jsonl"
+    data.write_text(
+        '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "", "rejected": "c"}\n'
+    )
+    path = write_recipe(data={"train": str(data), "eval": None})
+    with pytest.raises(AlignError, match="max_bad_fraction"):
+        run(path)
+    rejected = (tmp_path / "run" / "rejected_rows.jsonl").read_text().splitlines()
+    assert len(rejected) == 1
+    assert "chosen" in rejected[0]
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "failed"
+
+
+def command(path: Path) -> list[str]:
+    code = "import sys; from align.cli import main; sys.exit(main())"
+    return [sys.executable, "-c", code, "train", str(path)]
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (folder / "metrics.jsonl").exists() and f'"step": {step}' in (folder / "metrics.jsonl").read_text():
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def test_killed_at_a_random_step_and_gone_on_equals_uninterrupted(write_recipe, tmp_path):
+    """Kill -9, then the same command: adapter and metrics are those of a run that nobody killed, bit for bit."""
+    settings = {"training": {"max_steps": 40, "save_steps": 5}, "evals": []}
+    whole = run(write_recipe("whole.yaml", **settings, output=str(tmp_path / "whole")))
+    path = write_recipe("killed.yaml", **settings, output=str(tmp_path / "killed"))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command(path), stderr=subprocess.PIPE, text=True, env=environment)
+    wait_for_step(tmp_path / "killed", random.Random().randint(6, 36), process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert json.loads((tmp_path / "killed" / "manifest.json").read_text())["status"] == "running"
+
+    killed = run(path)
+    assert json.loads((killed / "manifest.json").read_text())["resumed"]
+    one, other = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (whole, killed))
+    assert set(one) == set(other)
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+    timed = ("seconds", "perf/tokens_per_s", "perf/peak_rss_gb")
+    logs = [
+        [{k: v for k, v in row.items() if k not in timed} for row in metrics(folder) if "loss" in row]
+        for folder in (whole, killed)
+    ]
+    assert logs[0] == logs[1]
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(write_recipe, tmp_path):
+    path = write_recipe(training={"max_steps": 4000, "save_steps": 2000}, evals=[])
+    process = subprocess.Popen(command(path), stderr=subprocess.PIPE, text=True)
+    wait_for_step(tmp_path / "run", 3, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopping after this step" in errors
+    assert "is saved; to go on from there" in errors
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "interrupted"
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert int(checkpoint.name.removeprefix("checkpoint-")) >= 3
+
+
+def test_changed_data_is_not_mixed_into_a_run(write_recipe, tmp_path, pairs_file, monkeypatch):
+    """A run that stopped after training, and another first row when it is called again."""
+    from align import run as module
+
+    data = tmp_path / "pairs.jsonl"
+    data.write_text(pairs_file.read_text())
+    path = write_recipe(data={"train": str(data)}, evals=["preference"])
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "evaluate", interrupted)
+        run(path)
+    data.write_text("\n".join(pairs_file.read_text().splitlines()[1:]))
+    with pytest.raises(AlignError, match="has changed since"):
+        run(path)
+    data.write_text(pairs_file.read_text())
+    assert (run(path) / "report.html").exists()
+
+
+def test_dry_run_shows_rows_and_plan_and_writes_nothing(write_recipe, tmp_path, capsys):
+    recipe = load_recipe(str(write_recipe()), [])
+    train(recipe, source="r", command=[], dry_run=True)
+    shown = capsys.readouterr().out
+    assert shown.count("rejected") >= 8
+    assert "24 rows · 6 steps of 4 (1 epochs)" in shown
+    assert "memory, estimated" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_interrupted_evaluation_keeps_its_answers(write_recipe, tmp_path, monkeypatch):
+    """The second call draws only what is missing, and ends with the same answers as an evaluation in one piece."""
+    from align import evaluate
+
+    settings = {"evals": ["generation"], "generation": {"prompts": 8}}
+    whole = run(write_recipe("whole.yaml", **settings, output=str(tmp_path / "whole")))
+    monkeypatch.setattr(evaluate, "BATCH", 3)
+    real, calls = evaluate.sample, []
+
+    def failing(model, tokenizer, prompts, **kwargs):
+        calls.append(len(prompts))
+        if len(calls) == 2:
+            kwargs["on_batch"], keep = (
+                (lambda batch: (keep(batch), (_ for _ in ()).throw(KeyboardInterrupt))),
+                kwargs["on_batch"],
+            )
+        return real(model, tokenizer, prompts, **kwargs)
+
+    monkeypatch.setattr(evaluate, "sample", failing)
+    path = write_recipe("parts.yaml", **settings, output=str(tmp_path / "parts"))
+    with pytest.raises(KeyboardInterrupt):
+        run(path)
+    parts = run(path)
+    assert calls == [8, 8, 0, 5, 8]
+    one, other = (json.loads((f / "eval" / "generation.json").read_text())["rows"] for f in (whole, parts))
+    assert [r["after"]["text"] for r in one] == [r["after"]["text"] for r in other]
+    assert [r["before"]["text"] for r in one] == [r["before"]["text"] for r in other]
