@@ -10,8 +10,9 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from align.losses.types import PairLogps, SequenceLogps
 from numpy.typing import NDArray
+
+from align.losses.types import PairLogps, SequenceLogps
 
 from .result import suite_result
 from .statistics import Estimate, bootstrap_interval

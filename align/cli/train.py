@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -40,13 +41,12 @@ def train(
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_interrupted(output, command)) from None
     if not dry_run:
-        print(f"done: {folder}")
+        name = shlex.quote(str(folder))
+        print(f"done: {folder}\n  report  {folder / 'report.html'}\n  chat    align generate --model {name} --chat")
 
 
 def _interrupted(output: Path, command: list[str]) -> str:
     """What is saved, and how to go on."""
-    import shlex
-
     from align.tracking.run_folder import RunFolder
 
     checkpoint = RunFolder(output).newest_checkpoint()

@@ -71,7 +71,7 @@ def _tokenizer_in(path: str, name: str, trust_remote_code: bool = False) -> PreT
     except (OSError, ValueError) as error:
         raise _unreachable(name, error) from error
     if tokenizer.eos_token_id is None:
-        raise AlignError(f"{name}: its tokenizer has no EOS token, so that an answer could not end; set one and save it")
+        raise AlignError(f"{name}: its tokenizer has no EOS token, so an answer could not end; set one and save it")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -208,9 +208,10 @@ def test_changed_data_is_not_mixed_into_a_run(write_recipe, tmp_path, pairs_file
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(module, "evaluate", interrupted)
-        run(path)
+        with pytest.raises(KeyboardInterrupt):
+            run(path)
     data.write_text("\n".join(pairs_file.read_text().splitlines()[1:]))
     with pytest.raises(AlignError, match="has changed since"):
         run(path)

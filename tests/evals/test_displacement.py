@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+
 from align.evals.displacement import displacement_suite
 from align.losses.types import PairLogps, SequenceLogps
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 
 import pytest
+
 from align.evals.generation import compare, distinct, repetition
 from align.evals.kl import LogRatios
 from align.evals.sampling import Sample

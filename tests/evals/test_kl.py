@@ -8,10 +8,11 @@ from statistics import mean, stdev
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
 from align.evals.kl import LogRatios, log_ratios
 from align.evals.sampling import Sample, sample
 from align.losses.types import SequenceLogps
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 EOS, VOCABULARY = 4, 5
 PROMPT = [0, 2, 3]

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+
 from align.evals.preference import preference_suite
 
 

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+
 from align.evals.reward_spec import load_reward
 
 

@@ -8,9 +8,10 @@ from functools import partial
 
 import pytest
 import torch
-from align.evals.sampling import Sample, sample
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from align.evals.sampling import Sample, sample
 
 PROMPTS = [[72, 105], [10, 20, 30, 40, 50, 60, 70], [99], [72, 105], [5, 4, 3], [200, 100, 50, 25], [8] * 12]
 

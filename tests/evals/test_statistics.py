@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from align.evals.statistics import Estimate, bootstrap_interval, win_rate
 
 

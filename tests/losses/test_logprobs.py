@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+
 from align.losses import logprobs
 from align.losses.logprobs import Head, token_logps
 

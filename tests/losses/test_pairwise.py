@@ -6,6 +6,9 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from align.losses import (
     LOSSES,
     Loss,
@@ -21,8 +24,6 @@ from align.losses import (
     simpo,
     slic,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 POLICY = ([-0.5, -1.0, -0.2], [-0.9, -0.3, -1.5, -0.8, -0.6])
 REFERENCE = ([-0.7, -1.1, -0.4], [-0.8, -0.4, -1.2, -0.9, -0.5])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from align.losses.rows import FIRST, PADDING, PROMPT, SECOND, answer_rows, pair_rows
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from align.losses import LOSSES
 from packaging.requirements import Requirement
 from typer.testing import Result
 
 from align.doctor import examine, version_check
+from align.losses import LOSSES
 
 Align = Callable[..., Result]
 

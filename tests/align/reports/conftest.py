@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from align.evals.displacement import displacement_suite
 from align.evals.generation import compare
 from align.evals.preference import preference_suite
 from align.evals.sampling import Sample
 from align.losses import PairLogps, SequenceLogps
-
 from align.tracking.manifest import run_facts
 from align.tracking.run_folder import RunFolder
 

@@ -8,13 +8,13 @@ import math
 
 import pytest
 import torch
-from align.losses import LOSSES, Loss, PairLogps, SequenceLogps, ln_dpo
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from align.errors import AlignError
+from align.losses import LOSSES, Loss, PairLogps, SequenceLogps, ln_dpo
 from align.trainers.pair import PairTrainer
 
 ROWS = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from align.losses.rows import answer_rows, pair_rows
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -18,6 +17,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from align.losses.rows import answer_rows, pair_rows
 from align.models.scoring import SHARED_PROMPT_FAMILIES, attach_scoring, score, sequence_logps, why_not_shared_prompt
 
 SIZES = {
