@@ -1,0 +1,44 @@
+"""The README's Python runs as it stands, and its recipe is one that the loader takes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from datasets import Dataset
+
+from align.config.load import load_recipe
+from align.losses import LOSSES
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.splitlines()[0])
+def test_python_runs(code, tmp_path, monkeypatch, tiny_tokenizer, make_tiny_model):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("align.losses.catalogue.LOSSES", dict(LOSSES))
+    rows = [{"prompt": "the inner", "chosen": " thing", "rejected": " cat"}] * 4
+    exec(code, {"model": make_tiny_model(), "tokenizer": tiny_tokenizer, "dataset": Dataset.from_list(rows)})
+    assert len(blocks("python")) == 3
+
+
+def test_the_recipe_is_valid(tmp_path):
+    (text,) = blocks("yaml")
+    pairs = ("pairs.jsonl", "heldout.jsonl")
+    for name in pairs:
+        (tmp_path / name).write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', encoding="utf-8")
+    recipe = yaml.safe_load(text)
+    recipe["data"] |= {"train": str(tmp_path / pairs[0]), "eval": str(tmp_path / pairs[1])}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    assert load_recipe(str(tmp_path / "mine.yaml")).method == "ln_dpo"
+
+
+def test_every_method_has_its_row_and_every_row_its_method():
+    named = set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE))
+    assert named == set(LOSSES)
