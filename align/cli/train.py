@@ -41,8 +41,22 @@ def train(
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_interrupted(output, command)) from None
     if not dry_run:
-        name = shlex.quote(str(folder))
-        print(f"done: {folder}\n  report  {folder / 'report.html'}\n  chat    align generate --model {name} --chat")
+        _show_result(folder)
+
+
+def _show_result(run: Path) -> None:
+    """The first numbers, and what to look at next."""
+    from align.reports.facts import headline
+    from align.reports.record import read_run
+
+    print(f"done: {run}")
+    measures = headline(read_run(run))
+    width = max((len(measure.label) for measure in measures), default=0)
+    for measure in measures:
+        interval = f" ({measure.interval})" if measure.interval else ""
+        print(f"  {measure.label:<{width}}  {measure.value}{interval}, n = {measure.n}")
+    print(f"report  {run / 'report.html'}")
+    print(f"chat    align generate --model {shlex.quote(str(run))} --chat")
 
 
 def _interrupted(output: Path, command: list[str]) -> str:
