@@ -45,6 +45,7 @@ def test_explicit_pair_is_taken_as_it_stands() -> None:
         ({"chosen": [USER, YES, USER, YES], "rejected": [USER, YES, USER, NO]}, [USER, YES, USER], [YES], [NO]),
         ({"chosen": "Q: sky?\nA: blue", "rejected": "Q: sky?\nA: black"}, "Q: sky?\nA:", " blue", " black"),
         ({"chosen": "the cat sat", "rejected": "the cat\nsat"}, "the cat", " sat", "\nsat"),
+        ({"chosen": "the cats", "rejected": "the cat sat"}, "the", " cats", " cat sat"),
         ({"chosen": "a  b x", "rejected": "a  b y"}, "a  b", " x", " y"),
     ],
     ids=[
@@ -56,6 +57,7 @@ def test_explicit_pair_is_taken_as_it_stands() -> None:
         "turns",
         "text",
         "word end",
+        "in a word",
         "blanks",
     ],
 )
@@ -178,15 +180,15 @@ def test_a_row_is_told_all_that_is_wrong_with_it() -> None:
 
 
 def test_ranking() -> None:
-    """Ranks 1, 2, 2, 4: largest gap 3; pairs a>b 1/3, a>c 1/3, a>d 3/3, b>d 2/3, c>d 2/3; b and c tie."""
-    result = table({"prompt": "p", "completions": list("bacd"), "rank": [2, 1, 2, 4]})
+    """Ranks 1, 2, 2, 5: largest gap 4; pairs a>b 1/4, a>c 1/4, a>d 4/4, b>d 3/4, c>d 3/4; b and c tie."""
+    result = table({"prompt": "p", "completions": list("bacd"), "rank": [2, 1, 2, 5]})
     strengths = {(pair.chosen, pair.rejected): pair.strength for pair in result.rows}
     assert strengths == {
-        ("a", "b"): 1 / 3,
-        ("a", "c"): 1 / 3,
+        ("a", "b"): 0.25,
+        ("a", "c"): 0.25,
         ("a", "d"): 1.0,
-        ("b", "d"): 2 / 3,
-        ("c", "d"): 2 / 3,
+        ("b", "d"): 0.75,
+        ("c", "d"): 0.75,
     }
     assert (result.counts["ties"], result.counts["pairs"], result.counts["rankings"]) == (1, 5, 1)
 

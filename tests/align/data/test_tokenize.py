@@ -125,7 +125,7 @@ def test_boundary_moves_for_both_answers(
 
     "Say t" + "is" would agree up to the "t", but both answers must follow the same prompt ids.
     """
-    rows = [pair("Say t", "he", "is"), pair("Say t", "is", "oe"), pair("Say t", "is", "he")]
+    rows = [pair("Say t", "he", "is"), pair("Say t", "is", "oe"), pair("Go th", "is", "e")]
     with caplog.at_level(logging.WARNING, logger="align.data.tokenize"):
         result = only(*rows, tokenizer=tiny_tokenizer)
     first, second, third = result.rows
@@ -133,11 +133,12 @@ def test_boundary_moves_for_both_answers(
     assert tokens(tiny_tokenizer, first.chosen_ids) == ["Ġthe", "<|im_end|>"]
     assert tokens(tiny_tokenizer, first.rejected_ids) == ["Ġ", "t", "i", "s", "<|im_end|>"]
     assert tokens(tiny_tokenizer, second.prompt_ids) == ["S", "a", "y", "Ġ", "t"]
-    assert (third.prompt_ids, third.chosen_ids) == (first.prompt_ids, first.rejected_ids)
+    assert tokens(tiny_tokenizer, third.prompt_ids) == ["G", "o"]
+    assert tokens(tiny_tokenizer, third.chosen_ids) == ["Ġ", "th", "i", "s", "<|im_end|>"]
     assert result.counts["boundary_moved"] == 2
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "In 2 of 3 rows" in caplog.text
-    assert "' t'" in caplog.text
+    assert "(first: ' t')" in caplog.text
 
 
 def test_template_that_writes_the_prompt_otherwise(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
