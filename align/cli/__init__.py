@@ -1,4 +1,8 @@
-"""The command line: one file per command, heavy imports inside the commands.
+"""The command line: one file per command, heavy imports inside the commands, so that ``align --help`` is quick.
+
+- ``train``, ``validate``, ``generate``, ``recipes``, ``report``, ``doctor``: the commands; what they do is elsewhere
+  (``align.run``, ``align.data``, ``align.generate``, ``align.config``, ``align.reports``, ``align.doctor``).
+- ``disk``: a full disk, however a library says it.
 
 Exit codes: 0; 1 the run failed, or the data is not good enough; 2 usage or configuration; 130 interrupted. How a
 command ends is decided here, in one place, by ``CommandLine``.

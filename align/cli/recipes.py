@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
 
@@ -23,8 +24,7 @@ def ls() -> None:
     names = shipped_recipes()
     width = max((len(name) for name in names), default=0)
     for name in names:
-        comments = [line.lstrip("# ") for line in shipped_text(name).splitlines() if line.startswith("#")]
-        print(f"{name:<{width}}  {comments[0] if comments else ''}")
+        print(f"{name:<{width}}  {_purpose(shipped_text(name))}")
 
 
 @app.command()
@@ -84,3 +84,9 @@ def methods() -> None:
         table.add_row(info.name, reference, beta, info.paper, f"{info.formula}\n[dim]{info.purpose}[/dim]")
     Console().print(table)
     print("\nmethod: sft trains on answers alone (TRL's SFTTrainer); as a term of losses, sft is the chosen answer's.")
+
+
+def _purpose(text: str) -> str:
+    """The first sentence of the comment that a recipe begins with."""
+    comment = takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return " ".join(line.lstrip("# ") for line in comment).split(". ")[0].rstrip(".")

@@ -19,7 +19,8 @@ Align = Callable[..., Result]
 
 def test_ls_gives_names_and_purposes(align: Align) -> None:
     lines = align("recipes", "ls").stdout.splitlines()
-    assert any(line.startswith("sft ") and "Supervised fine-tuning" in line for line in lines)
+    purpose = "Supervised fine-tuning on answers alone, with LoRA: what a base model needs before it can be aligned"
+    assert [line.split(maxsplit=1)[1] for line in lines if line.startswith("sft ")] == [purpose]
 
 
 def test_show_and_cp_give_the_recipe_itself(align: Align, tmp_path: Path) -> None:
@@ -84,7 +85,7 @@ def test_validate_ends_with_1_when_too_much_is_bad(align: Align, pairs: Path) ->
     pairs.write_text("".join(pairs.read_text().splitlines(keepends=True)[1:]))
     result = align("validate", pairs)
     assert result.exit_code == 1
-    assert result.stderr.startswith("5.3% of the rows is over data.max_bad_fraction 0.05")
+    assert "over data.max_bad_fraction 0.05" in result.stderr
 
 
 def test_validate_knows_answers_from_pairs(align: Align, tmp_path: Path) -> None:
