@@ -47,9 +47,10 @@ def sample(
     Gumbel draw per token of the vocabulary, which is an exact sample (the Gumbel-max trick, arXiv 1411.0030). So an
     answer depends on the model, the prompt and the seed, and not on the batch size, the order or the other prompts, up
     to rounding: the same tokens in float32, while in bfloat16 another batch shape rounds the logits otherwise and some
-    long answers then take another turn (keep the batch size for a comparison to the token). Two models that are asked with the same seed share their noise: a comparison of them
-    varies less than with independent draws, and equal models give equal answers. A prompt that is listed twice gets
-    two independent answers.
+    long answers then take another turn (keep the batch size for a comparison to the token).
+
+    Two models that are asked with the same seed share their noise: a comparison of them varies less than with
+    independent draws, and equal models give equal answers. A prompt that is listed twice gets two independent answers.
 
     Args:
         model: a transformers causal LM, or a peft model around one; put in eval mode for the time of the call.
