@@ -49,8 +49,8 @@ def sample(
     to rounding: the same tokens in float32, while in bfloat16 another batch shape rounds the logits otherwise and some
     long answers then take another turn (keep the batch size for a comparison to the token).
 
-    Two models that are asked with the same seed share their noise: a comparison of them varies less than with
-    independent draws, and equal models give equal answers. A prompt that is listed twice gets two independent answers.
+    Two models that are asked with the same seed share their noise: equal models give equal answers, and similar
+    models answers that part late. A prompt that is listed twice gets two independent answers.
 
     Args:
         model: a transformers causal LM, or a peft model around one; put in eval mode for the time of the call.
