@@ -162,8 +162,10 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, run: Path | 
     splits = {name: read_split(path, tokenizer, spec.max_length, pairs=pairs) for name, path in sources.items()}
     faults = [fault for split in splits.values() for fault in split.faults]
     kept_in = run / "rejected_rows.jsonl" if run is not None else None
-    if kept_in is not None and faults:
-        write_rejected(kept_in, faults)
+    if kept_in is not None:
+        kept_in.unlink(missing_ok=True)  # of a first call, before the data was mended
+        if faults:
+            write_rejected(kept_in, faults)
     for split in splits.values():
         if split.faults:
             console.print(fault_report(split.faults, split.table.counts["rows"], kept_in), highlight=False)
