@@ -10,6 +10,7 @@ command ends is decided here, in one place, by ``CommandLine``.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -61,6 +62,9 @@ app.command()(doctor.doctor)
 def main() -> None:
     """Entry point of ``align`` and ``python -m align``."""
     disable_telemetry()
+    if not sys.stderr.isatty():  # the bars of transformers and datasets fill a log with lines
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     app(prog_name="align")
 
 

@@ -169,6 +169,12 @@ def _across(data: dict[str, Any]) -> list[Problem]:
         problems.append(("model.lora", "an adapter brings its own settings; give model.adapter or model.lora"))
     if data.get("evals") and isinstance(source, dict) and not source.get("eval"):
         problems.append(("evals", "need held-out data; set data.eval, or evals: []"))
+    if data.get("method") == "sft" and isinstance(evals := data.get("evals"), list):
+        problems += [
+            (f"evals.{index}", f"{name} compares pairs, and method: sft reads single answers; leave generation")
+            for index, name in enumerate(evals)
+            if name in ("preference", "displacement")
+        ]
     return problems + _reward(data)
 
 

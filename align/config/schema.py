@@ -44,8 +44,6 @@ class LoraSpec(Section):
     """Rank."""
     alpha: int | None = Field(default=None, ge=1)
     """Scale; 2 r when not given."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout inside the adapter, 0 to 1; above 0 the first step's check of the reference cannot hold exactly."""
     target_modules: str | list[str] = "all-linear"
     """Which layers: ``all-linear`` or module names."""
 
@@ -121,7 +119,9 @@ class TrackingSpec(Section):
 
 def _evals_of(fields: dict[str, Any]) -> list[Eval]:
     data = fields.get("data")
-    return list(EVALS) if data is not None and data.eval else []
+    if data is None or not data.eval:
+        return []
+    return ["generation"] if fields.get("method") == "sft" else list(EVALS)
 
 
 class Recipe(Section):
@@ -140,7 +140,7 @@ class Recipe(Section):
     training: dict[str, Any] = Field(default_factory=dict)
     """Fields of TRL's DPOConfig (SFTConfig for method sft), such as learning_rate and max_steps."""
     evals: list[Eval] = Field(default_factory=_evals_of)
-    """Evaluations before and after training; all of them when data.eval is given."""
+    """Evaluations before and after training; all that apply when data.eval is given (generation alone for sft)."""
     generation: GenerationSpec = Field(default_factory=GenerationSpec)
     """Settings of the generation evaluation."""
     tracking: TrackingSpec = Field(default_factory=TrackingSpec)

@@ -59,6 +59,7 @@ ELSEWHERE = {
     "eval_packing": "rows are not packed; remove it",
     "completion_only_loss": "answers are learnt and prompts are not; remove it",
     "assistant_only_loss": "answers are learnt and prompts are not; remove it",
+    "save_only_model": "a checkpoint without its optimizer cannot be gone on from; remove it",
     "hub_token": "a secret does not belong in a file; set HF_TOKEN, or log in with `hf auth login`",
     "remove_unused_columns": "the trainer knows its columns; remove it",
     "padding_free": "off in TRL, where it does nothing; data.shared_prompt is what saves padding here",

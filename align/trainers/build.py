@@ -64,7 +64,10 @@ def build(
     losses = losses_of(recipe)
     model, lora, facts = _policy(recipe.model)
     facts["reference"] = _reference_facts(recipe, model, losses)
-    arguments = training_arguments(recipe, output, tokenizer)
+    try:
+        arguments = training_arguments(recipe, output, tokenizer)
+    except ValueError as error:
+        raise AlignError(f"training: {error}") from error
     common: dict[str, Any] = {
         "model": model,
         "args": arguments,

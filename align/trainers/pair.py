@@ -251,6 +251,9 @@ class PairTrainer(DPOTrainer):
             self._total_train_tokens += int(total["seen"])
         metrics["num_tokens"] = [self._total_train_tokens]
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: TRL's card names DPO as the method, whatever the loss is. A run writes its own."""
+
     # --- logging ------------------------------------------------------------------------------------------------
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -24,7 +24,7 @@ method: ln_dpo
 model:
   name: smollm2-135m-instruct
   dtype: auto
-  lora: {r: 16, dropout: 0.0, target_modules: all-linear}
+  lora: {r: 16, target_modules: all-linear}
 data: {train: align:quickstart/train, eval: align:quickstart/heldout, max_length: 256}
 loss: {beta: 5.0}
 training: {learning_rate: 2.0e-05, max_steps: 80, per_device_train_batch_size: 8, seed: 7}
