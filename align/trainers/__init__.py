@@ -1,1 +1,11 @@
-"""Thin subclasses of TRL's trainers."""
+"""Trainers: thin subclasses of TRL's, and what a recipe needs to build one.
+
+- ``pair``       ``PairTrainer``: TRL's ``DPOTrainer`` with any loss of the table, shared-prompt rows, log-probs of
+  completion tokens alone, loss-true metrics, and the check at the first step that policy and reference agree.
+- ``collate``    tokenised pairs to the tensors of one forward pass.
+- ``build``      model, adapter, reference and arguments from a recipe, with the facts that the manifest states.
+- ``plan``       steps and memory of a run that is not run: ``align train --dry-run``.
+- ``interrupt``  Ctrl-C and SIGTERM: save after the step in hand, then stop.
+
+Private attributes of TRL that are used here are named in ``tests/align/trainers/test_trl_contract.py``.
+"""
