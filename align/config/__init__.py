@@ -7,7 +7,7 @@
 - ``training``  the ``training:`` section against the fields of TRL's configs.
 - ``paths``     files and folders that a recipe names.
 - ``explain``   what is wrong, in words, with 'did you mean'.
-- ``json``      the JSON Schema that editors complete recipes from.
+- ``json_schema``  the JSON Schema that editors complete recipes from.
 
     from align.config.load import load_recipe
 
