@@ -53,7 +53,7 @@ def evaluate(
         "displacement": pairs.displacement,
         "generation": lambda: _generation(recipe, built, tokenizer, held_out, run),
     }
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     for name in recipe.evals:
         path = folder / f"{name}.json"
         if path.exists():

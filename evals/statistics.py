@@ -130,4 +130,5 @@ def _units(values: ArrayLike, per: ArrayLike | None, groups: Sequence[Hashable] 
         labels = np.array([index.setdefault(group, len(index)) for group in groups])
         order = np.lexsort((denominators, numerators))  # floating-point sums depend on the order within a group
         units = np.stack([np.bincount(labels[order], column[order]) for column in (numerators, denominators)], axis=1)
-    return units[np.lexsort((units[:, 1], units[:, 0]))]
+    ordered: NDArray[np.float64] = units[np.lexsort((units[:, 1], units[:, 0]))]
+    return ordered

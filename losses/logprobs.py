@@ -71,8 +71,8 @@ def token_logps(hidden: Tensor, target: Tensor, head: Head) -> TokenLogps:
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
     with torch.autocast(device, enabled=False):
-        out = _TokenLogps.apply(hidden.to(dtype), target, head.weight, head.bias, head.scale, head.soft_cap)
-    return TokenLogps(*out)
+        arguments = (hidden.to(dtype), target, head.weight, head.bias, head.scale, head.soft_cap)
+        return TokenLogps(*_TokenLogps.apply(*arguments))  # type: ignore[no-untyped-call]
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float | None) -> Tensor:

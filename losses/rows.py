@@ -67,8 +67,8 @@ class Rows:
 
     def to(self, device: torch.device | str) -> Rows:
         """The same rows on another device."""
-        tensors = (self.input_ids, self.position_ids, self.segments, self.source, self.target, self.answer)
-        return Rows(*(tensor.to(device) for tensor in tensors), answers=self.answers)
+        moved = {name: value.to(device) for name, value in vars(self).items() if name != "answers"}
+        return Rows(**moved, answers=self.answers)
 
     def lengths(self) -> Tensor:
         """Tokens of each answer, (A,)."""
@@ -143,5 +143,6 @@ def _lay_out(rows: Sequence[tuple[Ids, Sequence[Ids]]], pad_token_id: int) -> Ro
                 answer += [(segment - 1) * len(rows) + index] * len(ids)
             start = end
     count = sum(len(answers) for _, answers in rows)
-    flat = [torch.tensor(values, dtype=torch.long) for values in (source, target, answer)]
-    return Rows(input_ids, position_ids, segments, *flat, answers=count)
+    flat = {"source": source, "target": target, "answer": answer}
+    tokens = {name: torch.tensor(values, dtype=torch.long) for name, values in flat.items()}
+    return Rows(input_ids, position_ids, segments, **tokens, answers=count)

@@ -32,20 +32,22 @@ Criterion = Callable[[str, str], float]
 
 OPENER = re.compile(
     r"\W*(?:sure\b|certainly|of course|absolutely|definitely|great question|good question|ok(?:ay)?\b|alright|well,"
-    r"|(?:here(?:'s|’s| is| are)|these are|this is|below (?:is|are))\b"
+    r"|(?:here(?:'s|’s| is| are| it)|these are|this is|below (?:is|are))\b"
     r"|as an? (?:\w+ ){0,3}(?:ai|assistant|model)\b"
     r"|i(?:'m| am|'d| would) (?:happy|glad|pleased|thrilled|be happy|be glad|love) to"
     r"|thank you for (?:your|the) question|to answer|let me|(?:the )?answer:"
-    r"|you (?:can|could) (?:say|use|start with)\b)",
+    r"|you (?:can|could|might) (?:say|use|tell|explain|start (?:with|by))\b)",
     re.I,
 )
 FILLER = re.compile(
-    r"\b(?:as an ai\b|ai (?:assistant|language model)|language model|smollm|hugging face"
+    r"\b(?:as an ai\b|ai (?:assistant|capabilities)|language model|smollm|hugging face"
     r"|i(?:'m| am) here to (?:help|assist)|how can i (?:help|assist)|i don't have (?:personal|real)"
     r"|i hope this|hope this helps|feel free to ask|your (?:question|prompt)"
     r"|it(?:'s| is) (?:important to (?:note|remember|understand)|worth noting)|please note|note that"
     r"|in conclusion|in summary|to sum up|needless to say|at the end of the day|remember,|overall,|basically,"
-    r"|a testament to|a wide range of|a variety of|i (?:cannot|can't|can not) (?:help|assist|provide|answer)"
+    r"|a testament to|a wide range of|a variety of"
+    r"|i(?:'m| am) (?:not able|unable) to (?:help|assist|provide|answer|respond)"
+    r"|i (?:cannot|can't|can not) (?:help|assist|provide|answer|respond)"
     r"|i'm sorry for any (?:misunderstanding|confusion))",
     re.I,
 )
@@ -60,7 +62,7 @@ INDECENT = re.compile(
 ASKED_MANNER = (
     (
         r"\b(?:polite|politely|kindly|friendly)\b",
-        r"\b(?:please|could|would|may|might|mind|thank|sorry|kindly|appreciate)\b",
+        r"\b(?:please|could|would|may|might|mind|thank|sorry|kindly|excuse|appreciate)\b",
     ),
     (
         r"\b(?:disadvantage|con|bad|downside)\b",
@@ -109,13 +111,13 @@ def direct(request: str, answer: str) -> float:
     """The answer begins at once.
 
     0.3 if it opens with a phrase such as "Sure!", "Here are", "As an AI", "You can say"; otherwise 0.4 if it speaks of
-    its own form ("in one sentence") or, letters apart, asks back or only says the request again first.
+    its own form ("in one sentence") or, letters and summaries apart, asks back or only says the request again first.
     """
     if OPENER.match(answer):
         return 0.3
-    if re.search(r"\b(?:one|two|three|single|short)[- ]sentences?\b", answer, re.I):
+    if re.search(r"\bsentences?\b|\b(?:this|the) (?:message|email) is\b", answer, re.I):
         return 0.4
-    if asks_for_letter(request):
+    if asks_for_letter(request) or asks_for_summary(request):
         return 1.0
     first, *rest = sentences(answer) or [""]
     restates = set(content_words(first)) <= set(content_words(request))
@@ -150,26 +152,26 @@ def plain_words(request: str, answer: str) -> float:
 
 
 def on_task(request: str, answer: str) -> float:
-    """It is about what was asked: words of the subject come back, half of them or more for 1, none for 0.2."""
+    """It is about what was asked: words of the subject come back, half of them or more for 1, none for 0.25."""
     subject = set(content_words(request)) - FORM_STEMS
     if not subject:
         return 1.0
     shared = len(subject & set(content_words(answer))) / len(subject)
-    return 0.2 + 0.8 * ramp(shared, 0.0, 0.5)
+    return 0.25 + 0.75 * ramp(shared, 0.0, 0.5)
 
 
 def own_words(request: str, answer: str) -> float:
     """It adds something.
 
-    The share of four-word phrases copied from the request lowers it (from two in five on). Summaries apart, three
-    content words that the request does not hold are wanted.
+    The share of four-word phrases copied from the request lowers it, from two in five on; a summary keeps 0.3 at
+    least. Other answers should hold three content words that the request does not.
     """
     phrases, given = ngrams(words(answer), 4), set(ngrams(words(request), 4))
     copied = sum(phrase in given for phrase in phrases) / len(phrases) if phrases else 0.0
     value = 1.0 - ramp(copied, 0.4, 1.0)
-    if not asks_for_summary(request):
-        value *= ramp(len(set(content_words(answer)) - set(content_words(request))), 0, 3)
-    return value
+    if asks_for_summary(request):
+        return max(0.3, value)
+    return value * ramp(len(set(content_words(answer)) - set(content_words(request))), 0, 3)
 
 
 def keeps_form(request: str, answer: str) -> float:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 NUMBERS = {"a": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "1": 1, "2": 2, "3": 3, "4": 4, "5": 5}
 COUNT = r"(?P<count>one|two|three|four|five|[1-5])"
+SEVERAL = r"(?P<count>two|three|four|five|[2-5])"
 ASKED_SENTENCES = re.compile(rf"\b{COUNT}[ -](?:\w+ ){{0,2}}sentences?\b|\b(?P<a>a) (?:\w+ )?sentence\b", re.I)
-ASKED_ITEMS = re.compile(rf"\b(?:name|list|give me|suggest|what are) {COUNT} (?!\w* ?sentence)\w+", re.I)
+ASKED_ITEMS = re.compile(rf"\b(?:name|list|give me|suggest|what are) {SEVERAL} (?!\w* ?sentence)\w+", re.I)
 LETTER = re.compile(r"\b(?:email|message|note) to\b", re.I)
 SUMMARY = re.compile(r"\b(?:summar(?:y|ise|ize)|sum (?:this|it) up|main point|gist)\b", re.I)
 
@@ -68,9 +69,9 @@ def sentences(text: str) -> list[str]:
 
 
 def items(text: str) -> int:
-    """How many items a list has: its marked lines, or the parts of the sentence with the most commas and "and"."""
+    """How many items a list has: its marked lines, else the parts of the sentence with the most commas and "and"."""
     marked = sum(MARK.match(line) is not None for line in lines(text))
-    if marked > 1:
+    if marked:
         return marked
     parts = (re.split(r",|;|\band\b|\bor\b", sentence) for sentence in sentences(text))
     return max((sum(bool(words(part)) for part in sentence) for sentence in parts), default=0)
@@ -83,7 +84,7 @@ def asked_sentences(request: str) -> int | None:
 
 
 def asked_items(request: str) -> int | None:
-    """The number of things that the request asks for, as in "name three rivers"."""
+    """The number of things, two or more, that the request asks for, as in "name three rivers"."""
     found = ASKED_ITEMS.search(request)
     return NUMBERS[found["count"].lower()] if found else None
 

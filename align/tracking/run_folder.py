@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal
@@ -250,7 +250,7 @@ def peak_rss_gb() -> float:
 
 def now() -> str:
     """The time, UTC, to the second, as ISO 8601."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _ending(kind: type[BaseException] | None) -> Literal["interrupted", "failed", "finished"]:

@@ -55,7 +55,7 @@ _NOT_TAKEN: list[tuple[str, Any, str]] = [
 ]
 
 
-class PairTrainer(DPOTrainer):
+class PairTrainer(DPOTrainer):  # type: ignore[misc]
     """TRL's DPOTrainer with the library's losses; it stands where ``DPOTrainer(...)`` stood.
 
     Args:
@@ -75,6 +75,10 @@ class PairTrainer(DPOTrainer):
     Raises:
         ValueError: an argument of ``DPOConfig`` that this trainer would have to drop, or a loss that does not exist.
     """
+
+    # Set by DPOTrainer.
+    _signature_columns: list[str] | None
+    _total_train_tokens: int
 
     def __init__(
         self,

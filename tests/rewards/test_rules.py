@@ -61,7 +61,7 @@ def test_cheap_tricks_score_low(answer: str) -> None:
 @pytest.mark.parametrize("request_", [ASK, EMAIL, BROWSER, "Name three rivers in Africa in one sentence."])
 def test_one_answer_to_everything_scores_low(request_: str) -> None:
     for answer in ("Yes.", "Sure, I'd be happy to help you with that!", "It depends on what you like and need most."):
-        assert reward(request_, answer) < 0.25
+        assert reward(request_, answer) < 0.3
 
 
 @pytest.mark.parametrize(
@@ -133,9 +133,9 @@ def test_plain_words() -> None:
 
 def test_on_task_counts_words_of_the_subject() -> None:
     """The e-mail's subject is landlord, dripping, kitchen, tap: one of four is half-way to the half that gives 1."""
-    assert on_task(EMAIL, "The tap is broken.") == pytest.approx(0.2 + 0.8 * 0.5)
+    assert on_task(EMAIL, "The tap is broken.") == pytest.approx(0.25 + 0.75 * 0.5)
     assert on_task(EMAIL, "The kitchen taps are broken.") == 1.0
-    assert on_task(EMAIL, "Send me the file.") == 0.2
+    assert on_task(EMAIL, "Send me the file.") == 0.25
 
 
 def test_own_words() -> None:
@@ -149,7 +149,7 @@ def test_own_words_of_a_summary_may_be_those_of_the_text() -> None:
     text = "The bakery on Mill Street will close for two weeks. The owners are putting in a new oven and painting."
     request = f"Summarise this in one sentence: {text}"
     assert own_words(request, "The bakery will close for a new oven.") == 1.0
-    assert own_words(request, "The bakery on Mill Street will close for two weeks.") == 0.0
+    assert own_words(request, "The bakery on Mill Street will close for two weeks.") == 0.3
 
 
 def test_keeps_form() -> None:

@@ -28,7 +28,7 @@ def test_asked_sentences(request_: str, count: int | None) -> None:
         ("Name three rivers in one sentence.", 3),
         ("What are two drinks for a hot day?", 2),
         ("Give me one sentence that I can say.", None),
-        ("Give me one tip.", 1),
+        ("Give me one tip.", None),
         ("Explain the three laws of motion.", None),
     ],
 )
