@@ -68,7 +68,7 @@ ASKED_MANNER = (
         r"\b(?:disadvantage|con|bad|downside)\b",
         r"\b(?:but|however|while|although|yet|whereas|other hand|bad|(?:disadvantage|con|downside|drawback)s?)\b",
     ),
-    (r"\b(?:email|message|note) to\b", r"\b(?:i|i'm|i'd|i've|we|you|your|dear|hi|hello)\b"),
+    (r"\b(?:email|message|note) to\b", r"\b(?:i|i'm|i'd|i've|we|we're|dear|hi|hello|hey)\b"),
 )
 
 # Words of a request that say what form the answer takes, and not what it is about.
@@ -121,7 +121,7 @@ def direct(request: str, answer: str) -> float:
         return 1.0
     first, *rest = sentences(answer) or [""]
     restates = set(content_words(first)) <= set(content_words(request))
-    return 0.4 if restates or (rest and first.endswith("?")) else 1.0
+    return 0.4 if restates or (rest and re.search(r"^[^\"“]*\?$", first)) else 1.0
 
 
 def no_filler(request: str, answer: str) -> float:
@@ -145,10 +145,10 @@ def no_repetition(request: str, answer: str) -> float:
 
 
 def plain_words(request: str, answer: str) -> float:
-    """Everyday words: 1 while at most one word in ten has ten letters or more, 0.2 from two in five on."""
+    """Everyday words: 1 while at most one word in ten has ten letters or more, 0.5 from two in five on."""
     found = words(answer)
     long = sum(len(word) >= 10 for word in found) / max(1, len(found))
-    return 1.0 - 0.8 * ramp(long, 0.1, 0.4)
+    return 1.0 - 0.5 * ramp(long, 0.1, 0.4)
 
 
 def on_task(request: str, answer: str) -> float:
@@ -177,7 +177,7 @@ def own_words(request: str, answer: str) -> float:
 def keeps_form(request: str, answer: str) -> float:
     """It has the number of sentences or items asked for (each one off costs 0.35), and the manner, or half of that.
 
-    Manner: a polite word for a polite request, both sides for pros and cons, somebody addressed in an e-mail.
+    Manner: a polite word for a polite request, both sides for pros and cons, a writer or a greeting in an e-mail.
     """
     value = 1.0
     if (asked := asked_sentences(request)) is not None:

@@ -37,8 +37,8 @@ FUNCTION_WORDS = frozenset(
 
 
 def stem(word: str) -> str:
-    """The first five letters, without the ending of a plural or possessive."""
-    return re.sub(r"(?:['’]s|(?<=..[^s])s)$", "", word)[:5]
+    """The first five letters, without the ending of a possessive or a plural."""
+    return re.sub(r"(?<=..[^s])s$", "", re.sub(r"['’]s?$", "", word)[:5])
 
 
 def content_words(text: str) -> list[str]:

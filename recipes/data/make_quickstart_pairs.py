@@ -10,8 +10,8 @@ length make a pair. A request without such a pair is left out.
 writes ``quickstart_train.jsonl`` and ``quickstart_heldout.jsonl`` beside this file. An interrupted run goes on from
 the candidates that it has; with all candidates there, only the pairs are made anew.
 
-Determinism: each prompt draws from its own seed, and batches and their order are fixed, so the same machine kind,
-dtype and versions of torch and transformers give the same files. Elsewhere the last bits of a matrix product
+Determinism: each prompt draws from its own seed, and batches and their order are fixed, so the same kind of
+processor and the same versions of torch and transformers give the same files. Elsewhere the last bits of a matrix product
 differ, and with them some answers; requests, split and the choice of pairs from given answers are the same everywhere.
 """
 
@@ -42,7 +42,7 @@ ANSWERS = 6
 TEMPERATURE = 0.7
 MAX_NEW_TOKENS = 90
 PROMPTS_PER_BATCH = 16
-MIN_REWARD = 0.25  # of the chosen answer
+MIN_REWARD = 0.4  # of the chosen answer
 MIN_GAP = 0.2  # between the two rewards
 LENGTH_COST = 0.5  # reward given up for an e-fold in length between the two answers
 MAX_TOKENS = 256  # of a prompt with both answers

@@ -126,8 +126,8 @@ def test_no_repetition() -> None:
 
 
 def test_plain_words() -> None:
-    """One of four words has ten letters: 0.25 lies half-way from 0.1 to 0.4, so half of 0.8 is lost."""
-    assert plain_words(ASK, "It is a phenomenon") == pytest.approx(0.6)
+    """One of four words has ten letters: 0.25 lies half-way from 0.1 to 0.4, so half of 0.5 is lost."""
+    assert plain_words(ASK, "It is a phenomenon") == pytest.approx(0.75)
     assert plain_words(ASK, GOOD) == 1.0
 
 

@@ -61,3 +61,4 @@ def test_items() -> None:
 def test_words_and_content_words() -> None:
     assert words("Don't over-think it, café!") == ["don't", "over-think", "it", "café"]
     assert content_words("The rivers of Africa's river") == ["river", "afric", "river"]
+    assert content_words("Paris, Parisian, glass") == ["pari", "pari", "glass"]
