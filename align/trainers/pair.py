@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
@@ -267,7 +268,10 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
             self._total_train_tokens = int(logged[-1]) if logged else 0
         if self._clock is None:
             self._clock = (time.perf_counter(), self._total_train_tokens)
-        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        # Under autocast an adapter's float32 weights meet bf16 inputs anyway; peft would first copy those to float32.
+        autocast = self.accelerator.mixed_precision in ("bf16", "fp16")
+        with disable_input_dtype_casting(self.model, active=autocast):
+            loss: torch.Tensor = super().training_step(*args, **kwargs)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

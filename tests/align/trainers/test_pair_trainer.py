@@ -409,3 +409,26 @@ def test_resume_gives_the_weights_of_an_uninterrupted_run(tmp_path, tiny_tokeniz
     for one, other in zip(log, [e for e in resumed.state.log_history if "loss" in e], strict=True):
         timed = {"perf/tokens_per_s", "perf/peak_rss_gb"}
         assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "gradient checkpointing"])
+def test_bf16_adapters_take_their_inputs_as_they_are(
+    tmp_path, tiny_tokenizer, make_tiny_model, dataset, checkpointing
+):
+    """Under autocast no float32 copy of the activations is made for an adapter; it trains, and stays float32."""
+    trainer = PairTrainer(
+        model=make_tiny_model().bfloat16(),
+        args=arguments(tmp_path, bf16=True, gradient_checkpointing=checkpointing),
+        train_dataset=dataset,
+        processing_class=tiny_tokenizer,
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+        loss="dpo",
+    )
+    adapter = next(module for name, module in trainer.model.named_modules() if name.endswith("lora_A.default"))
+    seen = set()
+    adapter.register_forward_pre_hook(lambda _, inputs: seen.add(inputs[0].dtype))
+    log = steps(trainer)
+    assert seen == {torch.bfloat16}
+    assert adapter.weight.dtype == torch.float32
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-2)
+    assert log[-1]["loss"] < log[0]["loss"]
