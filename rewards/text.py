@@ -69,12 +69,18 @@ def sentences(text: str) -> list[str]:
 
 
 def items(text: str) -> int:
-    """How many items a list has: its marked lines, else the parts of the sentence with the most commas and "and"."""
-    marked = sum(MARK.match(line) is not None for line in lines(text))
-    if marked:
+    """How many items a list has: its marked lines, else the most parts of a sentence that enumerates.
+
+    Parts stand between commas, "and" and "or"; a sentence without "and" or "or" enumerates if its parts are short.
+    """
+    if marked := sum(MARK.match(line) is not None for line in lines(text)):
         return marked
-    parts = (re.split(r",|;|\band\b|\bor\b", sentence) for sentence in sentences(text))
-    return max((sum(bool(words(part)) for part in sentence) for sentence in parts), default=0)
+    most = min(1, len(sentences(text)))
+    for sentence in sentences(text):
+        parts = [words(part) for part in re.split(r",|;|\band\b|\bor\b", sentence)]
+        if re.search(r"\b(?:and|or)\b", sentence) or all(len(part) <= 3 for part in parts):
+            most = max(most, sum(bool(part) for part in parts))
+    return most
 
 
 def asked_sentences(request: str) -> int | None:

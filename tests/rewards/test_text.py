@@ -54,6 +54,8 @@ def test_sentences_of_a_letter_leave_out_its_frame() -> None:
 def test_items() -> None:
     assert items("- apples\n- pears\n- plums") == 3
     assert items("Apples, pears, and plums are fruit. I like them.") == 3
+    assert items("Apples, pears, plums.") == 3
+    assert items("Saffron, which is quite expensive, is not for everyone, alas.") == 1
     assert items("Apples.") == 1
     assert items("") == 0
 
