@@ -32,7 +32,6 @@ from align.tracking.manifest import run_facts
 from align.tracking.run_folder import RunFolder
 from align.tracking.telemetry import disable_telemetry
 from align.tracking.wandb import WandbMirror
-from align.trainers.allocator import return_freed_memory
 from align.trainers.build import build, training_arguments
 from align.trainers.interrupt import interruptible
 from align.trainers.plan import plan
@@ -61,7 +60,6 @@ def train(recipe: Recipe, *, source: str, command: Sequence[str], dry_run: bool 
             "align train runs in one process; for several, give PairTrainer to accelerate launch from a script"
         )
     disable_telemetry()
-    return_freed_memory()
     set_seed(recipe.training.get("seed", 42))
     tokenizer = load_tokenizer(recipe.model.name, trust_remote_code=recipe.model.trust_remote_code)
     if dry_run:

@@ -2,6 +2,7 @@
 
 - ``align.rewards.rules``  plain-Python rewards, readable line by line; ``everyday_answer`` labels the quickstart data
   and judges its win rate.
+- ``align.rewards.text``   words, sentences and lists of English text, as the rules count them.
 
 A reward is a callable ``(prompts, completions) -> list[float]``, higher is better; recipes name one as
 ``module:function``.

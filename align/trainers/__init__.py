@@ -5,7 +5,6 @@
 - ``collate``    tokenised pairs to the tensors of one forward pass.
 - ``build``      model, adapter, reference and arguments from a recipe, with the facts that the manifest states.
 - ``plan``       steps and memory of a run that is not run: ``align train --dry-run``.
-- ``allocator``  freed tensors go back to the system, which halves the peak of a run with rows of many widths.
 - ``interrupt``  Ctrl-C and SIGTERM: save after the step in hand, then stop.
 
 Private attributes of TRL that are used here are named in ``tests/align/trainers/test_trl_contract.py``.
