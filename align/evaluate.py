@@ -28,13 +28,14 @@ from align.evals.reward_spec import load_reward
 from align.evals.sampling import Sample, sample
 from align.losses import PairLogps, SequenceLogps, combine
 from align.losses.rows import pair_rows
+from align.models.memory import release_freed
 from align.models.scoring import score, sequence_logps
 from align.tracking.files import write_json, write_text
 from align.tracking.progress import progress
 from align.trainers.build import Built, losses_of
 
 SAMPLES_SHOWN = 20
-BATCH = 32
+BATCH = 16
 
 
 def evaluate(
@@ -112,6 +113,7 @@ class _Pairs:
                 ).to(model.device)
                 totals[:, part] = rows.totals(score(model, rows).logps).view(2, -1).cpu()
                 lengths[:, part] = rows.lengths().view(2, -1).cpu()
+                release_freed()
                 advance(len(part))
         return PairLogps(SequenceLogps(totals[0], lengths[0]), SequenceLogps(totals[1], lengths[1]))
 
@@ -178,6 +180,7 @@ class _Answers:
                     entry = {"of": name, "row": missing[place], **asdict(answer)}
                     file.write(json.dumps(entry, ensure_ascii=False) + "\n")
                 file.flush()
+                release_freed()
                 advance(len(batch))
 
             sample(

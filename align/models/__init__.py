@@ -5,5 +5,6 @@
 - ``hardware``     the dtype of ``dtype: auto`` and its reason, in words.
 - ``scoring``      a causal model whose forward pass can return the log-probs of given tokens; which families take a
   pair in one row.
+- ``memory``       freed memory back to the system.
 - ``fingerprint``  SHA-256 of weights, for the manifest.
 """

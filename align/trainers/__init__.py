@@ -5,6 +5,7 @@
 - ``collate``    tokenised pairs to the tensors of one forward pass.
 - ``build``      model, adapter, reference and arguments from a recipe, with the facts that the manifest states.
 - ``plan``       steps and memory of a run that is not run: ``align train --dry-run``.
+- ``memory``     freed memory back to the system every few steps.
 - ``interrupt``  Ctrl-C and SIGTERM: save after the step in hand, then stop.
 
 Private attributes of TRL that are used here are named in ``tests/align/trainers/test_trl_contract.py``.

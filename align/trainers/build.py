@@ -24,6 +24,7 @@ from align.models.hardware import resolve_dtype
 from align.models.load import load_model
 from align.models.scoring import attach_scoring
 
+from .memory import ReleaseFreed
 from .pair import PairTrainer
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ def build(
             attach_scoring(inner)
     except ValueError as error:
         raise AlignError(f"the trainer refuses this set-up: {error}") from error
+    trainer.add_callback(ReleaseFreed())
     parameters = list(trainer.model.parameters())
     facts["model"]["parameters"] = sum(p.numel() for p in parameters)
     facts["model"]["trainable"] = sum(p.numel() for p in parameters if p.requires_grad)
