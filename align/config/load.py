@@ -25,6 +25,9 @@ from .training import check_training, training_fields
 
 # What does not change the result of a run.
 NOT_IN_HASH = {"output", "tracking", "resume"}
+NO_REWARD = (
+    "name a function that scores answers, as module:function; align.rewards.rules:everyday_answer is the quickstart's"
+)
 
 
 def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -169,6 +172,8 @@ def _across(data: dict[str, Any]) -> list[Problem]:
         problems.append(("model.lora", "an adapter brings its own settings; give model.adapter or model.lora"))
     if data.get("evals") and isinstance(source, dict) and not source.get("eval"):
         problems.append(("evals", "need held-out data; set data.eval, or evals: []"))
+    if isinstance(source, dict) and source.get("eval") and source["eval"] == source.get("train"):
+        problems.append(("data.eval", "the same as data.train; held-out data must be other data"))
     if data.get("method") == "sft" and isinstance(evals := data.get("evals"), list):
         problems += [
             (f"evals.{index}", f"{name} compares pairs, and method: sft reads single answers; leave generation")
@@ -179,11 +184,13 @@ def _across(data: dict[str, Any]) -> list[Problem]:
 
 
 def _reward(data: dict[str, Any]) -> list[Problem]:
-    """Whether the reward that the recipe names can be imported, where the generation evaluation runs."""
+    """Whether a reward is named and can be imported, where the generation evaluation runs."""
     generation = data.get("generation")
     reward = generation.get("reward") if isinstance(generation, dict) else None
     evals = data.get("evals", EVALS)
     runs = isinstance(evals, list | tuple) and "generation" in evals
+    if runs and "evals" in data and reward is None:
+        return [("generation.reward", NO_REWARD)]
     if not runs or not isinstance(reward, str) or ":" not in reward:
         return []
     from align.evals.reward_spec import load_reward

@@ -9,9 +9,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .explain import Problem
+from align.data.load import SUFFIXES
 
-DATA_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".tsv", ".txt", ".gz"}
+from .explain import Problem
 
 
 def check_paths(recipe: Mapping[str, Any]) -> list[Problem]:
@@ -42,7 +42,7 @@ def _data(source: str) -> str | None:
     if source.startswith("align:"):
         return _packaged_data(source)
     path = Path(source)
-    if path.exists() or (path.suffix not in DATA_SUFFIXES and _is_hub_id(source) and not _near(path)):
+    if path.exists() or (not source.endswith(SUFFIXES) and _is_hub_id(source) and not _near(path)):
         return None
     return f"no such file or folder: '{source}'{_near(path)}"
 

@@ -85,8 +85,8 @@ class DataSpec(Section):
 class GenerationSpec(Section):
     """How the ``generation`` evaluation samples and scores, before and after training."""
 
-    reward: str = Field(default="align.rewards.rules:everyday_answer", pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
-    """Python function that scores answers, as ``module:function``."""
+    reward: str | None = Field(default=None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    """Python function that scores answers, as ``module:function``; the evaluation runs only with one."""
     prompts: int = Field(default=160, ge=2)
     """Held-out prompts to answer (the first ones)."""
     max_new_tokens: int = Field(default=96, ge=1)
@@ -118,10 +118,12 @@ class TrackingSpec(Section):
 
 
 def _evals_of(fields: dict[str, Any]) -> list[Eval]:
-    data = fields.get("data")
+    data, generation = fields.get("data"), fields.get("generation")
     if data is None or not data.eval:
         return []
-    return ["generation"] if fields.get("method") == "sft" else list(EVALS)
+    scored = generation is not None and generation.reward is not None
+    pairs = fields.get("method") != "sft"
+    return [name for name in EVALS if (scored if name == "generation" else pairs)]
 
 
 class Recipe(Section):
@@ -139,10 +141,11 @@ class Recipe(Section):
     """Settings of method's loss, such as beta."""
     training: dict[str, Any] = Field(default_factory=dict)
     """Fields of TRL's DPOConfig (SFTConfig for method sft), such as learning_rate and max_steps."""
-    evals: list[Eval] = Field(default_factory=_evals_of)
-    """Evaluations before and after training; all that apply when data.eval is given (generation alone for sft)."""
     generation: GenerationSpec = Field(default_factory=GenerationSpec)
     """Settings of the generation evaluation."""
+    evals: list[Eval] = Field(default_factory=_evals_of)
+    """Evaluations before and after training. When not given, all that apply: none without data.eval, generation with
+    generation.reward, the other two for pairs (not for sft)."""
     tracking: TrackingSpec = Field(default_factory=TrackingSpec)
     """Where metrics go."""
     output: Text

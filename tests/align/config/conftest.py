@@ -12,6 +12,15 @@ Write = Callable[..., str]
 
 
 @pytest.fixture
+def held_out(tmp_path: Path) -> dict[str, str]:
+    """A ``data`` section with a file to train on and another to evaluate on."""
+    found = {key: str(tmp_path / f"{key}.jsonl") for key in ("train", "eval")}
+    for path in found.values():
+        Path(path).write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    return found
+
+
+@pytest.fixture
 def write_recipe(tmp_path: Path) -> Write:
     """``write_recipe(**keys)`` writes a sound recipe with these top-level keys changed (None: left out)."""
     data = tmp_path / "pairs.jsonl"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from align.config.load import config_hash, load_recipe, resolved_yaml, shipped_recipes
+from align.data.load import SUFFIXES
 from align.errors import ConfigError
 
 Write = Callable[..., str]
@@ -25,7 +26,8 @@ def test_every_shipped_recipe_loads(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.model.name == "smollm2-135m-instruct"
     assert recipe.output == f"runs/{name}"
-    assert recipe.evals == ["preference", "generation", "displacement"]
+    assert recipe.evals == (["generation"] if name == "sft" else ["preference", "generation", "displacement"])
+    assert recipe.generation.reward == "align.rewards.rules:everyday_answer"
 
 
 def test_shipped_recipes_are_all_there() -> None:
@@ -101,10 +103,42 @@ def test_a_file_with_a_similar_name_is_offered(write_recipe: Write, tmp_path: Pa
     assert problems(source)["data.train"].endswith(f"did you mean {tmp_path / 'pairs.jsonl'}?")
 
 
-def test_a_reward_that_cannot_be_imported(write_recipe: Write, tmp_path: Path) -> None:
-    data = {"train": str(tmp_path / "pairs.jsonl"), "eval": str(tmp_path / "pairs.jsonl")}
-    found = problems(write_recipe(data=data, generation={"reward": "json:lods"}))
+def test_a_reward_that_cannot_be_imported(write_recipe: Write, held_out: dict[str, str]) -> None:
+    found = problems(write_recipe(data=held_out, generation={"reward": "json:lods"}))
     assert "did you mean json:load" in found["generation.reward"]
+
+
+@pytest.mark.parametrize(
+    ("method", "generation", "evals"),
+    [
+        ("dpo", None, ["preference", "displacement"]),
+        ("dpo", {"prompts": 8}, ["preference", "displacement"]),
+        ("dpo", {"reward": "math:sqrt"}, ["preference", "generation", "displacement"]),
+        ("sft", None, []),
+        ("sft", {"reward": "math:sqrt"}, ["generation"]),
+    ],
+)
+def test_answers_are_scored_by_default_only_with_a_reward_of_the_recipe(
+    write_recipe: Write, held_out: dict[str, str], method: str, generation: dict[str, Any] | None, evals: list[str]
+) -> None:
+    recipe = load_recipe(write_recipe(data=held_out, method=method, generation=generation))
+    assert recipe.evals == evals
+
+
+def test_generation_asked_for_without_a_reward(write_recipe: Write, held_out: dict[str, str]) -> None:
+    found = problems(write_recipe(data=held_out, evals=["generation"]))
+    assert found["generation.reward"].startswith("name a function that scores answers, as module:function")
+
+
+def test_training_data_is_not_held_out_data(write_recipe: Write, held_out: dict[str, str]) -> None:
+    found = problems(write_recipe(data={**held_out, "eval": held_out["train"]}))
+    assert found == {"data.eval": "the same as data.train; held-out data must be other data"}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_missing_file_of_a_kind_that_can_be_read_is_no_hub_id(write_recipe: Write, suffix: str) -> None:
+    found = problems(write_recipe(data={"train": f"nowhere/pairs{suffix}"}))
+    assert found["data.train"] == f"no such file or folder: 'nowhere/pairs{suffix}'"
 
 
 def test_overrides_reach_every_key(write_recipe: Write) -> None:
