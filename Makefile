@@ -24,8 +24,10 @@ endif
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-12s %s\n", $$1, $$2 }'
 
-quickstart: $(VENV)/.installed-run  ## align a small chat model on this machine, with a report (about 10 minutes)
-	$(BIN)/align train recipes/quickstart.yaml
+quickstart: $(VENV)/.installed-run  ## align a small chat model on this machine, with a report (about 15 minutes on two cores)
+	@if grep -qs '"status": "finished"' runs/quickstart/manifest.json; \
+	then echo "done already: the report is runs/quickstart/report.html; chat: $(BIN)/align generate --model runs/quickstart --chat"; \
+	else $(BIN)/align train recipes/quickstart.yaml; fi
 
 # The models of most tests are tiny: more threads than two only wait for each other.
 test: $(VENV)/.installed-dev browser  ## run the tests
@@ -83,5 +85,4 @@ $(VENV)/.browser: | $(BIN)/pip
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
 	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "installing Chromium for the report's test" \
 	  && { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium; } >$(VENV)/chromium.log 2>&1; \
-	} || echo "no Chromium here: the test that opens the report in a browser will skip"
-	@touch $@
+	} && touch $@ || echo "no Chromium here: the test that opens the report in a browser will skip"

@@ -134,7 +134,7 @@ def test_sampling_equals_sampling_alone(
 
 
 def test_drawing_follows_the_distribution(maker: ModuleType) -> None:
-    """Inverse of the cumulative distribution at temperature 0.7: p = (0.2, 0.3, 0.5) at u = 0.1, 0.4, 0.6, 0.99."""
+    """Inverse of the cumulative distribution at temperature 0.5: p = (0.2, 0.3, 0.5) at u = 0.1, 0.4, 0.6, 0.99."""
     logits = maker.TEMPERATURE * torch.tensor([0.2, 0.3, 0.5]).log().repeat(4, 1)
     drawn = maker._draw(logits, torch.tensor([0.1, 0.4, 0.6, 0.99], dtype=torch.float64))
     assert drawn.tolist() == [0, 1, 2, 2]
