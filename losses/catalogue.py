@@ -26,6 +26,8 @@ class LossInfo:
         paper: where it comes from, such as ``arXiv:2305.18290``.
         formula: one line, in the notation of the module's docstring.
         purpose: one line: what it is for.
+        ranks: whether the loss compares the two answers. The rewards of one that does not (``sft``) stay out of a
+            combination's rewards.
     """
 
     name: str
@@ -35,6 +37,7 @@ class LossInfo:
     paper: str
     formula: str
     purpose: str
+    ranks: bool = True
 
     @property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
@@ -47,14 +50,21 @@ LOSSES: dict[str, LossInfo] = {}
 
 
 def pairwise_loss(
-    name: str, *, reference: bool, default_beta: float | None, paper: str, formula: str, purpose: str
+    name: str,
+    *,
+    reference: bool,
+    default_beta: float | None,
+    paper: str,
+    formula: str,
+    purpose: str,
+    ranks: bool = True,
 ) -> Callable[[F], F]:
     """Enter a loss in the table. The function itself stays as it is."""
 
     def enter(function: F) -> F:
         if name in LOSSES:
             raise ValueError(f"two losses are named {name!r}")
-        LOSSES[name] = LossInfo(name, function, reference, default_beta, paper, formula, purpose)
+        LOSSES[name] = LossInfo(name, function, reference, default_beta, paper, formula, purpose, ranks)
         return function
 
     return enter
@@ -104,14 +114,23 @@ class Loss:
         object.__setattr__(self, "settings", settings)
 
     @classmethod
-    def of(cls, loss: str | PairwiseLoss | Loss, *, weight: float = 1.0, **settings: float) -> Loss:
-        """A loss by name (``"ln_dpo"``) or by its function (``ln_dpo``), with its settings.
+    def of(cls, loss: str | PairwiseLoss | Loss, *, weight: float | None = None, **settings: float) -> Loss:
+        """A loss by name (``"ln_dpo"``) or by its function (``ln_dpo``), with its settings; weight 1 if none is given.
+
+        A ``Loss`` comes back as it is: it has its weight and settings already.
 
         Raises:
-            ValueError: an unknown name, a function that is not in the table, or settings that do not fit.
+            ValueError: an unknown name, a function that is not in the table, settings that do not fit, or a weight or
+                settings given with a ``Loss``.
         """
         if isinstance(loss, Loss):
+            if weight is not None or settings:
+                given = ", ".join([*(["weight"] if weight is not None else []), *settings])
+                raise ValueError(
+                    f"this {loss.info.name} has its weight and settings already, and {given} came with it"
+                )
             return loss
+        weight = 1.0 if weight is None else weight
         if isinstance(loss, str):
             return cls(find_loss(loss), settings, weight)
         for info in LOSSES.values():

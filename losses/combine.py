@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -13,24 +14,29 @@ from .types import LossOutput, PairLogps
 def combine(losses: Sequence[Loss], policy: PairLogps, reference: PairLogps | None) -> LossOutput:
     """``sum_i weight_i * loss_i``, unreduced, (B,).
 
-    The rewards are ``sum_i weight_i * rewards_i``, so that each term counts in the margin as it counts in the loss.
-    With more than one term, ``metrics`` holds each term's own loss as ``loss/NAME``, unweighted.
+    The rewards are ``sum_i weight_i * rewards_i`` over the terms that rank answers, so that each counts in the margin
+    as it counts in the loss; a likelihood term (``sft``) would mix the base model's likelihoods into the margin. When
+    no term ranks, the sum is over all. With more than one term, ``metrics`` holds each term's own loss as
+    ``loss/NAME``, unweighted; a second term of that name is ``loss/NAME_2``.
 
     Raises:
         ValueError: no loss is given, or one of them needs a reference and there is none.
     """
     if not losses:
         raise ValueError("a combination has at least one loss")
-    outputs = [loss(policy, reference) for loss in losses]
-    if len(outputs) == 1 and losses[0].weight == 1.0:
-        return outputs[0]
+    terms = [(loss, loss(policy, reference)) for loss in losses]
+    if len(terms) == 1 and losses[0].weight == 1.0:
+        return terms[0][1]
     metrics: dict[str, torch.Tensor] = {}
-    for loss, output in zip(losses, outputs, strict=True):
+    seen: Counter[str] = Counter()
+    for loss, output in terms:
+        name = loss.info.name
+        seen[name] += 1
         metrics.update(output.metrics)
-        metrics[f"loss/{loss.info.name}"] = output.loss.detach()
-    weights = [loss.weight for loss in losses]
+        metrics[f"loss/{name}" if seen[name] == 1 else f"loss/{name}_{seen[name]}"] = output.loss.detach()
+    ranking = [(loss, output) for loss, output in terms if loss.info.ranks] or terms
     return LossOutput(
-        loss=torch.stack([w * o.loss for w, o in zip(weights, outputs, strict=True)]).sum(0),
-        rewards=torch.stack([w * o.rewards for w, o in zip(weights, outputs, strict=True)]).sum(0),
+        loss=torch.stack([loss.weight * output.loss for loss, output in terms]).sum(0),
+        rewards=torch.stack([loss.weight * output.rewards for loss, output in ranking]).sum(0),
         metrics=metrics,
     )

@@ -101,6 +101,11 @@ def _target_logits(
     return logit if cap is None else cap * torch.tanh(logit / cap)
 
 
+def _wide_zeros(like: Tensor) -> Tensor:
+    """Where tiles add up, float32 or better: in bf16 a small tile would vanish beside the sum so far."""
+    return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
+
+
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -165,8 +170,8 @@ class _TokenLogps(torch.autograd.Function):
         scale, cap = ctx.scale, ctx.cap
         cast = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[2] else None
-        grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[3] else None
+        grad_weight = _wide_zeros(weight) if ctx.needs_input_grad[2] else None
+        grad_bias = _wide_zeros(bias) if bias is not None and ctx.needs_input_grad[3] else None
         rows = max(1, TILE_ELEMENTS // len(weight))
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
@@ -181,9 +186,13 @@ class _TokenLogps(torch.autograd.Function):
             if slope is not None:
                 push *= slope
             if grad_bias is not None:
-                grad_bias += push.sum(dim=0).to(grad_bias.dtype)
+                grad_bias += push.sum(dim=0)
             narrow = push.to(hidden.dtype)
             grad_hidden[part] = narrow @ cast
             if grad_weight is not None:
-                grad_weight += (narrow.T @ h).to(grad_weight.dtype)
+                grad_weight += narrow.T @ h
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        if grad_bias is not None:
+            grad_bias = grad_bias.to(bias.dtype)
         return grad_hidden, None, grad_weight, grad_bias, None, None

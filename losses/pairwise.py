@@ -171,6 +171,9 @@ def ipo_per_token(policy: PairLogps, reference: PairLogps, *, beta: float) -> Lo
 def slic(policy: PairLogps, reference: PairLogps, *, beta: float) -> LossOutput:
     """SLiC in its reference form: the hinge on log-ratios (arXiv:2309.06657, Sec. 3.2; TRL's ``hinge``).
 
+    This is the hinge-norm loss of the RSO paper; SLiC-HF itself (arXiv:2305.10425) has no reference and adds an SFT
+    term.
+
     ``loss = max(0, 1 - beta * (r_w - r_l))`` with ``r`` summed over the completion. The margin is ``1 / beta`` nats.
 
     Args:
@@ -226,6 +229,7 @@ def simpo(policy: PairLogps, *, beta: float, gamma: float = 1.0) -> LossOutput:
     paper="arXiv:2404.19733",
     formula="-S_w/n_w",
     purpose="likelihood of the chosen answer; a term to combine with others, so that it does not fall",
+    ranks=False,
 )
 def sft(policy: PairLogps) -> LossOutput:
     """Negative mean log-prob per token of the chosen answer (the NLL term of arXiv:2404.19733, Eq. 1).
@@ -234,7 +238,8 @@ def sft(policy: PairLogps) -> LossOutput:
         policy: totals (nats) and lengths (tokens), each of shape (B,).
 
     Returns:
-        Unreduced loss (B,), nats per token, and the mean log-probs as rewards.
+        Unreduced loss (B,), nats per token, and the mean log-probs as rewards; in a combination with a loss that
+        ranks answers they are left out.
     """
     chosen = _wide(policy.chosen.total) / policy.chosen.length
     rejected = _wide(policy.rejected.total) / policy.rejected.length

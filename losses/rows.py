@@ -75,9 +75,9 @@ class Rows:
         return torch.bincount(self.answer, minlength=self.answers)
 
     def totals(self, token_values: Tensor) -> Tensor:
-        """Sum of (N,) token values by answer, (A,), in float32."""
-        out = torch.zeros(self.answers, dtype=torch.float32, device=token_values.device)
-        return out.index_add(0, self.answer, token_values.float())
+        """Sum of (N,) token values by answer, (A,), in float32; float64 stays float64."""
+        values = token_values.to(torch.promote_types(token_values.dtype, torch.float32))
+        return values.new_zeros(self.answers).index_add(0, self.answer, values)
 
 
 def pair_rows(

@@ -109,6 +109,32 @@ def test_autocast_runs_the_product_in_bf16():
     assert not torch.equal(inside, token_logps(hidden, target, head).logps)
 
 
+def test_bf16_head_adds_up_tiles_in_float32(monkeypatch):
+    """1,024 tokens in tiles of one: the gradients of a bf16 head are as near to float64 as those of a single tile.
+
+    Positive hidden states and weights make the sum grow far beyond a token's part, so that a sum kept in bf16 would
+    lose the later tokens. (Tiles that cancel keep the bf16 rounding of each tile's own product.) Rounding the result itself to bf16 is off by up to 2^-9 of it; we allow that much more.
+    """
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.rand(1024, 16, generator=generator).bfloat16()
+    weight = (0.1 * torch.randn(32, 16, generator=generator)).bfloat16()
+    bias = torch.zeros(32, dtype=torch.bfloat16)
+    target = torch.randint(0, 4, (1024,), generator=generator)
+
+    def gradients(dtype: torch.dtype, tile: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(logprobs, "TILE_ELEMENTS", tile)
+        inputs = [weight.to(dtype).requires_grad_(), bias.to(dtype).requires_grad_()]
+        logps = token_logps(hidden.to(dtype), target, Head(*inputs)).logps
+        return list(torch.autograd.grad(logps.sum(), inputs))
+
+    for exact, one, many in zip(
+        gradients(torch.float64, 2**24), gradients(torch.bfloat16, 2**24), gradients(torch.bfloat16, 32), strict=True
+    ):
+        assert many.dtype == torch.bfloat16
+        error = (many.double() - exact).norm()
+        assert error <= (one.double() - exact).norm() + 2**-9 * exact.norm()
+
+
 def test_shapes_are_checked():
     with pytest.raises(ValueError, match="do not match"):
         token_logps(torch.zeros(3, 8), torch.zeros(2, dtype=torch.long), Head(torch.zeros(5, 8)))

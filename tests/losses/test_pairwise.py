@@ -225,12 +225,38 @@ def test_bf16_inputs_compute_in_float32(name):
 
 
 def test_combination_by_hand():
-    """0.8 DPO(.1) + 0.2 SFT on the published vector: 0.8 * 0.65394696731759 + 0.2 * 1.7/3."""
+    """0.8 DPO(.1) + 0.2 SFT on the published vector: 0.8 * 0.65394696731759 + 0.2 * 1.7/3; rewards: DPO's alone."""
     out = combine([Loss.of("dpo", weight=0.8, beta=0.1), Loss.of(sft, weight=0.2)], logps(*POLICY), logps(*REFERENCE))
     assert out.loss.item() == pytest.approx(0.8 * 0.65394696731759 + 0.2 * 1.7 / 3, rel=1e-12)
     assert out.metrics["loss/dpo"].item() == pytest.approx(0.65394696731759, rel=1e-12)
     assert out.metrics["loss/sft"].item() == pytest.approx(1.7 / 3, rel=1e-12)
-    assert out.chosen_rewards.item() == pytest.approx(0.8 * 0.1 * 0.5 + 0.2 * -1.7 / 3, rel=1e-12)
+    assert out.chosen_rewards.item() == pytest.approx(0.8 * 0.1 * 0.5, rel=1e-12)
+    assert out.rejected_rewards.item() == pytest.approx(0.8 * 0.1 * -0.3, rel=1e-12)
+
+
+def test_a_likelihood_term_gives_no_margin():
+    """At the reference DPO's rewards are 0, whatever the likelihoods are; ranking terms add up (.1 + .2 = .3)."""
+    policy, reference = logps(*POLICY), logps(*REFERENCE)
+    out = combine([Loss.of("dpo"), Loss.of("sft")], policy, policy)
+    assert out.rewards.tolist() == [[0.0, 0.0]]
+    out = combine([Loss.of("dpo", beta=0.1), Loss.of("sft"), Loss.of("slic", beta=0.2)], policy, reference)
+    assert out.chosen_rewards.item() == pytest.approx(0.3 * 0.5, rel=1e-12)
+
+
+def test_without_a_ranking_term_the_rewards_are_all_terms():
+    """0.25 SFT + 0.5 SFT: three quarters of the mean log-probs -1.7/3 and -4.1/5."""
+    policy = logps(*POLICY)
+    out = combine([Loss.of("sft", weight=0.25), Loss.of("sft", weight=0.5)], policy, None)
+    assert out.chosen_rewards.item() == pytest.approx(0.75 * -1.7 / 3, rel=1e-12)
+    assert out.rejected_rewards.item() == pytest.approx(0.75 * -4.1 / 5, rel=1e-12)
+
+
+def test_two_terms_of_one_loss_keep_their_metrics():
+    """Margins 0.08 and 1.6: the published values of DPO at beta 0.1 and 2."""
+    out = combine([Loss.of("dpo", beta=0.1), Loss.of("dpo", beta=2.0)], logps(*POLICY), logps(*REFERENCE))
+    assert list(out.metrics) == ["loss/dpo", "loss/dpo_2"]
+    assert out.metrics["loss/dpo"].item() == pytest.approx(0.65394696731759, rel=1e-12)
+    assert out.metrics["loss/dpo_2"].item() == pytest.approx(0.18390074088833896, rel=1e-12)
 
 
 def test_one_loss_alone_is_itself():
@@ -244,6 +270,12 @@ def test_defaults_come_from_the_table():
     assert Loss.of("ln_dpo").settings == {"beta": 5.0}
     assert Loss.of("simpo", gamma=0.5).settings == {"beta": 2.0, "gamma": 0.5}
     assert Loss.of("sft").settings == {}
+    assert Loss.of("sft").weight == 1.0
+
+
+def test_a_loss_stays_as_it_is():
+    loss = Loss.of("dpo", weight=0.5, beta=0.3)
+    assert Loss.of(loss) is loss
 
 
 @pytest.mark.parametrize(
@@ -253,6 +285,8 @@ def test_defaults_come_from_the_table():
         (lambda: Loss.of("zzz"), "known losses: dpo, ln_dpo"),
         (lambda: Loss.of("dpo", betaa=1.0), "dpo has no setting betaa; it has: beta"),
         (lambda: Loss.of(test_one_loss_alone_is_itself), "not in the table"),
+        (lambda: Loss.of(Loss.of("dpo"), weight=1.0), "already, and weight came"),
+        (lambda: Loss.of(Loss.of("dpo"), weight=0.5, beta=0.3), "already, and weight, beta came"),
         (lambda: Loss.of("dpo")(logps(*POLICY), None), "none was given"),
         (lambda: combine([], logps(*POLICY), None), "at least one"),
         (lambda: dpo(logps(*POLICY), logps(*REFERENCE), beta=0.0), "beta is 0.0"),

@@ -49,6 +49,19 @@ def test_totals_by_answer():
     assert rows.totals(torch.tensor([-1.0, -2.0, -4.0])).tolist() == [-3.0, -4.0]
 
 
+@pytest.mark.parametrize(
+    ("given", "summed"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
+)
+def test_totals_are_float32_or_better(given, summed):
+    """256 + 1 is 256 in bf16, and -1 - 2^-40 is -1 in float32: the sums keep what their dtype can hold."""
+    rows = pair_rows([[7]], [[1, 2]], [[4, 5]], pad_token_id=0, shared_prompt=True)
+    totals = rows.totals(torch.tensor([-256.0, -1.0, -1.0, -(2.0**-40)], dtype=given))
+    assert totals.dtype == summed
+    assert totals[0].item() == -257.0
+    assert (totals[1].item() == -1.0 - 2.0**-40) == (given == torch.float64)
+
+
 @pytest.mark.parametrize("empty", ["prompt", "chosen", "rejected"])
 def test_empty_parts_are_refused(empty):
     parts = {"prompt": [7], "chosen": [1], "rejected": [2], empty: []}
