@@ -112,8 +112,9 @@ def test_autocast_runs_the_product_in_bf16():
 def test_bf16_head_adds_up_tiles_in_float32(monkeypatch):
     """1,024 tokens in tiles of one: the gradients of a bf16 head are as near to float64 as those of a single tile.
 
-    Positive hidden states and weights make the sum grow far beyond a token's part, so that a sum kept in bf16 would
-    lose the later tokens. (Tiles that cancel keep the bf16 rounding of each tile's own product.) Rounding the result itself to bf16 is off by up to 2^-9 of it; we allow that much more.
+    Positive hidden states and four targets make the sum grow far beyond a token's part, so that a sum kept in bf16
+    would lose the later tokens. (Tiles that cancel keep the bf16 rounding of each tile's own product.) Rounding the
+    result itself to bf16 is off by up to 2^-9 of it; we allow that much more.
     """
     generator = torch.Generator().manual_seed(0)
     hidden = torch.rand(1024, 16, generator=generator).bfloat16()
