@@ -142,19 +142,21 @@ def answer_file(settings: Settings, source: str, output: Path, progress: Callabl
     Args:
         settings: the model and how to draw from it; a prompt that is listed twice gets two independent answers.
         source: rows with a ``prompt``: text or chat messages; any file that ``align train`` reads.
-        output: JSONL.
+        output: JSONL; its folder is made where it is missing.
         progress: called with the number of rows done and of all, after every batch.
 
     Returns:
         The rows that could not be used.
 
     Raises:
-        AlignError: the output holds answers to other prompts or with other settings, or no prompt can be used.
+        AlignError: the output holds answers to other prompts or with other settings, its folder cannot be made, or
+            no prompt can be used.
     """
     prompts, faults = _read_prompts(source)
     done = _read_done(output, prompts, settings)
     pending = {row: prompt for row, prompt in prompts.items() if row not in done}
     if pending:
+        _make_folder(output.parent)
         answerer = Answerer(settings)
         encoded = dict(_encoded(answerer, source, pending, faults))
         with output.open("a", encoding="utf-8") as file:
@@ -214,7 +216,7 @@ def _read_done(output: Path, prompts: Mapping[int, Content], settings: Settings)
     text = output.read_bytes()
     whole = text[: text.rfind(b"\n") + 1]
     done = set()
-    for number, line in enumerate(whole.decode().splitlines(), start=1):
+    for number, line in enumerate(_lines(whole.decode()), start=1):
         row = _parse(line)
         if row.get("settings") != asdict(settings) or prompts.get(row.get("row", 0)) != row.get("prompt"):
             raise AlignError(
@@ -226,12 +228,24 @@ def _read_done(output: Path, prompts: Mapping[int, Content], settings: Settings)
     return done
 
 
+def _lines(text: str) -> list[str]:
+    """The lines of a JSONL file; ``splitlines`` would also split at the U+2028 or U+0085 of an answer."""
+    return text.split("\n")[:-1]
+
+
 def _parse(line: str) -> dict[str, Any]:
     try:
         found = json.loads(line)
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise AlignError(f"{folder}: this folder cannot be made ({error.strerror}); name another output") from error
 
 
 def _encoded(
@@ -292,9 +306,9 @@ def _line(row: int, prompt: Content, made: Sample, settings: Settings) -> dict[s
 
 
 def _sort(output: Path) -> None:
-    lines = output.read_text("utf-8").splitlines(keepends=True)
+    lines = _lines(output.read_text("utf-8"))
     ordered = sorted(lines, key=lambda line: int(json.loads(line)["row"]))
     if ordered != lines:
         partial = output.with_name(f".{output.name}.tmp")
-        partial.write_text("".join(ordered), "utf-8")
+        partial.write_text("".join(f"{line}\n" for line in ordered), "utf-8")
         partial.replace(output)

@@ -58,6 +58,37 @@ def test_a_second_call_makes_only_what_is_missing(
     assert output.read_bytes() == whole
 
 
+def test_line_separators_inside_a_text_do_not_break_the_file(
+    align: Align, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """U+2028, U+2029 and U+0085 stand in JSON as they are, and only a line feed ends a row."""
+    prompts = ["the\u2028hat", "one\u2029two\x85three"]
+    source, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    source.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    command = options(tiny_model_dir, "-i", source, "-o", output)
+    result = align(*command)
+    assert result.exit_code == 0, result.stderr
+    whole = output.read_text()
+    lines = whole.split("\n")
+    assert [json.loads(line)["prompt"] for line in lines[:-1]] == prompts
+    output.write_text(lines[0] + "\n")
+    result = align(*command)
+    assert result.exit_code == 0, result.stderr
+    assert output.read_text() == whole
+
+
+def test_the_folder_of_the_output_is_made_before_the_model_is_loaded(
+    align: Align, tiny_model_dir: Path, prompts: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "new" / "folder" / "answers.jsonl"
+    result = align(*options(tiny_model_dir, "-i", prompts, "-o", output))
+    assert result.exit_code == 0, result.stderr
+    assert len(answers(output)) == 3
+    result = align(*options(tmp_path / "no-model", "-i", prompts, "-o", prompts / "answers.jsonl"))
+    assert result.exit_code == 1
+    assert "name another output" in result.stderr, "not that the model is missing"
+
+
 def test_answers_with_other_settings_are_not_mixed_in(
     align: Align, tiny_model_dir: Path, prompts: Path, tmp_path: Path
 ) -> None:
