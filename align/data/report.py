@@ -83,8 +83,11 @@ def write_rejected(path: str | Path, faults: Sequence[Fault]) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text("".join(json.dumps(vars(fault), default=str) + "\n" for fault in faults), encoding="utf-8")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # a run folder removes leftovers of this name
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(vars(fault), default=str) + "\n" for fault in faults)
+        stream.flush()
+        os.fsync(stream.fileno())
     partial.replace(path)
 
 

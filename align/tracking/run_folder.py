@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -21,6 +22,7 @@ from .files import write_json
 from .metrics import metrics_line, read_metrics, truncate_metrics
 
 Status = Literal["running", "interrupted", "failed", "finished"]
+UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -44,13 +46,19 @@ class RunFolder:
         """Make and lock the folder.
 
         Raises:
-            AlignError: another process holds it, or something that is not a folder is in the way.
+            AlignError: another process holds it, it cannot be written, or it is not a folder.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("a+")
         except (FileExistsError, NotADirectoryError):
             raise AlignError(f"{self.path} is a file, not a folder: choose another output") from None
-        lock = (self.path / ".lock").open("a+")
+        except OSError as error:
+            if error.errno not in UNWRITABLE:
+                raise
+            raise AlignError(
+                f"{self.path} cannot be written ({error.strerror}): choose another output, or make the folder writable"
+            ) from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

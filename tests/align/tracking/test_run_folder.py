@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from align.data.report import write_rejected
+from align.data.rows import Fault
 from align.errors import AlignError
 from align.tracking.files import write_json, write_text
 from align.tracking.metrics import metrics_line, read_metrics, truncate_metrics
@@ -116,6 +119,27 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         run.open_or_resume("a" * 64)
     with pytest.raises(AlignError, match="is a file"), RunFolder(tmp_path / "thesis.tex"):
         pass
+
+
+@pytest.mark.parametrize("path", ["/sys/align-run", "/sys/kernel"])
+def test_a_place_that_cannot_be_written_is_refused(path):
+    """Nobody can make a folder (the first) or a lock (the second) there, not even root."""
+    with pytest.raises(AlignError, match=rf"{path} cannot be written \(.+\): choose another output"), RunFolder(path):
+        pass
+
+
+def test_a_leftover_of_rejected_rows_is_swept(tmp_path, monkeypatch):
+    def killed(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_rejected(tmp_path / "rejected.jsonl", [Fault("pairs.jsonl", 3, "chosen", "is empty", {})])
+    monkeypatch.undo()
+    assert len(list(tmp_path.iterdir())) == 1
+    with RunFolder(tmp_path) as run:
+        assert run.open_or_resume("a" * 64) is None, "the leftover would be a file of something else"
+    assert not list(tmp_path.glob("*rejected*"))
 
 
 def test_resume_takes_the_newest_complete_checkpoint_and_cuts_the_metrics_there(tmp_path):
