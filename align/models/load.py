@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -16,6 +17,8 @@ from align.errors import AlignError
 
 from .hardware import resolve_dtype
 from .packaged import packaged_model
+
+LOAD_ERRORS = (OSError, ValueError, ImportError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,25 @@ def locate(name: str) -> str:
     return name
 
 
-def _unreachable(name: str, error: Exception) -> AlignError:
-    return AlignError(
-        f"{name}: neither a packaged model, nor a local folder, nor to be had from the hub "
-        f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the spelling, the network and, for a gated "
-        "model, your token; or give a local folder"
-    )
+def _not_loaded(name: str, path: str, error: Exception) -> AlignError:
+    """What failed, and what to do. ``path``: where ``locate`` found ``name``."""
+    cause = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    if "trust_remote_code" in str(error):
+        what = "it brings code of its own; set model.trust_remote_code: true if you trust its code"
+    elif isinstance(error, ImportError):
+        what = f"it needs a package that is missing ({cause}). Install it, or for attention set model.attention: sdpa"
+    elif isinstance(error, SafetensorError):
+        what = f"its weights are damaged ({cause}). Copy or download them again"
+    elif Path(path).is_dir():
+        what = f"this folder cannot be loaded ({cause}). Mend its files, or copy the model again"
+    elif isinstance(error, OSError):
+        what = (
+            f"neither a packaged model, nor a local folder, nor to be had from the hub ({cause}). Check the spelling, "
+            "the network and, for a gated model, your token; or give a local folder"
+        )
+    else:
+        what = f"this model cannot be loaded ({cause}). Choose another one, or a release of transformers that reads it"
+    return AlignError(f"{name}: {what}")
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -68,8 +84,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
 def _tokenizer_in(path: str, name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise _unreachable(name, error) from error
+    except LOAD_ERRORS as error:
+        raise _not_loaded(name, path, error) from error
     if tokenizer.eos_token_id is None:
         raise AlignError(f"{name}: its tokenizer has no EOS token, so an answer could not end; set one and save it")
     if tokenizer.pad_token_id is None:
@@ -88,7 +104,7 @@ def load_model(
         attention: ``auto`` (the architecture's default), ``sdpa``, ``eager`` or ``flash_attention_2``.
 
     Raises:
-        AlignError: the model cannot be found, or is not a causal language model.
+        AlignError: the model cannot be found or loaded, or is not a causal language model.
     """
     path = locate(name)
     torch_dtype, reason = resolve_dtype(dtype)
@@ -99,8 +115,8 @@ def load_model(
         if attention != "auto":
             options["attn_implementation"] = attention
         model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch_dtype, **options)
-    except (OSError, ValueError) as error:
-        raise _unreachable(name, error) from error
+    except LOAD_ERRORS as error:
+        raise _not_loaded(name, path, error) from error
     return model.eval(), reason
 
 
@@ -118,34 +134,46 @@ def _require_causal(name: str, config: Any) -> None:
 def load_run(name: str, *, dtype: str = "auto") -> LoadedModel:
     """What ``name`` says can answer: a run folder, an adapter folder, or any model.
 
-    A run is loaded by its adapter on the model that it was trained from, or by its own weights after full training.
+    A run is loaded by its adapter on the model that it was trained from, or by its own weights after full training;
+    in both cases with its recipe's ``model.attention`` and ``model.trust_remote_code``.
 
     Raises:
-        AlignError: the run has not finished, or the weights are missing.
+        AlignError: the run has not finished, or the weights are missing or cannot be loaded.
     """
     folder = Path(name).expanduser()
     resolved = folder / "config.resolved.yaml"
     if resolved.is_file():
-        base = yaml.safe_load(resolved.read_text())["model"]["name"]
+        spec = yaml.safe_load(resolved.read_text())["model"]
+        options = {key: spec[key] for key in ("attention", "trust_remote_code") if key in spec}
         if (folder / "adapter").is_dir():
-            return _with_adapter(base, folder / "adapter", dtype)
+            return _with_adapter(spec["name"], folder / "adapter", dtype=dtype, **options)
         if (folder / "model").is_dir():
-            return load_run(str(folder / "model"), dtype=dtype)
+            return _whole(str(folder / "model"), dtype=dtype, **options)
         raise AlignError(f"{name}: this run has no trained weights yet; finish it with the command that started it")
     if (folder / "adapter_config.json").is_file():
         base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        return _with_adapter(base, folder, dtype)
-    model, reason = load_model(name, dtype=dtype)
-    return LoadedModel(_placed(model), load_tokenizer(name), reason)
+        return _with_adapter(base, folder, dtype=dtype)
+    return _whole(name, dtype=dtype)
 
 
-def _with_adapter(base: str, adapter: Path, dtype: str) -> LoadedModel:
+def _whole(name: str, *, trust_remote_code: bool = False, **options: str) -> LoadedModel:
+    model, reason = load_model(name, trust_remote_code=trust_remote_code, **options)
+    return LoadedModel(_placed(model), load_tokenizer(name, trust_remote_code=trust_remote_code), reason)
+
+
+def _with_adapter(base: str, adapter: Path, *, trust_remote_code: bool = False, **options: str) -> LoadedModel:
     from peft import PeftModel
 
-    model, reason = load_model(base, dtype=dtype)
-    own = (adapter / "tokenizer_config.json").is_file()
-    tokenizer = _tokenizer_in(str(adapter), str(adapter)) if own else load_tokenizer(base)
-    return LoadedModel(_placed(PeftModel.from_pretrained(model, str(adapter)).eval()), tokenizer, reason)
+    model, reason = load_model(base, trust_remote_code=trust_remote_code, **options)
+    if (adapter / "tokenizer_config.json").is_file():
+        tokenizer = _tokenizer_in(str(adapter), str(adapter), trust_remote_code)
+    else:
+        tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
+    try:
+        adapted = PeftModel.from_pretrained(model, str(adapter))
+    except LOAD_ERRORS as error:
+        raise _not_loaded(str(adapter), str(adapter), error) from error
+    return LoadedModel(_placed(adapted.eval()), tokenizer, reason)
 
 
 def _placed(model: Any) -> Any:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import BertConfig, BertForMaskedLM
+from transformers import CONFIG_MAPPING, BertConfig, BertForMaskedLM, dynamic_module_utils
+from transformers.utils import is_flash_attn_2_available
 
 from align.errors import AlignError
-from align.models import hardware
+from align.models import hardware, load
 from align.models.fingerprint import weights_hash
 from align.models.load import load_model, load_run, load_tokenizer
 
@@ -72,6 +74,84 @@ def test_an_adapter_folder_is_loaded_on_its_base(tmp_path, tiny_model_dir):
     with torch.no_grad():
         torch.testing.assert_close(loaded.model(ids).logits, after)
     assert (after - before).abs().max() > 1e-3
+
+
+def test_a_local_folder_that_fails_says_what_failed_there(tmp_path, tiny_model_dir):
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_model_dir, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(AlignError, match=r"weights are damaged .*download them again"):
+        load_model(str(folder))
+    weights.unlink()
+    with pytest.raises(AlignError, match=r"this folder cannot be loaded \(OSError: .*model\.safetensors") as caught:
+        load_model(str(folder))
+    assert "network" not in str(caught.value)
+
+
+def test_a_package_that_attention_needs(tiny_model_dir):
+    if is_flash_attn_2_available():
+        pytest.skip("flash-attn is installed")
+    with pytest.raises(AlignError, match=r"package that is missing .*FlashAttention2.* set model\.attention: sdpa"):
+        load_model(str(tiny_model_dir), attention="flash_attention_2")
+
+
+@pytest.fixture
+def own_code_dir(tmp_path, tiny_model_dir, monkeypatch):
+    """The tiny model as an architecture that only the code in its folder knows."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    folder = tmp_path / "own-code"
+    shutil.copytree(tiny_model_dir, folder)
+    config = json.loads((folder / "config.json").read_text())
+    family = CONFIG_MAPPING[config["model_type"]].__name__.removesuffix("Config")
+    (folder / "own.py").write_text(
+        f"from transformers import {family}Config, {family}ForCausalLM\n\n"
+        f"class OwnConfig({family}Config):\n    model_type = 'own'\n\n"
+        f"class OwnForCausalLM({family}ForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config["model_type"] = "own"
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_model_with_code_of_its_own(own_code_dir):
+    with pytest.raises(AlignError, match=r"set model\.trust_remote_code: true if you trust its code"):
+        load_model(str(own_code_dir))
+
+
+def test_a_run_is_loaded_as_its_recipe_says(tmp_path, own_code_dir):
+    run = tmp_path / "run"
+    shutil.copytree(own_code_dir, run / "model")
+    recipe = f"model: {{name: {own_code_dir}, attention: eager, trust_remote_code: true}}\n"
+    (run / "config.resolved.yaml").write_text(recipe)
+    base, _ = load_model(str(own_code_dir), trust_remote_code=True)
+    get_peft_model(base, LoraConfig(r=2, target_modules="all-linear")).save_pretrained(run / "adapter")
+    for weights in ("adapter", "model"):
+        loaded = load_run(str(run))
+        assert hasattr(loaded.model, "peft_config") == (weights == "adapter")
+        assert type(loaded.model.config).__name__ == "OwnConfig"
+        assert loaded.model.config._attn_implementation == "eager"
+        shutil.rmtree(run / weights)
+
+
+def test_the_base_of_an_adapter_may_be_a_packaged_name(tmp_path, tiny_model_dir, monkeypatch):
+    base, _ = load_model(str(tiny_model_dir))
+    get_peft_model(base, LoraConfig(r=2, target_modules="all-linear")).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "tiny"}))
+    monkeypatch.setattr(load, "packaged_model", lambda name: tiny_model_dir if name == "tiny" else None)
+    assert load_run(str(tmp_path)).model.peft_config["default"].base_model_name_or_path == "tiny"
+
+
+def test_an_adapter_with_damaged_weights(tmp_path, tiny_model_dir):
+    base, _ = load_model(str(tiny_model_dir))
+    get_peft_model(base, LoraConfig(r=2, target_modules="all-linear")).save_pretrained(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(AlignError, match="weights are damaged"):
+        load_run(str(tmp_path))
 
 
 def test_a_run_that_has_not_finished(tmp_path):
