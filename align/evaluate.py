@@ -28,6 +28,7 @@ from align.evals.reward_spec import load_reward
 from align.evals.sampling import Sample, sample
 from align.losses import PairLogps, SequenceLogps, combine
 from align.losses.rows import pair_rows
+from align.models.ends import end_tokens
 from align.models.memory import release_freed
 from align.models.scoring import score, sequence_logps
 from align.tracking.files import write_json, write_text
@@ -87,7 +88,7 @@ class _Pairs:
 
     def preference(self) -> dict[str, Any]:
         rewards = combine(self.losses, *self.logps).rewards
-        settings = {"rewards": " + ".join(f"{loss.weight:g} * {loss.info.name}" for loss in self.losses)}
+        settings = {"rewards": " + ".join(f"{loss.weight:g} * {loss.info.name}" for loss in self.losses if loss.info.ranks)}
         return preference_suite(rewards[:, 0], rewards[:, 1], self.ids, groups=self.groups, settings=settings)
 
     def displacement(self) -> dict[str, Any]:
@@ -141,6 +142,7 @@ def _generation(
     kl = log_ratios(
         ids, drawn, lambda p, a: sequence_logps(model, p, a, pad_token_id=pad), reference_logps, temperature=1.0
     )
+    assert spec.reward is not None  # the recipe's check: this suite has a reward
     settings = {**spec.model_dump(), "prompts": len(prompts)}
     result = compare([_last(p) for p in prompts], before, after, load_reward(spec.reward), kl=kl, settings=settings)
     lines = [json.dumps(row, ensure_ascii=False) for row in result["rows"][:SAMPLES_SHOWN]]
@@ -162,7 +164,7 @@ class _Answers:
         self.path, self.tokenizer, self.prompts, self.spec = path, tokenizer, prompts, recipe.generation
         self.kept: dict[tuple[str, int], Sample] = {}
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_text(encoding="utf-8").split("\n"):
                 try:
                     entry = json.loads(line)
                 except json.JSONDecodeError:
@@ -187,7 +189,7 @@ class _Answers:
                 model,
                 self.tokenizer,
                 [self.prompts[row] for row in missing],
-                eos_ids={int(self.tokenizer.eos_token_id)},
+                eos_ids=end_tokens(model, self.tokenizer),
                 max_new_tokens=self.spec.max_new_tokens,
                 temperature=temperature,
                 seed=self.spec.seed,

@@ -8,9 +8,11 @@ stopped, from the last checkpoint, past evaluations that are already on disk.
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from rich.console import Console
@@ -23,7 +25,9 @@ from align.data.splits import Split, read_split
 from align.data.tokenize import TokenizedCompletions
 from align.errors import AlignError
 from align.evaluate import evaluate
+from align.losses import SequenceLogps
 from align.models.load import load_tokenizer
+from align.models.scoring import sequence_logps
 from align.reports.card import write_card
 from align.reports.report import render_report
 from align.tracking.callback import tracked
@@ -37,6 +41,7 @@ from align.trainers.interrupt import interruptible
 from align.trainers.plan import plan
 
 console = Console(stderr=True)
+PROBED = 16  # answers
 
 
 def train(recipe: Recipe, *, source: str, command: Sequence[str], dry_run: bool = False) -> Path:
@@ -82,7 +87,10 @@ def _run(
     began = time.monotonic()
     write_text(run.path / "config.resolved.yaml", resolved_yaml(recipe))
     splits = read_splits(recipe, tokenizer, run.path)
-    _same_data(run, splits, checkpoint)
+    if checkpoint is None:
+        shutil.rmtree(run.path / "eval", ignore_errors=True)  # of weights that are gone
+    else:
+        _same_data(run, splits)
     held_out = splits.get("eval")
     built = build(
         recipe,
@@ -92,6 +100,8 @@ def _run(
         run.path,
     )
     trainer = built.trainer
+    if checkpoint is not None:
+        _same_weights(run, built.facts)
     run.update_manifest(
         **run_facts(command, int(trainer.args.seed)),
         recipe=source,
@@ -105,7 +115,7 @@ def _run(
     trained = time.monotonic()
     results = evaluate(recipe, built, tokenizer, held_out, run.path) if held_out and recipe.evals else {}
     evaluated = time.monotonic()
-    _save(recipe, trainer, tokenizer, run.path)
+    _save(recipe, trainer, tokenizer, run)
     timings = {"set_up": ready - began, "train": trained - ready, "eval": evaluated - trained}
     timings["total"] = time.monotonic() - began
     run.update_manifest(timings={f"{name}_seconds": round(value, 1) for name, value in timings.items()})
@@ -173,9 +183,9 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, run: Path | 
     return splits
 
 
-def _same_data(run: RunFolder, splits: dict[str, Split], checkpoint: Path | None) -> None:
+def _same_data(run: RunFolder, splits: dict[str, Split]) -> None:
     """A run goes on with the data that it started with, or not at all."""
-    known = run.manifest.get("data", {}) if checkpoint is not None else {}
+    known = run.manifest.get("data", {})
     for name, split in splits.items():
         before = known.get(name, {}).get("sha256")
         if before is not None and before != split.table.fingerprint():
@@ -183,6 +193,16 @@ def _same_data(run: RunFolder, splits: dict[str, Split], checkpoint: Path | None
                 f"{split.table.source} has changed since {run.path} was started ({before[:12]} then, "
                 f"{split.table.fingerprint()[:12]} now): bring the old data back, or choose another output"
             )
+
+
+def _same_weights(run: RunFolder, facts: dict[str, Any]) -> None:
+    """A run goes on from the weights that it started from, or not at all."""
+    before, now = (section.get("model", {}).get("weights_sha256") for section in (run.manifest, facts))
+    if before is not None and before != now:
+        raise AlignError(
+            f"{facts['model']['name']} has other weights than when {run.path} was started ({before[:12]} then, "
+            f"{now[:12]} now): bring the old model back, or choose another output"
+        )
 
 
 def _mirror(recipe: Recipe, run: RunFolder) -> WandbMirror | None:
@@ -194,16 +214,44 @@ def _mirror(recipe: Recipe, run: RunFolder) -> WandbMirror | None:
     )
 
 
-def _save(recipe: Recipe, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, run: Path) -> None:
-    """The adapter and the merged model, or the model alone after full training."""
+def _save(recipe: Recipe, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, run: RunFolder) -> None:
+    """The adapter and the merged model, or the model alone after full training; each folder whole or not at all.
+
+    Merging rounds the weights to their dtype: what that does to the log-probs of held-out or training answers is
+    measured and stands in the manifest as ``merged.mean_change``, nats a token.
+    """
     model = trainer.model
-    if isinstance(model, PeftModel):
-        model.save_pretrained(run / "adapter", selected_adapters=["default"])
-        tokenizer.save_pretrained(run / "adapter")
-        model.set_adapter("default")
-        model = model.merge_and_unload(adapter_names=["default"])
-        folder = run / "merged"
-    else:
-        folder = run / "model"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    if not isinstance(model, PeftModel):
+        _write_folder(run.path / "model", model, tokenizer)
+        return
+    # The name that the recipe gave, not where this machine keeps it.
+    model.peft_config["default"].base_model_name_or_path = recipe.model.name
+    _write_folder(run.path / "adapter", model, tokenizer, selected_adapters=["default"])
+    model.set_adapter("default")
+    before = _probe(model, trainer, tokenizer)
+    merged = model.merge_and_unload(adapter_names=["default"])
+    after = _probe(merged, trainer, tokenizer)
+    if before is not None and after is not None:
+        change = float(((before.mean - after.mean).abs()).mean())
+        run.update_manifest(merged={"mean_change": round(change, 6), "answers": len(before.total)})
+    _write_folder(run.path / "merged", merged, tokenizer)
+
+
+def _probe(model: Any, trainer: Trainer, tokenizer: PreTrainedTokenizerBase) -> SequenceLogps | None:
+    """Log-probs of the first chosen answers that the trainer holds; None where it holds no pairs."""
+    rows = trainer.train_dataset
+    if "chosen_ids" not in rows.column_names:
+        return None
+    rows = rows[:PROBED]
+    with trainer.accelerator.autocast():
+        return sequence_logps(model, rows["prompt_ids"], rows["chosen_ids"], pad_token_id=int(tokenizer.pad_token_id))
+
+
+def _write_folder(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase, **options: Any) -> None:
+    """Model and tokenizer, written aside and then named: a kill leaves no half of it."""
+    aside = folder.with_name(f".{folder.name}.partial")
+    for leftover in (aside, folder):
+        shutil.rmtree(leftover, ignore_errors=True)
+    model.save_pretrained(aside, **options)
+    tokenizer.save_pretrained(aside)
+    aside.replace(folder)

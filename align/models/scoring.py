@@ -38,6 +38,9 @@ def attach_scoring(model: PreTrainedModel) -> None:
 
     Args:
         model: a causal model, the inner one where PEFT wraps it.
+
+    Raises:
+        ValueError: its log-probs cannot be had from its hidden states and head.
     """
     original = model.forward
 
@@ -57,6 +60,29 @@ def attach_scoring(model: PreTrainedModel) -> None:
         return token_logps(hidden, score_target, head_of(self))
 
     model.forward = types.MethodType(forward, model)
+    _check_head(model)
+
+
+def _check_head(model: PreTrainedModel) -> None:
+    """One short row through the model's own logits and through ours: a head that does more than ``Head`` says is told.
+
+    Raises:
+        ValueError: the log-probs differ.
+    """
+    rows = answer_rows([[1]], [[2, 3, 4]], pad_token_id=0).to(model.device)
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        ours = score(model, rows).logps
+        logits = model(input_ids=rows.input_ids).logits[0, :-1]
+    model.train(training)
+    theirs = logits.float().log_softmax(-1).gather(1, rows.target[:, None])[:, 0]
+    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.25
+    if not bool(((ours - theirs).abs() <= tolerance * theirs.abs().clamp(min=1)).all()):
+        raise ValueError(
+            f"{type(model).__name__}: log-probs from its hidden states and head differ from those of its logits; "
+            "its head does more than a product, a bias, a scale and a soft cap, and is not supported"
+        )
 
 
 def why_not_shared_prompt(model: PreTrainedModel) -> str | None:

@@ -117,8 +117,8 @@ def _hub_id(name: str) -> str | None:
 def _snippets(record: RunRecord) -> list[str]:
     tokens = (record.recipe.get("generation") or {}).get("max_new_tokens", 96)
     kinds = (
-        ("adapter", "peft", "AutoPeftModelForCausalLM"),
         ("merged", "transformers", "AutoModelForCausalLM"),
+        ("adapter", "peft", "AutoPeftModelForCausalLM"),
         ("model", "transformers", "AutoModelForCausalLM"),
     )
     return [
@@ -131,7 +131,7 @@ def _snippets(record: RunRecord) -> list[str]:
         )
         for name, package, model_class in kinds
         if (record.path / name).is_dir()
-    ]
+    ][:1]
 
 
 def _has_template(folder: Path) -> bool:

@@ -22,6 +22,7 @@ from align.losses import Loss
 from align.models.fingerprint import weights_hash
 from align.models.hardware import resolve_dtype
 from align.models.load import load_model
+from align.models.packaged import PUBLISHED
 from align.models.scoring import attach_scoring
 
 from .memory import ReleaseFreed
@@ -90,7 +91,8 @@ def build(
     parameters = list(trainer.model.parameters())
     facts["model"]["parameters"] = sum(p.numel() for p in parameters)
     facts["model"]["trainable"] = sum(p.numel() for p in parameters if p.requires_grad)
-    return Built(trainer, lambda: _untrained(recipe, trainer), facts)
+    kept: list[Any] = []
+    return Built(trainer, lambda: _untrained(recipe, trainer, kept), facts)
 
 
 def training_arguments(recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase) -> DPOConfig | SFTConfig:
@@ -131,6 +133,7 @@ def _policy(spec: ModelSpec) -> tuple[Any, LoraConfig | None, dict[str, Any]]:
     model, _ = load_model(spec.name, dtype=name, attention=spec.attention, trust_remote_code=spec.trust_remote_code)
     facts: dict[str, Any] = {
         "name": spec.name,
+        **PUBLISHED.get(spec.name, {}),
         "weights_sha256": weights_hash(model.state_dict().items()),
         "dtype": name,
         "dtype_reason": reason,
@@ -173,7 +176,8 @@ def _reference_facts(recipe: Recipe, model: Any, losses: list[Loss]) -> dict[str
 
 
 @contextmanager
-def _untrained(recipe: Recipe, trainer: Trainer) -> Iterator[Any]:
+def _untrained(recipe: Recipe, trainer: Trainer, kept: list[Any]) -> Iterator[Any]:
+    """``kept``: the untrained model once it has been loaded anew."""
     model = trainer.model
     if isinstance(model, PeftModel) and (recipe.model.adapter is None or "ref" in model.peft_config):
         with use_adapter(model, "ref" if "ref" in model.peft_config else None):
@@ -182,6 +186,8 @@ def _untrained(recipe: Recipe, trainer: Trainer) -> Iterator[Any]:
         yield trainer.ref_model
     else:
         # Nothing of the start was kept: full training without a reference, or SFT of a continued adapter.
-        fresh, _, _ = _policy(recipe.model)
-        attach_scoring(fresh.get_base_model() if isinstance(fresh, PeftModel) else fresh)
-        yield fresh.to(trainer.accelerator.device).eval()
+        if not kept:
+            fresh, _, _ = _policy(recipe.model)
+            attach_scoring(fresh.get_base_model() if isinstance(fresh, PeftModel) else fresh)
+            kept.append(fresh.to(trainer.accelerator.device).eval())
+        yield kept[0]

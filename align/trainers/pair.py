@@ -40,7 +40,7 @@ from .collate import PairCollator, rows_of
 logger = logging.getLogger(__name__)
 
 # Largest |log pi - log pi_ref| of a token at the first step, nats. In bf16 the two passes differ by their rounding.
-STEP_ZERO_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
+STEP_ZERO_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
 
 # DPOConfig's own loss settings that would be dropped here: (field, value that means "off", what to do instead).
 _NOT_TAKEN: list[tuple[str, Any, str]] = [
@@ -64,8 +64,9 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
         ref_model: reference. None: the adapters switched off for a fresh adapter, a frozen copy of the adapter for one
             that has been trained before, a frozen copy of the model for full training, nothing for losses that need
             none.
-        args: TRL's ``DPOConfig``. Its ``beta`` is taken for losses given by name or function; its other loss settings
-            are refused where they would be dropped.
+        args: TRL's ``DPOConfig``. A ``beta`` that is not DPOConfig's own default counts for losses given by name or
+            function; left at that default, each loss has its own (``align recipes methods``). Other loss settings of
+            DPOConfig are refused, because they would be dropped.
         loss: a loss by name (``"ln_dpo"``), by function (``ln_dpo``), with settings (``Loss.of("ln_dpo", beta=5.0)``),
             or several of these to add up.
         shared_prompt: one row a pair where the architecture allows it.
@@ -235,14 +236,14 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
                 "displacement/rejected_delta": policy.rejected.total - reference.rejected.total,
                 "displacement/frac_chosen_down": (chosen < 0).float(),
             }
-        sums = {name: value.detach().double().sum() for name, value in by_pair.items()}
+        sums = {name: value.detach().float().sum() for name, value in by_pair.items()}
         sums |= {
-            "entropy": tokens.entropy.double().sum(),
-            "mean_token_accuracy": tokens.top[chosen_tokens].double().sum(),
-            "scored": chosen_tokens.new_tensor(len(chosen_tokens), dtype=torch.float64),
-            "chosen": chosen_tokens.double().sum(),
-            "seen": (rows.segments != PADDING).double().sum(),
-            "pairs": chosen_tokens.new_tensor(rows.answers // 2, dtype=torch.float64),
+            "entropy": tokens.entropy.float().sum(),
+            "mean_token_accuracy": tokens.top[chosen_tokens].float().sum(),
+            "scored": tokens.logps.new_tensor(len(chosen_tokens), dtype=torch.float32),
+            "chosen": chosen_tokens.float().sum(),
+            "seen": (rows.segments != PADDING).float().sum(),
+            "pairs": tokens.logps.new_tensor(rows.answers // 2, dtype=torch.float32),
         }
         reduced = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="sum").tolist()
         total = dict(zip(sums, reduced, strict=True))
@@ -258,6 +259,18 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: TRL's card names DPO as the method, whatever the loss is. A run writes its own."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The checkpoint's weights; of a continued adapter, the trained one too.
+
+        transformers loads the adapters in the checkpoint's subfolders, which is the frozen copy alone: the adapter in
+        training lies at the root.
+        """
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        inner = self.accelerator.unwrap_model(self.model if model is None else model)
+        if isinstance(inner, PeftModel) and "ref" in inner.peft_config:
+            inner.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
+            inner.set_adapter("default")
 
     # --- logging ------------------------------------------------------------------------------------------------
 
@@ -290,7 +303,10 @@ def _losses(given: Any, args: DPOConfig) -> list[Loss]:
     for term in terms:
         loss = Loss.of(term)
         if not isinstance(term, Loss) and "beta" in loss.info.parameters:
-            loss = Loss(loss.info, {**loss.settings, "beta": args.beta})
+            default = DPOConfig.__dataclass_fields__["beta"].default
+            if args.beta != default:
+                loss = Loss(loss.info, {**loss.settings, "beta": args.beta})
+            logger.info("%s with beta %g", loss.info.name, loss.settings["beta"])
         losses.append(loss)
     return losses
 

@@ -17,7 +17,21 @@ WORDS = ["the", "cat", "inner", "thing", "another", "garden", "apple", "hint", "
 @pytest.fixture(scope="session")
 def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 pairs of chat messages; the rejected answer is the one that ends in "no"."""
-    rng = random.Random(0)
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    write_pairs(path, seed=0)
+    return path
+
+
+@pytest.fixture(scope="session")
+def heldout_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 other pairs of the same kind."""
+    path = tmp_path_factory.mktemp("data") / "heldout.jsonl"
+    write_pairs(path, seed=1)
+    return path
+
+
+def write_pairs(path: Path, seed: int) -> None:
+    rng = random.Random(seed)
     lines = []
     for number in range(24):
         chosen, rejected = (" ".join(rng.choices(WORDS, k=4)) for _ in range(2))
@@ -27,9 +41,7 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "rejected": [{"role": "assistant", "content": f"{rejected} no"}],
         }
         lines.append(json.dumps(row))
-    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
 
 
 RULE = """
@@ -40,7 +52,7 @@ def longer(prompts, completions):
 
 @pytest.fixture
 def write_recipe(
-    tmp_path: Path, tiny_model_dir: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_model_dir: Path, pairs_file: Path, heldout_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Path]:
     """``write_recipe(loss={"beta": 1.0}, ...)`` writes a recipe of six steps on the tiny model and gives its path.
 
@@ -54,7 +66,7 @@ def write_recipe(
         recipe: dict[str, Any] = {
             "method": "ln_dpo",
             "model": {"name": str(tiny_model_dir), "dtype": "float32", "lora": {"r": 4}},
-            "data": {"train": str(pairs_file), "eval": str(pairs_file), "max_length": 128},
+            "data": {"train": str(pairs_file), "eval": str(heldout_file), "max_length": 128},
             "loss": {"beta": 5.0},
             "training": {"learning_rate": 5.0e-3, "max_steps": 6, "per_device_train_batch_size": 4, "save_steps": 2},
             "generation": {"reward": "users_rule:longer", "prompts": 8, "max_new_tokens": 12},

@@ -380,6 +380,7 @@ def test_only_completion_positions_meet_the_head(tmp_path, tiny_tokenizer, make_
         processing_class=tiny_tokenizer,
         loss="dpo",
     )
+    seen.clear()  # the check of the head at the start
     answers = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in trainer.train_dataset)
     steps(trainer)
     assert seen == [answers, answers]
@@ -432,3 +433,39 @@ def test_bf16_adapters_take_their_inputs_as_they_are(
     assert adapter.weight.dtype == torch.float32
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-2)
     assert log[-1]["loss"] < log[0]["loss"]
+
+
+def test_a_continued_adapter_resumes_with_what_it_has_learnt(tmp_path, tiny_tokenizer, make_tiny_model):
+    """Its checkpoint holds two adapters; both come back: the weights of an uninterrupted run, bit for bit."""
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(make_tiny_model(), config).save_pretrained(tmp_path / "adapter")
+
+    def trainer(folder: str) -> PairTrainer:
+        return PairTrainer(
+            model=PeftModel.from_pretrained(make_tiny_model(), tmp_path / "adapter", is_trainable=True),
+            args=arguments(tmp_path / folder, save_strategy="steps", save_steps=3, max_steps=6),
+            train_dataset=Dataset.from_list(ROWS * 2),
+            processing_class=tiny_tokenizer,
+            loss="ln_dpo",
+        )
+
+    whole, resumed = trainer("whole"), trainer("resumed")
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    for (name, one), (_, other) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_beta_of_the_config_counts_unless_it_is_the_default(tmp_path, tiny_tokenizer, make_tiny_model, dataset):
+    def beta(**changes) -> float:
+        trainer = PairTrainer(
+            model=make_tiny_model(),
+            args=arguments(tmp_path, **changes),
+            train_dataset=dataset,
+            processing_class=tiny_tokenizer,
+            loss="ln_dpo",
+        )
+        return trainer.losses[0].settings["beta"]
+
+    assert beta() == 5.0
+    assert beta(beta=2.0) == 2.0

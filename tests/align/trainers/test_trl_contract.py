@@ -15,6 +15,8 @@ OVERRIDDEN = {
     "_set_signature_columns_if_needed": ["self"],
     "_precompute_ref_logps": ["self", "dataset", "name", "batch_size"],
     "_compute_loss": ["self", "model", "inputs", "return_outputs"],
+    "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    "create_model_card": ["self", "model_name", "dataset_name", "tags"],
     "log": ["self", "logs", "start_time"],
     "training_step": ["self", "args", "kwargs"],
 }
