@@ -178,7 +178,7 @@ def _read_candidates(file: Path) -> dict[str, list[Answer]]:
     whole = text[: text.rfind("\n") + 1]
     if whole != text:  # the last line was cut by an interruption
         file.write_text(whole, encoding="utf-8")
-    lines = (json.loads(line) for line in whole.splitlines())
+    lines = (json.loads(line) for line in whole.split("\n") if line)
     return {line["prompt"]: [Answer(**answer) for answer in line["answers"]] for line in lines}
 
 
