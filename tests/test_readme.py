@@ -39,6 +39,13 @@ def test_the_recipe_is_valid(tmp_path):
     assert load_recipe(str(tmp_path / "mine.yaml")).method == "ln_dpo"
 
 
+def test_nothing_is_left_to_fill_in_and_links_lead_somewhere():
+    assert "@@" not in README
+    root = Path(__file__).parent.parent
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (root / target).exists(), target
+
+
 def test_every_method_has_its_row_and_every_row_its_method():
     named = set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE))
     assert named == set(LOSSES)

@@ -27,7 +27,7 @@ class SaveAndStop(TrainerCallback):  # type: ignore[misc]
 
 @contextmanager
 def interruptible(trainer: Trainer) -> Iterator[None]:
-    """Around ``trainer.train()``: the first signal saves and stops, a second one of Ctrl-C stops at once.
+    """Around ``trainer.train()``: the first signal saves and stops, a second one stops at once.
 
     Raises:
         KeyboardInterrupt: a signal has stopped the training; its checkpoint is complete.

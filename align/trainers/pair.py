@@ -52,6 +52,7 @@ _NOT_TAKEN: list[tuple[str, Any, str]] = [
     ("f_divergence_type", "reverse_kl", "only the reverse KL is available"),
     ("precompute_ref_log_probs", False, "the reference is scored with each batch"),
     ("padding_free", False, "rows are padded"),
+    ("pad_to_multiple_of", None, "rows are padded to the widest of their batch"),
     ("truncation_mode", "keep_start", "answers are cut at the end, both at the same length"),
 ]
 
@@ -95,6 +96,8 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
     ) -> None:
         args = DPOConfig("tmp_trainer") if args is None else copy.copy(args)
         self._refuse_what_would_be_dropped(args)
+        if kwargs.get("data_collator") is not None:
+            raise ValueError("data_collator: the rows of a pair are laid out here; leave it out")
         self.losses = _losses(loss, args)
         self.needs_reference = any(term.info.reference for term in self.losses)
         self.starts_at_reference = starts_at_reference
@@ -119,8 +122,7 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
         if shared_prompt and reason:
             logger.warning("separate rows for chosen and rejected answers: %s", reason)
         self.shared_prompt = shared_prompt and reason is None
-        if kwargs.get("data_collator") is None:
-            self.data_collator = PairCollator(self._tokenizer.pad_token_id, self.shared_prompt)
+        self.data_collator = PairCollator(self._tokenizer.pad_token_id, self.shared_prompt)
 
     @staticmethod
     def _refuse_what_would_be_dropped(args: DPOConfig) -> None:
@@ -140,6 +142,9 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
             raise ValueError(f"{dataset_name}: a map-style datasets.Dataset is needed, not {type(dataset).__name__}")
         if {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(dataset.column_names):
             return dataset
+        unread = sorted({"tools", "chat_template_kwargs", "image", "images"} & set(dataset.column_names))
+        if unread:
+            raise ValueError(f"{dataset_name}: columns that are not read here: {', '.join(unread)}")
         table = pair_table(((dataset_name, number, row) for number, row in enumerate(dataset, 1)), dataset_name)
         tokenized = tokenize_pairs(table.rows, processing_class, args.max_length)
         faults = [*table.faults, *tokenized.faults]

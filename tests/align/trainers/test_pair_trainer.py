@@ -353,6 +353,7 @@ def test_bad_rows_are_set_aside_and_said(tmp_path, tiny_tokenizer, make_tiny_mod
         {"precompute_ref_log_probs": True},
         {"truncation_mode": "keep_end"},
         {"ld_alpha": 0.5},
+        {"pad_to_multiple_of": 8},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -469,3 +470,19 @@ def test_beta_of_the_config_counts_unless_it_is_the_default(tmp_path, tiny_token
 
     assert beta() == 5.0
     assert beta(beta=2.0) == 2.0
+
+
+def test_what_a_trl_script_may_bring_and_is_not_taken(tmp_path, tiny_tokenizer, make_tiny_model, dataset):
+    def build(data, **kwargs) -> PairTrainer:
+        return PairTrainer(
+            model=make_tiny_model(),
+            args=arguments(tmp_path),
+            train_dataset=data,
+            processing_class=tiny_tokenizer,
+            **kwargs,
+        )
+
+    with pytest.raises(ValueError, match="columns that are not read here: tools"):
+        build(dataset.add_column("tools", [None] * len(dataset)))
+    with pytest.raises(ValueError, match="data_collator: the rows of a pair are laid out here"):
+        build(dataset, data_collator=lambda rows: rows)
