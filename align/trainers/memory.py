@@ -8,7 +8,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from align.models.memory import release_freed
 
-EVERY = 8  # steps
+EVERY = 2  # steps
 
 
 class ReleaseFreed(TrainerCallback):  # type: ignore[misc]
