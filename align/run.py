@@ -226,7 +226,8 @@ def _save(recipe: Recipe, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, 
         return
     # The name that the recipe gave, not where this machine keeps it.
     model.peft_config["default"].base_model_name_or_path = recipe.model.name
-    _write_folder(run.path / "adapter", model, tokenizer, selected_adapters=["default"])
+    options = {"selected_adapters": ["default"], "save_embedding_layers": False}
+    _write_folder(run.path / "adapter", model, tokenizer, **options)
     model.set_adapter("default")
     before = _probe(model, trainer, tokenizer)
     merged = model.merge_and_unload(adapter_names=["default"])
@@ -254,4 +255,5 @@ def _write_folder(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase, 
         shutil.rmtree(leftover, ignore_errors=True)
     model.save_pretrained(aside, **options)
     tokenizer.save_pretrained(aside)
+    (aside / "README.md").unlink(missing_ok=True)  # peft's blank form; the run's card stands beside this folder
     aside.replace(folder)

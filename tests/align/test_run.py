@@ -57,6 +57,11 @@ def test_a_run_leaves_everything_that_the_design_names(write_recipe, tiny_model_
     displacement = json.loads((folder / "eval" / "displacement.json").read_text())["metrics"]
     assert displacement["rejected_delta"]["value"] < displacement["chosen_delta"]["value"]
     assert len((folder / "samples.jsonl").read_text().splitlines()) == 8
+    assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        tiny_model_dir
+    )
+    assert not (folder / "adapter" / "README.md").exists()
+    assert 0 <= manifest["merged"]["mean_change"] < 1e-3
     for name in ("config.resolved.yaml", "report.html", "README.md", "adapter/adapter_model.safetensors"):
         assert (folder / name).stat().st_size > 0, name
 
