@@ -25,8 +25,8 @@ help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-12s %s\n", $$1, $$2 }'
 
 quickstart: $(VENV)/.installed-run  ## align a small chat model on this machine, with a report (about 15 minutes on two cores)
-	@if grep -qs '"status": "finished"' runs/quickstart/manifest.json; \
-	then echo "done already: the report is runs/quickstart/report.html; chat: $(BIN)/align generate --model runs/quickstart --chat"; \
+	@if grep -qs '"status": "finished"' runs/quickstart/manifest.json && [ -f runs/quickstart/report.html ]; \
+	then echo "done already: the report is runs/quickstart/report.html; chat: $(BIN)/align generate --model runs/quickstart --chat; to run it again, delete runs/quickstart"; \
 	else $(BIN)/align train recipes/quickstart.yaml; fi
 
 # The models of most tests are tiny: more threads than two only wait for each other.

@@ -88,7 +88,7 @@ class _Pairs:
 
     def preference(self) -> dict[str, Any]:
         rewards = combine(self.losses, *self.logps).rewards
-        ranking = [loss for loss in self.losses if loss.info.ranks]
+        ranking = [loss for loss in self.losses if loss.info.ranks] or self.losses
         settings = {"rewards": " + ".join(f"{loss.weight:g} * {loss.info.name}" for loss in ranking)}
         return preference_suite(rewards[:, 0], rewards[:, 1], self.ids, groups=self.groups, settings=settings)
 

@@ -24,6 +24,7 @@ from align.data.rows import Content, Fault
 from align.data.tokenize import encode_prompt
 from align.errors import AlignError
 from align.evals.sampling import Sample, sample
+from align.models.ends import end_tokens
 from align.models.load import LoadedModel, load_run
 
 BATCH = 8
@@ -62,7 +63,7 @@ class Answerer:
         self.settings = settings
         loaded: LoadedModel = load_run(settings.model)
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
-        self.eos_ids = _eos_ids(self.model, self.tokenizer)
+        self.eos_ids = end_tokens(self.model, self.tokenizer)
         self.context = getattr(self.model.config, "max_position_embeddings", None)
         self.has_template = bool(self.tokenizer.chat_template)
 
@@ -186,13 +187,6 @@ def _turn(answerer: Answerer, history: list[dict[str, str]], line: str) -> list[
         print(f"{error}: /reset starts anew")
         return history
     return [*asked, {"role": "assistant", "content": answer}]
-
-
-def _eos_ids(model: Any, tokenizer: Any) -> set[int]:
-    """Every token that ends an answer: the tokenizer's, and those of the model's generation settings."""
-    named = model.generation_config.eos_token_id
-    more = named if isinstance(named, list) else [named]
-    return {token for token in [tokenizer.eos_token_id, *more] if token is not None}
 
 
 def _read_prompts(source: str) -> tuple[dict[int, Content], list[Fault]]:

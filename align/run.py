@@ -197,12 +197,14 @@ def _same_data(run: RunFolder, splits: dict[str, Split]) -> None:
 
 def _same_weights(run: RunFolder, facts: dict[str, Any]) -> None:
     """A run goes on from the weights that it started from, or not at all."""
-    before, now = (section.get("model", {}).get("weights_sha256") for section in (run.manifest, facts))
-    if before is not None and before != now:
-        raise AlignError(
-            f"{facts['model']['name']} has other weights than when {run.path} was started ({before[:12]} then, "
-            f"{now[:12]} now): bring the old model back, or choose another output"
-        )
+    for part in ("model", "reference"):
+        before, now = (section.get(part, {}).get("weights_sha256") for section in (run.manifest, facts))
+        if before is not None and before != now:
+            raise AlignError(
+                f"{facts['model']['name']}: the {part} has other weights than when {run.path} was started "
+                f"({before[:12]} then, {str(now)[:12]} now; in {facts['model']['dtype']}): bring the old ones back, "
+                "or choose another output"
+            )
 
 
 def _mirror(recipe: Recipe, run: RunFolder) -> WandbMirror | None:
@@ -217,8 +219,8 @@ def _mirror(recipe: Recipe, run: RunFolder) -> WandbMirror | None:
 def _save(recipe: Recipe, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, run: RunFolder) -> None:
     """The adapter and the merged model, or the model alone after full training; each folder whole or not at all.
 
-    Merging rounds the weights to their dtype: what that does to the log-probs of held-out or training answers is
-    measured and stands in the manifest as ``merged.mean_change``, nats a token.
+    Merging rounds the weights to their dtype: what that does to the log-probs of training answers is measured
+    and stands in the manifest as ``merged.mean_change``, nats a token.
     """
     model = trainer.model
     if not isinstance(model, PeftModel):
@@ -244,6 +246,7 @@ def _probe(model: Any, trainer: Trainer, tokenizer: PreTrainedTokenizerBase) -> 
     if "chosen_ids" not in rows.column_names:
         return None
     rows = rows[:PROBED]
+    model.eval()
     with trainer.accelerator.autocast():
         return sequence_logps(model, rows["prompt_ids"], rows["chosen_ids"], pad_token_id=int(tokenizer.pad_token_id))
 
@@ -253,7 +256,11 @@ def _write_folder(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase, 
     aside = folder.with_name(f".{folder.name}.partial")
     for leftover in (aside, folder):
         shutil.rmtree(leftover, ignore_errors=True)
-    model.save_pretrained(aside, **options)
-    tokenizer.save_pretrained(aside)
+    try:
+        model.save_pretrained(aside, **options)
+        tokenizer.save_pretrained(aside)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     (aside / "README.md").unlink(missing_ok=True)  # peft's blank form; the run's card stands beside this folder
     aside.replace(folder)

@@ -11,6 +11,6 @@ def end_tokens(model: Any, tokenizer: Any) -> set[int]:
     Args:
         model: a causal model, or what wraps it.
     """
-    named = model.generation_config.eos_token_id
+    named = getattr(model.generation_config, "eos_token_id", None)
     more = named if isinstance(named, list) else [named]
     return {int(token) for token in [tokenizer.eos_token_id, *more] if token is not None}

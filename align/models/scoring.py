@@ -69,7 +69,10 @@ def _check_head(model: PreTrainedModel) -> None:
     Raises:
         ValueError: the log-probs differ.
     """
-    rows = answer_rows([[1]], [[2, 3, 4]], pad_token_id=0).to(model.device)
+    if model.config.get_text_config()._attn_implementation not in ("sdpa", "eager"):
+        return  # other kernels take half precision alone, on their own devices, and the head is the same
+    ids = [token % model.config.get_text_config().vocab_size for token in (1, 2, 3, 4)]
+    rows = answer_rows([ids[:1]], [ids[1:]], pad_token_id=0).to(model.device)
     training = model.training
     model.eval()
     with torch.no_grad():

@@ -188,6 +188,7 @@ def _untrained(recipe: Recipe, trainer: Trainer, kept: list[Any]) -> Iterator[An
         # Nothing of the start was kept: full training without a reference, or SFT of a continued adapter.
         if not kept:
             fresh, _, _ = _policy(recipe.model)
+            fresh = fresh.to(trainer.accelerator.device).eval()
             attach_scoring(fresh.get_base_model() if isinstance(fresh, PeftModel) else fresh)
-            kept.append(fresh.to(trainer.accelerator.device).eval())
+            kept.append(fresh)
         yield kept[0]
