@@ -101,7 +101,6 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
         self.losses = _losses(loss, args)
         self.needs_reference = any(term.info.reference for term in self.losses)
         self.starts_at_reference = starts_at_reference
-        self._wants_shared_prompt = shared_prompt
         self._checked_step_zero = False
         self._clock: tuple[float, int] | None = None
 
