@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
+from torch import Tensor
+
+from .laws import Laws
 from .types import LossOutput, PairLogps
 
-PairwiseLoss = Callable[..., LossOutput]
-F = TypeVar("F", bound=PairwiseLoss)
+LossFunction = Callable[..., LossOutput]
+F = TypeVar("F", bound=LossFunction)
+
+Kind = Literal["pair", "ranking", "thumbs", "selfplay", "reward"]
+KINDS: dict[Kind, str] = {
+    "pair": "a prompt, the answer that was preferred and the one that was not",
+    "ranking": "K answers to a prompt, best first",
+    "thumbs": "one answer with a thumb up or down",
+    "selfplay": "answers that the policy itself gave, with the preferences or scores that they got",
+    "reward": "scores or embeddings of a reward or preference model",
+}
 
 
 @dataclass(frozen=True)
@@ -19,25 +32,35 @@ class LossInfo:
     """One row of the table.
 
     Args:
+        kind: what the loss is computed on; a key of ``KINDS``.
         name: what recipes call the loss.
-        function: ``f(policy, reference, *, beta, ...)``, or ``f(policy, *, ...)`` when ``reference`` is false.
-        reference: whether the loss compares the policy with a reference.
+        function: ``f(policy, reference, *, beta, ...)``, or ``f(policy, *, ...)`` when ``reference`` is false. Tensors
+            come by position, settings by keyword alone. One that takes ``preference`` takes soft labels.
+        reference: whether the loss compares the policy with a reference; a function of the settings where they decide.
         default_beta: ``beta`` where the user gives none; None for a loss that has no beta.
         paper: where it comes from, such as ``arXiv:2305.18290``.
         formula: one line, in the notation of the module's docstring.
         purpose: one line: what it is for.
         ranks: whether the loss compares the two answers. The rewards of one that does not (``sft``) stay out of a
             combination's rewards.
+        laws: where the loss stands with the laws of ``align.losses.laws``; None declares nothing.
     """
 
+    kind: Kind
     name: str
-    function: PairwiseLoss
-    reference: bool
+    function: LossFunction
+    reference: bool | Callable[..., bool]
     default_beta: float | None
     paper: str
     formula: str
     purpose: str
     ranks: bool = True
+    laws: Laws | None = None
+
+    @property
+    def soft(self) -> bool:
+        """Whether the loss takes the probability that the first answer is preferred, in place of a sure label."""
+        return "preference" in inspect.signature(self.function).parameters
 
     @property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
@@ -49,25 +72,36 @@ class LossInfo:
 LOSSES: dict[str, LossInfo] = {}
 
 
-def pairwise_loss(
+def _enter(
+    kind: Kind,
     name: str,
     *,
-    reference: bool,
+    reference: bool | Callable[..., bool],
     default_beta: float | None,
     paper: str,
     formula: str,
     purpose: str,
     ranks: bool = True,
+    laws: Laws | None = None,
 ) -> Callable[[F], F]:
     """Enter a loss in the table. The function itself stays as it is."""
 
     def enter(function: F) -> F:
         if name in LOSSES:
             raise ValueError(f"two losses are named {name!r}")
-        LOSSES[name] = LossInfo(name, function, reference, default_beta, paper, formula, purpose, ranks)
+        LOSSES[name] = LossInfo(
+            kind, name, function, reference, default_beta, paper, formula, purpose, ranks=ranks, laws=laws
+        )
         return function
 
     return enter
+
+
+pairwise_loss = functools.partial(_enter, "pair")
+ranking_loss = functools.partial(_enter, "ranking")
+thumbs_loss = functools.partial(_enter, "thumbs")
+selfplay_loss = functools.partial(_enter, "selfplay")
+reward_loss = functools.partial(_enter, "reward")
 
 
 def find_loss(name: str) -> LossInfo:
@@ -97,7 +131,7 @@ class Loss:
     """
 
     info: LossInfo
-    settings: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     weight: float = 1.0
 
     def __post_init__(self) -> None:
@@ -114,7 +148,7 @@ class Loss:
         object.__setattr__(self, "settings", settings)
 
     @classmethod
-    def of(cls, loss: str | PairwiseLoss | Loss, *, weight: float | None = None, **settings: float) -> Loss:
+    def of(cls, loss: str | LossFunction | Loss, *, weight: float | None = None, **settings: Any) -> Loss:
         """A loss by name (``"ln_dpo"``) or by its function (``ln_dpo``), with its settings; weight 1 if none is given.
 
         A ``Loss`` comes back as it is: it has its weight and settings already.
@@ -139,14 +173,29 @@ class Loss:
         name = getattr(loss, "__name__", repr(loss))
         raise ValueError(f"{name} is not in the table of losses; enter it with @pairwise_loss")
 
-    def __call__(self, policy: PairLogps, reference: PairLogps | None) -> LossOutput:
+    @property
+    def reference(self) -> bool:
+        """Whether the loss, with these settings, compares the policy with a reference."""
+        needs = self.info.reference
+        return needs if isinstance(needs, bool) else needs(**self.settings)
+
+    def __call__(self, policy: PairLogps, reference: PairLogps | None, preference: Tensor | None = None) -> LossOutput:
         """The loss of B pairs.
 
+        Args:
+            policy, reference: log-probs of B pairs.
+            preference: probability that the chosen answer is preferred, (B,); None: it is.
+
         Raises:
-            ValueError: the loss compares with a reference and there is none.
+            ValueError: the loss is not one on pairs, compares with a reference and there is none, or takes no
+                preference probabilities and some are given.
         """
-        if not self.info.reference:
-            return self.info.function(policy, **self.settings)
-        if reference is None:
+        if self.info.kind != "pair":
+            raise ValueError(f"{self.info.name} is not a loss on pairs: it takes {KINDS[self.info.kind]}")
+        if self.reference and reference is None:
             raise ValueError(f"{self.info.name} compares the policy with a reference, and none was given")
-        return self.info.function(policy, reference, **self.settings)
+        if preference is not None and not self.info.soft:
+            raise ValueError(f"{self.info.name} takes sure labels alone, and preference probabilities were given")
+        models = (policy, reference) if self.info.reference is not False else (policy,)
+        labels = {} if preference is None else {"preference": preference}
+        return self.info.function(*models, **labels, **self.settings)

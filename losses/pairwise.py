@@ -9,36 +9,11 @@ right by the model that this loss fits.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from .catalogue import pairwise_loss
-from .types import LossOutput, PairLogps, SequenceLogps
-
-
-def _wide(x: Tensor) -> Tensor:
-    """At least float32: a bf16 log-prob of -300 nats has a spacing of 2."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def _ratio(policy: SequenceLogps, reference: SequenceLogps) -> Tensor:
-    """Sequence log-ratio ``log pi - log pi_ref``, nats, (B,)."""
-    if policy.total.shape != reference.total.shape:
-        raise ValueError(f"the policy has {len(policy.total)} rows and the reference {len(reference.total)}")
-    unequal = policy.length != reference.length
-    if bool(unequal.any()):
-        row = int(unequal.nonzero()[0])
-        raise ValueError(
-            f"row {row}: {int(policy.length[row])} tokens under the policy and {int(reference.length[row])} under the "
-            "reference; both score the same completion"
-        )
-    return _wide(policy.total) - _wide(reference.total)
-
-
-def _positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} is {value}: it must be positive")
+from .checks import check_not_negative, check_positive, log_ratio, wide
+from .types import LossOutput, PairLogps
 
 
 @pairwise_loss(
@@ -64,9 +39,9 @@ def dpo(policy: PairLogps, reference: PairLogps, *, beta: float) -> LossOutput:
     Raises:
         ValueError: beta is not positive, or policy and reference score different completions.
     """
-    _positive("beta", beta)
-    chosen = beta * _ratio(policy.chosen, reference.chosen)
-    rejected = beta * _ratio(policy.rejected, reference.rejected)
+    check_positive("beta", beta)
+    chosen = beta * log_ratio(policy.chosen, reference.chosen)
+    rejected = beta * log_ratio(policy.rejected, reference.rejected)
     return LossOutput.from_rewards(-F.logsigmoid(chosen - rejected), chosen, rejected)
 
 
@@ -95,9 +70,9 @@ def ln_dpo(policy: PairLogps, reference: PairLogps, *, beta: float) -> LossOutpu
     Raises:
         ValueError: beta is not positive, or policy and reference score different completions.
     """
-    _positive("beta", beta)
-    chosen = beta * _ratio(policy.chosen, reference.chosen) / policy.chosen.length
-    rejected = beta * _ratio(policy.rejected, reference.rejected) / policy.rejected.length
+    check_positive("beta", beta)
+    chosen = beta * log_ratio(policy.chosen, reference.chosen) / policy.chosen.length
+    rejected = beta * log_ratio(policy.rejected, reference.rejected) / policy.rejected.length
     return LossOutput.from_rewards(-F.logsigmoid(chosen - rejected), chosen, rejected)
 
 
@@ -125,9 +100,9 @@ def ipo(policy: PairLogps, reference: PairLogps, *, beta: float) -> LossOutput:
     Raises:
         ValueError: beta is not positive, or policy and reference score different completions.
     """
-    _positive("beta", beta)
-    chosen = _ratio(policy.chosen, reference.chosen)
-    rejected = _ratio(policy.rejected, reference.rejected)
+    check_positive("beta", beta)
+    chosen = log_ratio(policy.chosen, reference.chosen)
+    rejected = log_ratio(policy.rejected, reference.rejected)
     return LossOutput.from_rewards((chosen - rejected - 0.5 / beta) ** 2, beta * chosen, beta * rejected)
 
 
@@ -154,9 +129,9 @@ def ipo_per_token(policy: PairLogps, reference: PairLogps, *, beta: float) -> Lo
     Raises:
         ValueError: beta is not positive, or policy and reference score different completions.
     """
-    _positive("beta", beta)
-    chosen = _ratio(policy.chosen, reference.chosen) / policy.chosen.length
-    rejected = _ratio(policy.rejected, reference.rejected) / policy.rejected.length
+    check_positive("beta", beta)
+    chosen = log_ratio(policy.chosen, reference.chosen) / policy.chosen.length
+    rejected = log_ratio(policy.rejected, reference.rejected) / policy.rejected.length
     return LossOutput.from_rewards((chosen - rejected - 0.5 / beta) ** 2, beta * chosen, beta * rejected)
 
 
@@ -186,9 +161,9 @@ def slic(policy: PairLogps, reference: PairLogps, *, beta: float) -> LossOutput:
     Raises:
         ValueError: beta is not positive, or policy and reference score different completions.
     """
-    _positive("beta", beta)
-    chosen = beta * _ratio(policy.chosen, reference.chosen)
-    rejected = beta * _ratio(policy.rejected, reference.rejected)
+    check_positive("beta", beta)
+    chosen = beta * log_ratio(policy.chosen, reference.chosen)
+    rejected = beta * log_ratio(policy.rejected, reference.rejected)
     return LossOutput.from_rewards(F.relu(1 - (chosen - rejected)), chosen, rejected)
 
 
@@ -214,11 +189,10 @@ def simpo(policy: PairLogps, *, beta: float, gamma: float = 1.0) -> LossOutput:
     Raises:
         ValueError: beta is not positive, or gamma is negative.
     """
-    _positive("beta", beta)
-    if not gamma >= 0:
-        raise ValueError(f"gamma is {gamma}: a target margin is not negative")
-    chosen = beta * _wide(policy.chosen.total) / policy.chosen.length
-    rejected = beta * _wide(policy.rejected.total) / policy.rejected.length
+    check_positive("beta", beta)
+    check_not_negative("gamma", gamma)
+    chosen = beta * wide(policy.chosen.total) / policy.chosen.length
+    rejected = beta * wide(policy.rejected.total) / policy.rejected.length
     return LossOutput.from_rewards(-F.logsigmoid(chosen - rejected - gamma), chosen, rejected)
 
 
@@ -241,6 +215,6 @@ def sft(policy: PairLogps) -> LossOutput:
         Unreduced loss (B,), nats per token, and the mean log-probs as rewards; in a combination with a loss that
         ranks answers they are left out.
     """
-    chosen = _wide(policy.chosen.total) / policy.chosen.length
-    rejected = _wide(policy.rejected.total) / policy.rejected.length
+    chosen = wide(policy.chosen.total) / policy.chosen.length
+    rejected = wide(policy.rejected.total) / policy.rejected.length
     return LossOutput.from_rewards(-chosen, chosen, rejected)

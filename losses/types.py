@@ -10,11 +10,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SequenceLogps:
-    """Log-probs of B completions under one model.
+    """Log-probs of completions under one model: of B prompts, or of K answers to each of B prompts.
 
     Args:
-        total: sum over a completion's tokens of ``log pi(token | what precedes it)``, nats, shape (B,).
-        length: number of tokens in that sum (EOS counted, prompt and padding not), shape (B,).
+        total: sum over a completion's tokens of ``log pi(token | what precedes it)``, nats, shape (B,) or (B, K).
+        length: number of tokens in that sum (EOS counted, prompt and padding not), of the same shape.
 
     Raises:
         ValueError: the shapes differ, a completion is empty, or a log-prob is NaN or infinite.
@@ -24,34 +24,86 @@ class SequenceLogps:
     length: Tensor
 
     def __post_init__(self) -> None:
-        if self.total.ndim != 1 or self.total.shape != self.length.shape:
+        if self.total.ndim not in (1, 2) or self.total.shape != self.length.shape:
             raise ValueError(
-                f"total and length have shape (B,), not {tuple(self.total.shape)} and {tuple(self.length.shape)}"
+                f"total and length have shape (B,) or (B, K), not {tuple(self.total.shape)} and "
+                f"{tuple(self.length.shape)}"
             )
-        if bool((self.length < 1).any()):
-            row = int((self.length < 1).nonzero()[0])
-            raise ValueError(f"length[{row}] is {int(self.length[row])}: a completion has at least one token")
-        if not bool(torch.isfinite(self.total).all()):
-            row = int((~torch.isfinite(self.total)).nonzero()[0])
-            raise ValueError(f"total[{row}] is {float(self.total[row])}: log-probs are finite")
+        empty = self.length < 1
+        if bool(empty.any()):
+            raise ValueError(
+                f"length{first(empty)} is {int(self.length[empty][0])}: a completion has at least one token"
+            )
+        bad = ~torch.isfinite(self.total)
+        if bool(bad.any()):
+            raise ValueError(f"total{first(bad)} is {float(self.total[bad][0])}: log-probs are finite")
+
+    @classmethod
+    def from_tokens(cls, logps: Tensor, mask: Tensor) -> SequenceLogps:
+        """Totals and lengths from per-token log-probs.
+
+        Args:
+            logps: log-prob of each token, nats, shape (..., T) with one or two leading dimensions; summed in float32,
+                float64 stays. What stands where the mask is false is never read, NaN included.
+            mask: true on the completion's tokens (EOS counted, prompt and padding not), of the same shape.
+
+        Raises:
+            ValueError: the shapes differ, a completion is empty, or a log-prob is NaN or infinite.
+        """
+        if logps.shape != mask.shape:
+            raise ValueError(f"logps and mask have the same shape, not {tuple(logps.shape)} and {tuple(mask.shape)}")
+        mask = mask.bool()
+        values = logps.to(torch.promote_types(logps.dtype, torch.float32))
+        return cls(torch.where(mask, values, values.new_zeros(())).sum(-1), mask.sum(-1))
 
     @property
     def mean(self) -> Tensor:
-        """Mean log-prob per token, nats, shape (B,)."""
+        """Mean log-prob per token, nats, of the shape of ``total``."""
         return self.total / self.length
 
 
 @dataclass(frozen=True)
 class PairLogps:
-    """Log-probs of B pairs under one model: the answer that was preferred and the one that was not."""
+    """Log-probs of B pairs under one model: the answer that was preferred and the one that was not.
+
+    Raises:
+        ValueError: the two differ in number, or are not of shape (B,).
+    """
 
     chosen: SequenceLogps
     rejected: SequenceLogps
 
     def __post_init__(self) -> None:
+        if self.chosen.total.ndim != 1 or self.rejected.total.ndim != 1:
+            raise ValueError("a pair has one chosen and one rejected answer: log-probs of shape (B,) each")
         if self.chosen.total.shape != self.rejected.total.shape:
             raise ValueError(
                 f"{len(self.chosen.total)} chosen and {len(self.rejected.total)} rejected: a pair has one of each"
+            )
+
+
+@dataclass(frozen=True)
+class UnpairedLogps:
+    """Log-probs of B single answers under one model, each with a thumb up or down.
+
+    Args:
+        sequence: totals (nats) and lengths (tokens), (B,) each.
+        label: True for thumbs up, (B,), Boolean.
+
+    Raises:
+        ValueError: the shapes differ, or the labels are not Boolean.
+    """
+
+    sequence: SequenceLogps
+    label: Tensor
+
+    def __post_init__(self) -> None:
+        if self.label.dtype != torch.bool:
+            raise ValueError(f"label is {self.label.dtype}: a thumb is up (True) or down (False)")
+        if self.sequence.total.ndim != 1 or self.sequence.total.shape != self.label.shape:
+            raise ValueError(
+                f"sequence and label have shape (B,), not {tuple(self.sequence.total.shape)} and "
+                f"{tuple(self.label.shape)}"
             )
 
 
@@ -60,8 +112,9 @@ class LossOutput:
     """What a loss says of B rows, unreduced: the caller weighs and averages.
 
     Args:
-        loss: shape (B,).
-        rewards: the loss's own implicit rewards, one per answer, detached, (B, K); for pairs K = 2, chosen first.
+        loss: shape (B,), or (B, K) for a loss that has a term for each of K answers.
+        rewards: the loss's own implicit rewards, one per answer, detached, (B, K); for pairs K = 2, chosen first, for
+            single answers K = 1.
         metrics: further quantities of shape (B,), detached, by name.
     """
 
@@ -83,3 +136,8 @@ class LossOutput:
     def rejected_rewards(self) -> Tensor:
         """Implicit rewards of the rejected answers, (B,)."""
         return self.rewards[:, 1]
+
+
+def first(where: Tensor) -> str:
+    """Index of the first true element, as ``[3]`` or ``[3, 1]``; empty for a scalar."""
+    return str([int(i) for i in where.nonzero()[0]]) if where.ndim else ""

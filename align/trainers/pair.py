@@ -29,7 +29,7 @@ from align.data.report import fault_report
 from align.data.tokenize import tokenize_pairs
 from align.errors import AlignError
 from align.losses import Loss, LossOutput, PairLogps, SequenceLogps, combine
-from align.losses.catalogue import PairwiseLoss
+from align.losses.catalogue import LossFunction
 from align.losses.logprobs import TokenLogps
 from align.losses.rows import PADDING, Rows
 from align.models.scoring import attach_scoring, score, why_not_shared_prompt
@@ -89,7 +89,7 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
         ref_model: PreTrainedModel | None = None,
         args: DPOConfig | None = None,
         *,
-        loss: str | PairwiseLoss | Loss | Sequence[str | PairwiseLoss | Loss] = "dpo",
+        loss: str | LossFunction | Loss | Sequence[str | LossFunction | Loss] = "dpo",
         shared_prompt: bool = True,
         starts_at_reference: bool = True,
         **kwargs: Any,
@@ -99,7 +99,7 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
         if kwargs.get("data_collator") is not None:
             raise ValueError("data_collator: the rows of a pair are laid out here; leave it out")
         self.losses = _losses(loss, args)
-        self.needs_reference = any(term.info.reference for term in self.losses)
+        self.needs_reference = any(term.reference for term in self.losses)
         self.starts_at_reference = starts_at_reference
         self._checked_step_zero = False
         self._clock: tuple[float, int] | None = None

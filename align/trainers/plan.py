@@ -95,4 +95,4 @@ def plan(recipe: Recipe, arguments: Any, row_lengths: list[int]) -> Plan:
 
 def _keeps_copy(recipe: Recipe) -> bool:
     full = recipe.model.lora is None and recipe.model.adapter is None
-    return full and any(loss.info.reference for loss in losses_of(recipe))
+    return full and any(loss.reference for loss in losses_of(recipe))

@@ -1,0 +1,1 @@
+"""The exact lab: finite worlds whose aligned optimum is known."""

@@ -1,0 +1,1 @@
+"""Losses from logical formulas (arXiv:2412.17696)."""
