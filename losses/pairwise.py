@@ -5,15 +5,39 @@ policy and ``R`` under the reference (nats), ``n`` a length in tokens, ``r = S -
 logistic function. All losses are unreduced, (B,), and compute in float32 or better whatever the inputs' dtype.
 ``rewards`` are the loss's own: what its margin is made of, so that a positive margin means that the pair is ranked
 right by the model that this loss fits.
+
+Soft labels: ``preference``, (B,), is the probability p that the chosen answer is preferred, and None means that it is
+for sure. The loss is then its expectation over the label, ``p loss(w, l) + (1 - p) loss(l, w)``. The two IPO losses
+alone have a soft form of their own, the published ``(margin - (p - 1/2) / beta)^2``: it lies below the expectation by
+``p (1 - p) / beta^2``, which no parameter moves, so that the gradients are the same.
+
+Every loss raises a ValueError for a setting out of its range, a probability outside [0, 1], a ``preference`` that is
+not of shape (B,), and a reference that scores other completions than the policy.
 """
 
 from __future__ import annotations
 
+import math
+
+import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .catalogue import pairwise_loss
-from .checks import check_not_negative, check_positive, log_ratio, wide
-from .types import LossOutput, PairLogps
+from .checks import check_not_negative, check_positive, check_probability, check_shape, log_ratio, wide
+from .laws import Laws
+from .types import LossOutput, PairLogps, SequenceLogps
+
+# Reasons that several losses share.
+_NO_REFERENCE = "it has no reference"
+_NO_BETA = "it has no beta"
+_SUMS = "it is made of sums over tokens, which double"
+_MEANS = "the constant is divided by lengths that differ"
+_LIKELIHOOD = "its likelihood term sees the chosen answer alone"
+_OWN_TARGET = "the margin aimed at is 1/(2 beta), whatever the margin is"
+
+# Largest mean log-prob that ORPO takes odds of: 1 - P must not vanish.
+_ALMOST_CERTAIN = {torch.float32: -1e-7, torch.float64: -1e-15}
 
 
 @pairwise_loss(
@@ -23,26 +47,40 @@ from .types import LossOutput, PairLogps
     paper="arXiv:2305.18290",
     formula="-log sigma(beta (r_w - r_l))",
     purpose="the standard: fits a Bradley-Terry reward that is beta times the log-ratio to the reference",
+    laws=Laws(fails={"duplication": _SUMS}),
 )
-def dpo(policy: PairLogps, reference: PairLogps, *, beta: float) -> LossOutput:
-    """Direct preference optimisation (arXiv:2305.18290, Eq. 7).
+def dpo(
+    policy: PairLogps,
+    reference: PairLogps,
+    preference: Tensor | None = None,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+) -> LossOutput:
+    """Direct preference optimisation (arXiv:2305.18290, Eq. 7); with label smoothing, cDPO.
 
-    ``loss = -log sigmoid(beta * (r_w - r_l))`` with ``r = log pi - log pi_ref`` summed over the completion.
+    ``loss = -q log sigmoid(z) - (1 - q) log sigmoid(-z)`` with ``z = beta * (r_w - r_l)``, ``r = log pi - log pi_ref``
+    summed over the completion, and ``q = p (1 - eps) + (1 - p) eps``; with sure labels and no smoothing, q = 1.
 
     Args:
         policy, reference: totals (nats) and lengths (tokens), each of shape (B,).
+        preference: probability that the chosen answer is preferred, (B,); None: it is.
         beta: strength of the pull to the reference, per nat; 0.01-0.5 is usual.
+        label_smoothing: eps, the share of labels taken to be wrong, in [0, 0.5). The margin aimed at is then finite;
+            ``robust_dpo`` undoes the flips instead.
 
     Returns:
         Unreduced loss (B,) and the implicit rewards ``beta * r``.
-
-    Raises:
-        ValueError: beta is not positive, or policy and reference score different completions.
     """
     check_positive("beta", beta)
-    chosen = beta * log_ratio(policy.chosen, reference.chosen)
-    rejected = beta * log_ratio(policy.rejected, reference.rejected)
-    return LossOutput.from_rewards(-F.logsigmoid(chosen - rejected), chosen, rejected)
+    _check_smoothing(label_smoothing)
+    chosen, rejected = (beta * ratio for ratio in _log_ratios(policy, reference))
+    margin = chosen - rejected
+    right = None
+    if preference is not None or label_smoothing:
+        p = torch.ones_like(margin) if preference is None else _probability(preference, margin)
+        right = p * (1 - label_smoothing) + (1 - p) * label_smoothing
+    return LossOutput.from_rewards(_logistic(margin, right), chosen, rejected)
 
 
 @pairwise_loss(
@@ -52,8 +90,9 @@ def dpo(policy: PairLogps, reference: PairLogps, *, beta: float) -> LossOutput:
     paper="arXiv:2407.15229",
     formula="-log sigma(beta (r_w/n_w - r_l/n_l))",
     purpose="DPO without its pull to long answers: log-ratios are means per token",
+    laws=Laws(fails={"prompt_shift": _MEANS}),
 )
-def ln_dpo(policy: PairLogps, reference: PairLogps, *, beta: float) -> LossOutput:
+def ln_dpo(policy: PairLogps, reference: PairLogps, preference: Tensor | None = None, *, beta: float) -> LossOutput:
     """Length-normalised DPO (arXiv:2407.15229).
 
     ``loss = -log sigmoid(beta * (a_w - a_l))`` with ``a = (log pi - log pi_ref) / length``: the mean log-ratio per
@@ -62,18 +101,64 @@ def ln_dpo(policy: PairLogps, reference: PairLogps, *, beta: float) -> LossOutpu
 
     Args:
         policy, reference: totals (nats) and lengths (tokens, EOS counted), each of shape (B,).
+        preference: probability that the chosen answer is preferred, (B,); None: it is.
         beta: inverse temperature, in tokens per nat; 1-10 is usual (DPO's beta times the typical length).
 
     Returns:
         Unreduced loss (B,) and the implicit rewards ``beta * a``.
-
-    Raises:
-        ValueError: beta is not positive, or policy and reference score different completions.
     """
     check_positive("beta", beta)
-    chosen = beta * log_ratio(policy.chosen, reference.chosen) / policy.chosen.length
-    rejected = beta * log_ratio(policy.rejected, reference.rejected) / policy.rejected.length
-    return LossOutput.from_rewards(-F.logsigmoid(chosen - rejected), chosen, rejected)
+    chosen, rejected = (beta * ratio for ratio in _mean_log_ratios(policy, reference))
+    margin = chosen - rejected
+    right = None if preference is None else _probability(preference, margin)
+    return LossOutput.from_rewards(_logistic(margin, right), chosen, rejected)
+
+
+@pairwise_loss(
+    "robust_dpo",
+    reference=True,
+    default_beta=0.1,
+    paper="arXiv:2403.00409",
+    formula="[-(1-eps) log sigma(z) + eps log sigma(-z)] / (1-2 eps), z = beta (r_w - r_l)",
+    purpose="DPO when a known share of the labels is flipped: in expectation, DPO's loss on the clean ones",
+    laws=Laws(
+        fails={
+            "duplication": _SUMS,
+            "large_beta": "the flips are taken off with a negative weight, and the loss falls without end",
+        }
+    ),
+)
+def robust_dpo(
+    policy: PairLogps,
+    reference: PairLogps,
+    preference: Tensor | None = None,
+    *,
+    beta: float,
+    label_smoothing: float = 0.1,
+) -> LossOutput:
+    """Robust DPO: an unbiased estimate of DPO's loss on labels of which a share is flipped (arXiv:2403.00409).
+
+    ``loss = (-(1 - eps) log sigmoid(z) + eps log sigmoid(-z)) / (1 - 2 eps)`` with ``z = beta * (r_w - r_l)``. Where
+    each label was flipped with probability eps, its expectation over the flips is DPO's loss of the label as it was.
+    It is not bounded below in a single pair.
+
+    Args:
+        policy, reference: totals (nats) and lengths (tokens), each of shape (B,).
+        preference: probability that the chosen answer is preferred, as observed, flips included, (B,); None: it is.
+        beta: strength of the pull to the reference, per nat; 0.01-0.5 is usual.
+        label_smoothing: eps, the share of labels that were flipped, in [0, 0.5); at 0 it is DPO.
+
+    Returns:
+        Unreduced loss (B,) and the implicit rewards ``beta * r``.
+    """
+    check_positive("beta", beta)
+    _check_smoothing(label_smoothing)
+    chosen, rejected = (beta * ratio for ratio in _log_ratios(policy, reference))
+    margin = chosen - rejected
+    p = torch.ones_like(margin) if preference is None else _probability(preference, margin)
+    # The weights of the two labels, (p - eps) / (1 - 2 eps) and (1 - p - eps) / (1 - 2 eps), add up to 1.
+    right = (p - label_smoothing) / (1 - 2 * label_smoothing)
+    return LossOutput.from_rewards(_logistic(margin, right), chosen, rejected)
 
 
 @pairwise_loss(
@@ -83,27 +168,26 @@ def ln_dpo(policy: PairLogps, reference: PairLogps, *, beta: float) -> LossOutpu
     paper="arXiv:2310.12036",
     formula="(r_w - r_l - 1/(2 beta))^2",
     purpose="a bounded target for the margin, so that certain labels cannot drive it to infinity (the paper's form)",
+    laws=Laws(fails={"duplication": _SUMS, "small_beta": _OWN_TARGET, "large_beta": _OWN_TARGET}),
 )
-def ipo(policy: PairLogps, reference: PairLogps, *, beta: float) -> LossOutput:
+def ipo(policy: PairLogps, reference: PairLogps, preference: Tensor | None = None, *, beta: float) -> LossOutput:
     """Identity preference optimisation, the paper's form on sequence sums (arXiv:2310.12036, Eq. 17).
 
-    ``loss = (r_w - r_l - 1 / (2 * beta))^2`` with ``r`` summed over the completion. TRL's ``ipo`` is another loss: it
-    divides ``r`` by the length (here ``ipo_per_token``).
+    ``loss = (r_w - r_l - 1 / (2 * beta))^2`` with ``r`` summed over the completion; with soft labels
+    ``(r_w - r_l - (p - 1/2) / beta)^2``. TRL's ``ipo`` is another loss: it divides ``r`` by the length (here
+    ``ipo_per_token``).
 
     Args:
         policy, reference: totals (nats) and lengths (tokens), each of shape (B,).
+        preference: probability that the chosen answer is preferred, (B,); None: it is.
         beta: the paper's tau: the margin aimed at is ``1 / (2 * beta)`` nats.
 
     Returns:
-        Unreduced loss (B,), in nats squared, and the implicit rewards ``beta * r``; the aim is a margin of 1/2.
-
-    Raises:
-        ValueError: beta is not positive, or policy and reference score different completions.
+        Unreduced loss (B,), in nats squared, and the implicit rewards ``beta * r``; the aim is a margin of p - 1/2.
     """
     check_positive("beta", beta)
-    chosen = log_ratio(policy.chosen, reference.chosen)
-    rejected = log_ratio(policy.rejected, reference.rejected)
-    return LossOutput.from_rewards((chosen - rejected - 0.5 / beta) ** 2, beta * chosen, beta * rejected)
+    chosen, rejected = _log_ratios(policy, reference)
+    return LossOutput.from_rewards(_squared(chosen - rejected, preference, beta), beta * chosen, beta * rejected)
 
 
 @pairwise_loss(
@@ -113,26 +197,26 @@ def ipo(policy: PairLogps, reference: PairLogps, *, beta: float) -> LossOutput:
     paper="arXiv:2310.12036",
     formula="(r_w/n_w - r_l/n_l - 1/(2 beta))^2",
     purpose="IPO on mean log-ratios per token, as TRL's ipo has it; not the paper's loss",
+    laws=Laws(fails={"prompt_shift": _MEANS, "small_beta": _OWN_TARGET, "large_beta": _OWN_TARGET}),
 )
-def ipo_per_token(policy: PairLogps, reference: PairLogps, *, beta: float) -> LossOutput:
+def ipo_per_token(
+    policy: PairLogps, reference: PairLogps, preference: Tensor | None = None, *, beta: float
+) -> LossOutput:
     """IPO on mean log-ratios per token: what TRL calls ``ipo``. The paper's form is ``ipo``.
 
-    ``loss = (r_w / n_w - r_l / n_l - 1 / (2 * beta))^2``.
+    ``loss = (r_w / n_w - r_l / n_l - 1 / (2 * beta))^2``; with soft labels, ``(p - 1/2) / beta`` is taken off.
 
     Args:
         policy, reference: totals (nats) and lengths (tokens), each of shape (B,).
+        preference: probability that the chosen answer is preferred, (B,); None: it is.
         beta: the margin aimed at is ``1 / (2 * beta)`` nats per token.
 
     Returns:
-        Unreduced loss (B,) and the implicit rewards ``beta * r / n``; the aim is a margin of 1/2.
-
-    Raises:
-        ValueError: beta is not positive, or policy and reference score different completions.
+        Unreduced loss (B,) and the implicit rewards ``beta * r / n``; the aim is a margin of p - 1/2.
     """
     check_positive("beta", beta)
-    chosen = log_ratio(policy.chosen, reference.chosen) / policy.chosen.length
-    rejected = log_ratio(policy.rejected, reference.rejected) / policy.rejected.length
-    return LossOutput.from_rewards((chosen - rejected - 0.5 / beta) ** 2, beta * chosen, beta * rejected)
+    chosen, rejected = _mean_log_ratios(policy, reference)
+    return LossOutput.from_rewards(_squared(chosen - rejected, preference, beta), beta * chosen, beta * rejected)
 
 
 @pairwise_loss(
@@ -142,29 +226,68 @@ def ipo_per_token(policy: PairLogps, reference: PairLogps, *, beta: float) -> Lo
     paper="arXiv:2309.06657",
     formula="max(0, 1 - beta (r_w - r_l))",
     purpose="the hinge on log-ratios (TRL's hinge): pairs beyond the margin stop pushing",
+    laws=Laws(fails={"duplication": _SUMS}),
 )
-def slic(policy: PairLogps, reference: PairLogps, *, beta: float) -> LossOutput:
+def slic(policy: PairLogps, reference: PairLogps, preference: Tensor | None = None, *, beta: float) -> LossOutput:
     """SLiC in its reference form: the hinge on log-ratios (arXiv:2309.06657, Sec. 3.2; TRL's ``hinge``).
 
-    This is the hinge-norm loss of the RSO paper; SLiC-HF itself (arXiv:2305.10425) has no reference and adds an SFT
-    term.
+    This is the hinge-norm loss of the RSO paper; SLiC-HF itself, without a reference, is ``slic_hf``.
 
     ``loss = max(0, 1 - beta * (r_w - r_l))`` with ``r`` summed over the completion. The margin is ``1 / beta`` nats.
 
     Args:
         policy, reference: totals (nats) and lengths (tokens), each of shape (B,).
+        preference: probability that the chosen answer is preferred, (B,); None: it is.
         beta: reciprocal margin, per nat.
 
     Returns:
         Unreduced loss (B,) and the implicit rewards ``beta * r``.
-
-    Raises:
-        ValueError: beta is not positive, or policy and reference score different completions.
     """
     check_positive("beta", beta)
-    chosen = beta * log_ratio(policy.chosen, reference.chosen)
-    rejected = beta * log_ratio(policy.rejected, reference.rejected)
-    return LossOutput.from_rewards(F.relu(1 - (chosen - rejected)), chosen, rejected)
+    chosen, rejected = (beta * ratio for ratio in _log_ratios(policy, reference))
+    margin = chosen - rejected
+    loss = _expected(F.relu(1 - margin), F.relu(1 + margin), preference)
+    return LossOutput.from_rewards(loss, chosen, rejected)
+
+
+@pairwise_loss(
+    "slic_hf",
+    reference=False,
+    default_beta=None,
+    paper="arXiv:2305.10425",
+    formula="max(0, delta - (S_w - S_l)) - sft_weight S_w",
+    purpose="SLiC-HF: a hinge on the log-probs themselves; its likelihood term stands for the reference",
+    laws=Laws(
+        fails={"prompt_shift": _LIKELIHOOD, "swap": _LIKELIHOOD, "duplication": _SUMS},
+        not_applicable={"reference_shift": _NO_REFERENCE, "small_beta": _NO_BETA, "large_beta": _NO_BETA},
+    ),
+)
+def slic_hf(
+    policy: PairLogps, preference: Tensor | None = None, *, delta: float = 1.0, sft_weight: float = 0.1
+) -> LossOutput:
+    """SLiC-HF with the chosen answer as the one to imitate (arXiv:2305.10425, Sec. 2.2).
+
+    ``loss = max(0, delta - (S_w - S_l)) - sft_weight * S_w``, both terms on sums over the completion.
+
+    Args:
+        policy: totals (nats) and lengths (tokens), each of shape (B,).
+        preference: probability that the chosen answer is preferred, (B,); None: it is. With it the answer to imitate
+            is the preferred one too.
+        delta: margin, nats.
+        sft_weight: weight of the negative log-prob of the answer to imitate.
+
+    Returns:
+        Unreduced loss (B,), nats, and the log-probs ``S`` as rewards.
+    """
+    check_not_negative("delta", delta)
+    check_not_negative("sft_weight", sft_weight)
+    chosen, rejected = wide(policy.chosen.total), wide(policy.rejected.total)
+    loss = _expected(
+        F.relu(delta - (chosen - rejected)) - sft_weight * chosen,
+        F.relu(delta - (rejected - chosen)) - sft_weight * rejected,
+        preference,
+    )
+    return LossOutput.from_rewards(loss, chosen, rejected)
 
 
 @pairwise_loss(
@@ -174,26 +297,200 @@ def slic(policy: PairLogps, reference: PairLogps, *, beta: float) -> LossOutput:
     paper="arXiv:2405.14734",
     formula="-log sigma(beta (S_w/n_w - S_l/n_l) - gamma)",
     purpose="no reference model: mean log-probs themselves are the reward, with a target margin",
+    laws=Laws(fails={"prompt_shift": _MEANS}, not_applicable={"reference_shift": _NO_REFERENCE}),
 )
-def simpo(policy: PairLogps, *, beta: float, gamma: float = 1.0) -> LossOutput:
+def simpo(policy: PairLogps, preference: Tensor | None = None, *, beta: float, gamma: float = 1.0) -> LossOutput:
     """SimPO (arXiv:2405.14734, Eq. 6): ``loss = -log sigmoid(beta * (S_w / n_w - S_l / n_l) - gamma)``.
 
     Args:
         policy: totals (nats) and lengths (tokens), each of shape (B,).
+        preference: probability that the chosen answer is preferred, (B,); None: it is. The target margin then counts
+            for whichever answer is preferred.
         beta: scale of the mean log-prob, in tokens per nat; 2-10 is usual.
-        gamma: target margin, in units of the reward; about half of beta is usual.
+        gamma: target margin, in units of the reward, 0 or more; about half of beta is usual.
 
     Returns:
         Unreduced loss (B,) and the implicit rewards ``beta * S / n``.
-
-    Raises:
-        ValueError: beta is not positive, or gamma is negative.
     """
     check_positive("beta", beta)
     check_not_negative("gamma", gamma)
-    chosen = beta * wide(policy.chosen.total) / policy.chosen.length
-    rejected = beta * wide(policy.rejected.total) / policy.rejected.length
-    return LossOutput.from_rewards(-F.logsigmoid(chosen - rejected - gamma), chosen, rejected)
+    chosen, rejected = beta * _mean(policy.chosen), beta * _mean(policy.rejected)
+    margin = chosen - rejected
+    loss = _expected(-F.logsigmoid(margin - gamma), -F.logsigmoid(-margin - gamma), preference)
+    return LossOutput.from_rewards(loss, chosen, rejected)
+
+
+@pairwise_loss(
+    "cpo",
+    reference=False,
+    default_beta=0.1,
+    paper="arXiv:2401.08417",
+    formula="-log sigma(beta (S_w - S_l)) - sft_weight S_w/n_w",
+    purpose="DPO with the reference left out, and a likelihood term in its stead",
+    laws=Laws(
+        fails={
+            "prompt_shift": _LIKELIHOOD,
+            "swap": _LIKELIHOOD,
+            "small_beta": "its likelihood term does not depend on beta",
+            "large_beta": "its likelihood term does not depend on beta",
+            "duplication": _SUMS,
+        },
+        not_applicable={"reference_shift": _NO_REFERENCE},
+    ),
+)
+def cpo(policy: PairLogps, preference: Tensor | None = None, *, beta: float, sft_weight: float = 1.0) -> LossOutput:
+    """Contrastive preference optimisation (arXiv:2401.08417).
+
+    ``loss = -log sigmoid(beta * (S_w - S_l)) - sft_weight * S_w / n_w``: DPO's with a uniform reference, and the mean
+    negative log-prob per token of the chosen answer (TRL's, pooled over the tokens of a batch, differs in the weights
+    of its rows).
+
+    Args:
+        policy: totals (nats) and lengths (tokens), each of shape (B,).
+        preference: probability that the chosen answer is preferred, (B,); None: it is.
+        beta: inverse temperature, per nat.
+        sft_weight: weight of the likelihood term.
+
+    Returns:
+        Unreduced loss (B,) and the implicit rewards ``beta * S``.
+    """
+    check_positive("beta", beta)
+    check_not_negative("sft_weight", sft_weight)
+    chosen, rejected = beta * wide(policy.chosen.total), beta * wide(policy.rejected.total)
+    margin = chosen - rejected
+    loss = _expected(
+        -F.logsigmoid(margin) - sft_weight * _mean(policy.chosen),
+        -F.logsigmoid(-margin) - sft_weight * _mean(policy.rejected),
+        preference,
+    )
+    return LossOutput.from_rewards(loss, chosen, rejected)
+
+
+@pairwise_loss(
+    "orpo",
+    reference=False,
+    default_beta=None,
+    paper="arXiv:2403.07691",
+    formula="-sft_weight S_w/n_w - odds_weight log sigma(logit P_w - logit P_l), P = exp(S/n)",
+    purpose="fine-tuning and preference in one step: likelihood, and the odds of chosen against rejected",
+    laws=Laws(
+        fails={"prompt_shift": _LIKELIHOOD, "swap": _LIKELIHOOD},
+        not_applicable={"reference_shift": _NO_REFERENCE, "small_beta": _NO_BETA, "large_beta": _NO_BETA},
+    ),
+)
+def orpo(
+    policy: PairLogps, preference: Tensor | None = None, *, odds_weight: float = 0.1, sft_weight: float = 1.0
+) -> LossOutput:
+    """Odds-ratio preference optimisation (arXiv:2403.07691, Eq. 6 and 7).
+
+    ``loss = -sft_weight * S_w / n_w - odds_weight * log sigmoid(logit P_w - logit P_l)`` with ``P = exp(S / n)``, the
+    geometric mean of the tokens' probabilities, and ``logit P = log P - log(1 - P)``.
+
+    In the odds a mean log-prob is at most -1e-7 (float32; -1e-15 in float64), since a certain answer has no finite
+    odds. The gradient there is that at the limit, not 0 (straight-through), so that a rejected answer which the policy
+    is sure of is still pushed down.
+
+    Args:
+        policy: totals (nats, 0 at most) and lengths (tokens), each of shape (B,).
+        preference: probability that the chosen answer is preferred, (B,); None: it is.
+        odds_weight: the paper's lambda (TRL's beta): weight of the odds-ratio term.
+        sft_weight: weight of the likelihood term, 1 in the paper.
+
+    Returns:
+        Unreduced loss (B,) and the log-odds as rewards.
+    """
+    check_not_negative("odds_weight", odds_weight)
+    check_not_negative("sft_weight", sft_weight)
+    chosen, rejected = _log_odds(policy.chosen), _log_odds(policy.rejected)
+    margin = chosen - rejected
+    loss = _expected(
+        -odds_weight * F.logsigmoid(margin) - sft_weight * _mean(policy.chosen),
+        -odds_weight * F.logsigmoid(-margin) - sft_weight * _mean(policy.rejected),
+        preference,
+    )
+    return LossOutput.from_rewards(loss, chosen, rejected)
+
+
+@pairwise_loss(
+    "dpop",
+    reference=True,
+    default_beta=0.1,
+    paper="arXiv:2402.13228",
+    formula="-log sigma(beta (r_w - r_l - penalty max(0, -r_w)))",
+    purpose="DPO-Positive: DPO that is punished where the chosen answer becomes less likely than under the reference",
+    laws=Laws(
+        fails={
+            "prompt_shift": "the penalty sees the chosen answer's log-ratio, not a difference",
+            "swap": "the penalty is on the chosen answer alone",
+            "duplication": _SUMS,
+        }
+    ),
+)
+def dpop(
+    policy: PairLogps,
+    reference: PairLogps,
+    preference: Tensor | None = None,
+    *,
+    beta: float,
+    penalty: float = 50.0,
+) -> LossOutput:
+    """DPO-Positive (arXiv:2402.13228).
+
+    ``loss = -log sigmoid(beta * (r_w - r_l - penalty * max(0, -r_w)))`` with ``r`` summed over the completion.
+
+    Args:
+        policy, reference: totals (nats) and lengths (tokens), each of shape (B,).
+        preference: probability that the chosen answer is preferred, (B,); None: it is. The penalty is then on
+            whichever answer is preferred.
+        beta: strength of the pull to the reference, per nat.
+        penalty: the paper's lambda, which it takes from 5 to 500; at 0 the loss is DPO.
+
+    Returns:
+        Unreduced loss (B,) and the implicit rewards ``beta * (r_w - penalty * max(0, -r_w))`` and ``beta * r_l``.
+    """
+    check_positive("beta", beta)
+    check_not_negative("penalty", penalty)
+    one, other = _log_ratios(policy, reference)
+    chosen, rejected = (beta * (ratio - penalty * F.relu(-ratio)) for ratio in (one, other))
+    loss = _expected(-F.logsigmoid(chosen - beta * other), -F.logsigmoid(rejected - beta * one), preference)
+    return LossOutput.from_rewards(loss, chosen, beta * other)
+
+
+@pairwise_loss(
+    "r_dpo",
+    reference=True,
+    default_beta=0.1,
+    paper="arXiv:2403.19159",
+    formula="-log sigma(beta (r_w - r_l) - alpha (n_w - n_l))",
+    purpose="DPO with a price on length: alpha below 0 shortens answers",
+    laws=Laws(fails={"duplication": _SUMS}),
+)
+def r_dpo(
+    policy: PairLogps, reference: PairLogps, preference: Tensor | None = None, *, beta: float, alpha: float = -0.01
+) -> LossOutput:
+    """DPO regularised in length (arXiv:2403.19159).
+
+    ``loss = -log sigmoid(beta * (r_w - r_l) - alpha * (n_w - n_l))``. The policy that it aims at is
+    ``pi_ref exp((reward + alpha * n) / beta)``, normalised: alpha is what a further token is worth. The paper's length
+    penalty, which is positive where long answers cost, is ``-alpha``.
+
+    Args:
+        policy, reference: totals (nats) and lengths (tokens), each of shape (B,).
+        preference: probability that the chosen answer is preferred, (B,); None: it is.
+        beta: strength of the pull to the reference, per nat.
+        alpha: worth of a token, in units of the reward; below 0 shortens answers, above 0 lengthens them, 0 is DPO.
+
+    Returns:
+        Unreduced loss (B,) and the implicit rewards ``beta * r - alpha * n``.
+    """
+    check_positive("beta", beta)
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha is {alpha}: it must be finite")
+    one, other = _log_ratios(policy, reference)
+    chosen, rejected = beta * one - alpha * policy.chosen.length, beta * other - alpha * policy.rejected.length
+    margin = chosen - rejected
+    right = None if preference is None else _probability(preference, margin)
+    return LossOutput.from_rewards(_logistic(margin, right), chosen, rejected)
 
 
 @pairwise_loss(
@@ -204,17 +501,83 @@ def simpo(policy: PairLogps, *, beta: float, gamma: float = 1.0) -> LossOutput:
     formula="-S_w/n_w",
     purpose="likelihood of the chosen answer; a term to combine with others, so that it does not fall",
     ranks=False,
+    laws=Laws(
+        fails={"prompt_shift": "it sees the chosen answer alone", "swap": "it sees the chosen answer alone"},
+        not_applicable={"reference_shift": _NO_REFERENCE, "small_beta": _NO_BETA, "large_beta": _NO_BETA},
+    ),
 )
-def sft(policy: PairLogps) -> LossOutput:
+def sft(policy: PairLogps, preference: Tensor | None = None) -> LossOutput:
     """Negative mean log-prob per token of the chosen answer (the NLL term of arXiv:2404.19733, Eq. 1).
 
     Args:
         policy: totals (nats) and lengths (tokens), each of shape (B,).
+        preference: probability that the chosen answer is preferred, (B,); None: it is. Each answer is then learnt in
+            proportion to the probability that it is the preferred one.
 
     Returns:
         Unreduced loss (B,), nats per token, and the mean log-probs as rewards; in a combination with a loss that
         ranks answers they are left out.
     """
-    chosen = wide(policy.chosen.total) / policy.chosen.length
-    rejected = wide(policy.rejected.total) / policy.rejected.length
-    return LossOutput.from_rewards(-chosen, chosen, rejected)
+    chosen, rejected = _mean(policy.chosen), _mean(policy.rejected)
+    return LossOutput.from_rewards(_expected(-chosen, -rejected, preference), chosen, rejected)
+
+
+def _log_ratios(policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tensor]:
+    """``r_w`` and ``r_l``, nats, (B,) each."""
+    return log_ratio(policy.chosen, reference.chosen), log_ratio(policy.rejected, reference.rejected)
+
+
+def _mean_log_ratios(policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tensor]:
+    """``r_w / n_w`` and ``r_l / n_l``, nats per token, (B,) each."""
+    chosen, rejected = _log_ratios(policy, reference)
+    return chosen / policy.chosen.length, rejected / policy.rejected.length
+
+
+def _mean(answer: SequenceLogps) -> Tensor:
+    """``S / n`` in float32 or better, (B,)."""
+    return wide(answer.total) / answer.length
+
+
+def _log_odds(answer: SequenceLogps) -> Tensor:
+    """``log P - log(1 - P)`` of ``P = exp(S / n)``, (B,)."""
+    mean = _mean(answer)
+    limit = _ALMOST_CERTAIN[mean.dtype]
+    mean = torch.where(mean > limit, mean - mean.detach() + limit, mean)
+    # log(1 - e^x) is exact as log1p(-e^x) far below 0, and as log(-expm1(x)) near 0. Each is given only what it is
+    # good at: what the other takes would come back as a NaN gradient.
+    near = mean > -math.log(2)
+    close, far = mean.clamp(min=-1.0), mean.clamp(max=-0.5)
+    return mean - torch.where(near, torch.log(-torch.expm1(close)), torch.log1p(-torch.exp(far)))
+
+
+def _logistic(margin: Tensor, right: Tensor | None) -> Tensor:
+    """``-q log sigmoid(margin) - (1 - q) log sigmoid(-margin)``; None: q is 1."""
+    if right is None:
+        return -F.logsigmoid(margin)
+    return -right * F.logsigmoid(margin) - (1 - right) * F.logsigmoid(-margin)
+
+
+def _squared(margin: Tensor, preference: Tensor | None, beta: float) -> Tensor:
+    """``(margin - (p - 1/2) / beta)^2``; None: p is 1."""
+    p = torch.ones_like(margin) if preference is None else _probability(preference, margin)
+    return (margin - (p - 0.5) / beta) ** 2
+
+
+def _expected(loss: Tensor, exchanged: Tensor, preference: Tensor | None) -> Tensor:
+    """``p loss + (1 - p) exchanged``, where ``exchanged`` is the loss with the answers the other way round."""
+    if preference is None:
+        return loss
+    p = _probability(preference, loss)
+    return p * loss + (1 - p) * exchanged
+
+
+def _probability(preference: Tensor, like: Tensor) -> Tensor:
+    """The soft labels, checked, in the dtype of ``like``, (B,)."""
+    check_shape("preference", preference, like.shape, "one probability a pair")
+    check_probability("preference", preference)
+    return preference.detach().to(like.dtype)
+
+
+def _check_smoothing(label_smoothing: float) -> None:
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing is {label_smoothing}: a share of wrong labels is in [0, 0.5)")
