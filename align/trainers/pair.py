@@ -8,21 +8,17 @@ of TRL that is used here.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
-from trl.trainer.utils import use_adapter
 
 from align.data.pairs import pair_table
 from align.data.report import fault_report
@@ -32,15 +28,12 @@ from align.losses import Loss, LossOutput, PairLogps, SequenceLogps, combine
 from align.losses.catalogue import LossFunction
 from align.losses.logprobs import TokenLogps
 from align.losses.rows import PADDING, Rows
-from align.models.scoring import attach_scoring, score, why_not_shared_prompt
-from align.tracking.run_folder import peak_rss_gb
+from align.models.scoring import score, why_not_shared_prompt
 
 from .collate import PairCollator, rows_of
+from .host import Hosted, loss_with_beta, refuse_what_would_be_dropped
 
 logger = logging.getLogger(__name__)
-
-# Largest |log pi - log pi_ref| of a token at the first step, nats. In bf16 the two passes differ by their rounding.
-STEP_ZERO_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
 
 # DPOConfig's own loss settings that would be dropped here: (field, value that means "off", what to do instead).
 _NOT_TAKEN: list[tuple[str, Any, str]] = [
@@ -57,7 +50,7 @@ _NOT_TAKEN: list[tuple[str, Any, str]] = [
 ]
 
 
-class PairTrainer(DPOTrainer):  # type: ignore[misc]
+class PairTrainer(Hosted, DPOTrainer):  # type: ignore[misc]
     """TRL's DPOTrainer with the library's losses; it stands where ``DPOTrainer(...)`` stood.
 
     Args:
@@ -79,10 +72,6 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
         ValueError: an argument of ``DPOConfig`` that this trainer would have to drop, or a loss that does not exist.
     """
 
-    # Set by DPOTrainer.
-    _signature_columns: list[str] | None
-    _total_train_tokens: int
-
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
@@ -95,43 +84,22 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         args = DPOConfig("tmp_trainer") if args is None else copy.copy(args)
-        self._refuse_what_would_be_dropped(args)
+        refuse_what_would_be_dropped(args, _NOT_TAKEN, "PairTrainer")
         if kwargs.get("data_collator") is not None:
             raise ValueError("data_collator: the rows of a pair are laid out here; leave it out")
         self.losses = _losses(loss, args)
         self.needs_reference = any(term.reference for term in self.losses)
         self.starts_at_reference = starts_at_reference
-        self._checked_step_zero = False
-        self._clock: tuple[float, int] | None = None
 
         adapted = isinstance(model, PeftModel) or kwargs.get("peft_config") is not None
-        if not self.needs_reference:
-            # The one way to keep DPOTrainer from loading a reference; `_precompute_ref_logps` below computes nothing.
-            args.precompute_ref_log_probs = True
-        elif ref_model is None and not adapted and isinstance(model, nn.Module):
-            # DPOTrainer would load it anew from the name in the config, whatever weights the model has by now.
-            ref_model = copy.deepcopy(model).requires_grad_(False).eval()
+        ref_model = self._reference_to_give(model, ref_model, args, adapted)
         super().__init__(model=model, ref_model=ref_model, args=args, **kwargs)
-        if self.aux_loss_enabled:
-            raise ValueError("mixture-of-experts auxiliary losses are not added here: pass router_aux_loss_coef=0")
-
-        for scored in filter(None, (self.model, self.ref_model)):
-            attach_scoring(scored.get_base_model() if isinstance(scored, PeftModel) else scored)
+        self._attach_scoring()
         reason = why_not_shared_prompt(self.model)
         if shared_prompt and reason:
             logger.warning("separate rows for chosen and rejected answers: %s", reason)
         self.shared_prompt = shared_prompt and reason is None
         self.data_collator = PairCollator(self._tokenizer.pad_token_id, self.shared_prompt)
-
-    @staticmethod
-    def _refuse_what_would_be_dropped(args: DPOConfig) -> None:
-        problems = [
-            f"{field}={getattr(args, field)!r}: {instead}"
-            for field, off, instead in _NOT_TAKEN
-            if getattr(args, field) != off
-        ]
-        if problems:
-            raise ValueError("arguments of DPOConfig that PairTrainer does not take:\n  " + "\n  ".join(problems))
 
     # --- data ---------------------------------------------------------------------------------------------------
 
@@ -157,22 +125,6 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
         if self._signature_columns is None:
             self._signature_columns = ["prompt_ids", "chosen_ids", "rejected_ids", "strength"]
 
-    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        return dataset
-
-    # --- log-probs ----------------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _as_reference(self) -> Iterator[nn.Module]:
-        """The reference: its own model, or the policy with its adapters off (or set to the frozen copy)."""
-        with torch.no_grad(), self.accelerator.autocast():
-            if self.ref_model is not None:
-                yield self.ref_model
-                return
-            inner = self.accelerator.unwrap_model(self.model)
-            with use_adapter(inner, "ref" if "ref" in inner.peft_config else None):
-                yield self.model
-
     # --- loss ---------------------------------------------------------------------------------------------------
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool) -> Any:
@@ -185,29 +137,11 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
         if self.needs_reference:
             with self._as_reference() as reference_model:
                 reference_tokens = score(reference_model, rows)
-            self._check_step_zero(tokens, reference_tokens)
+            self._check_step_zero(tokens, reference_tokens.logps)
             reference = _pair_logps(rows, reference_tokens.logps)
         output = combine(self.losses, policy, reference)
         self._record(rows, tokens, policy, reference, output)
         return (inputs["strength"] * output.loss).mean()
-
-    def _check_step_zero(self, policy: TokenLogps, reference: TokenLogps) -> None:
-        """At the first step of a fresh run the policy is the reference, token by token."""
-        if self._checked_step_zero or not self.model.training:
-            return
-        self._checked_step_zero = True
-        if not self.starts_at_reference or self.state.global_step > 0:
-            return
-        gap = float((policy.logps.detach() - reference.logps).abs().max())
-        computed_in = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
-        tolerance = STEP_ZERO_TOLERANCE[computed_in]
-        if not gap <= tolerance:
-            raise AlignError(
-                f"before the first step, policy and reference differ by up to {gap:.3g} nats a token (at most "
-                f"{tolerance:g} in {str(computed_in).removeprefix('torch.')}): the reference is not the model that "
-                "training starts from. Check the adapter and the reference weights; if another reference is meant, "
-                "say starts_at_reference=False"
-            )
 
     def _record(
         self,
@@ -261,58 +195,11 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
             self._total_train_tokens += int(total["seen"])
         metrics["num_tokens"] = [self._total_train_tokens]
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: TRL's card names DPO as the method, whatever the loss is. A run writes its own."""
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """The checkpoint's weights; of a continued adapter, the trained one too.
-
-        transformers loads the adapters in the checkpoint's subfolders, which is the frozen copy alone: the adapter in
-        training lies at the root.
-        """
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        inner = self.accelerator.unwrap_model(self.model if model is None else model)
-        if isinstance(inner, PeftModel) and "ref" in inner.peft_config:
-            inner.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
-            inner.set_adapter("default")
-
-    # --- logging ------------------------------------------------------------------------------------------------
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self._total_train_tokens == 0 and self.state.global_step > 0:
-            # A resumed run goes on counting; TRL's counter is not in the checkpoint, its log is.
-            logged = [entry["num_tokens"] for entry in self.state.log_history if "num_tokens" in entry]
-            self._total_train_tokens = int(logged[-1]) if logged else 0
-        if self._clock is None:
-            self._clock = (time.perf_counter(), self._total_train_tokens)
-        # Under autocast an adapter's float32 weights meet bf16 inputs anyway; peft would first copy those to float32.
-        autocast = self.accelerator.mixed_precision in ("bf16", "fp16")
-        with disable_input_dtype_casting(self.model, active=autocast):
-            loss: torch.Tensor = super().training_step(*args, **kwargs)
-        return loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's log with speed (tokens in the rows, prompts counted once where they are shared) and peak memory."""
-        if "loss" in logs and self._clock is not None:
-            began, tokens = self._clock
-            logs["perf/tokens_per_s"] = (self._total_train_tokens - tokens) / (time.perf_counter() - began)
-            logs["perf/peak_rss_gb"] = peak_rss_gb()
-            self._clock = None
-        super().log(logs, start_time)
-
 
 def _losses(given: Any, args: DPOConfig) -> list[Loss]:
     terms = list(given) if isinstance(given, (list, tuple)) else [given]
-    losses = []
-    for term in terms:
-        loss = Loss.of(term)
-        if not isinstance(term, Loss) and "beta" in loss.info.parameters:
-            default = DPOConfig.__dataclass_fields__["beta"].default
-            if args.beta != default:
-                loss = Loss(loss.info, {**loss.settings, "beta": args.beta})
-            logger.info("%s with beta %g", loss.info.name, loss.settings["beta"])
-        losses.append(loss)
-    return losses
+    default = DPOConfig.__dataclass_fields__["beta"].default
+    return [loss_with_beta(term, args.beta, default) for term in terms]
 
 
 def _pair_logps(rows: Rows, token_logps: torch.Tensor) -> PairLogps:
