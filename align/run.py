@@ -62,7 +62,8 @@ def train(recipe: Recipe, *, source: str, command: Sequence[str], dry_run: bool 
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise AlignError(
-            "align train runs in one process; for several, give PairTrainer to accelerate launch from a script"
+            "align train runs in one process; for several, give the trainer (PairTrainer, ThumbsTrainer) to "
+            "accelerate launch from a script"
         )
     disable_telemetry()
     set_seed(recipe.training.get("seed", 42))
@@ -168,8 +169,8 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, run: Path | 
     """
     spec = recipe.data
     sources = {"train": spec.train, **({"eval": spec.eval} if spec.eval else {})}
-    pairs = recipe.method != "sft"
-    splits = {name: read_split(path, tokenizer, spec.max_length, pairs=pairs) for name, path in sources.items()}
+    kind = recipe.data_kind
+    splits = {name: read_split(path, tokenizer, spec.max_length, kind=kind) for name, path in sources.items()}
     faults = [fault for split in splits.values() for fault in split.faults]
     kept_in = run / "rejected_rows.jsonl" if run is not None else None
     if kept_in is not None:
@@ -241,14 +242,15 @@ def _save(recipe: Recipe, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, 
 
 
 def _probe(model: Any, trainer: Trainer, tokenizer: PreTrainedTokenizerBase) -> SequenceLogps | None:
-    """Log-probs of the first chosen answers that the trainer holds; None where it holds no pairs."""
+    """Log-probs of the first (chosen) answers that the trainer holds; None where it is TRL's own."""
     rows = trainer.train_dataset
-    if "chosen_ids" not in rows.column_names:
+    answers = next((name for name in ("chosen_ids", "completion_ids") if name in rows.column_names), None)
+    if answers is None:
         return None
     rows = rows[:PROBED]
     model.eval()
     with trainer.accelerator.autocast():
-        return sequence_logps(model, rows["prompt_ids"], rows["chosen_ids"], pad_token_id=int(tokenizer.pad_token_id))
+        return sequence_logps(model, rows["prompt_ids"], rows[answers], pad_token_id=int(tokenizer.pad_token_id))
 
 
 def _write_folder(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase, **options: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from align.config.schema import DataSpec
-    from align.data.rows import Fault
+    from align.data.rows import CompletionTable, Fault, PairTable
+    from align.data.splits import DataKind
 
 
 def validate(
@@ -52,42 +53,62 @@ def _validate_recipe(source: str) -> None:
     tokenizer = load_tokenizer(recipe.model.name, trust_remote_code=recipe.model.trust_remote_code)
     for data in filter(None, (recipe.data.train, recipe.data.eval)):
         print()
-        _show_tokenized(data, tokenizer, recipe.data, pairs=recipe.method != "sft")
+        _show_tokenized(data, tokenizer, recipe.data, recipe.data_kind)
 
 
 def _validate_data(source: str, model: str | None) -> None:
     from align.config.schema import DataSpec
     from align.data.completions import read_completions
     from align.data.pairs import read_pairs
-    from align.data.report import describe
+    from align.data.thumbs import read_thumbs
 
-    pairs = _holds_pairs(source)
+    kind = _kind_of(source)
     defaults = DataSpec(train=source)
     if model:
         from align.models.load import load_tokenizer
 
-        _show_tokenized(source, load_tokenizer(model), defaults, pairs)
+        _show_tokenized(source, load_tokenizer(model), defaults, kind)
         return
-    table = read_pairs(source) if pairs else read_completions(source)
-    print(describe(table))
+    readers: dict[DataKind, Callable[[str], PairTable | CompletionTable]] = {
+        "pairs": read_pairs,
+        "completions": read_completions,
+        "thumbs": read_thumbs,
+    }
+    table = readers[kind](source)
+    print(_described(table))
     _check(table.faults, table.counts["rows"], defaults.max_bad_fraction)
 
 
-def _holds_pairs(source: str) -> bool:
-    """Whether the first row that can be read is a comparison, and not one answer to imitate."""
+def _kind_of(source: str) -> DataKind:
+    """What the first row that can be read is: a comparison, an answer with a thumb, or one to imitate."""
     from align.data.load import read_rows
 
     first = next((row for _, _, row in read_rows(source) if isinstance(row, dict)), {})
-    return bool({"chosen", "rejected"} & first.keys()) or not {"completion", "messages", "text"} & first.keys()
+    if {"chosen", "rejected"} & first.keys() or not {"completion", "messages", "text"} & first.keys():
+        return "pairs"
+    return "thumbs" if {"completion", "label"} <= first.keys() else "completions"
 
 
-def _show_tokenized(source: str, tokenizer: PreTrainedTokenizerBase, spec: DataSpec, pairs: bool) -> None:
-    from align.data.report import describe
+def _show_tokenized(source: str, tokenizer: PreTrainedTokenizerBase, spec: DataSpec, kind: DataKind) -> None:
     from align.data.splits import read_split
 
-    split = read_split(source, tokenizer, spec.max_length, pairs=pairs)
-    print(describe(split.table, tokenizer, spec.max_length))
+    split = read_split(source, tokenizer, spec.max_length, kind=kind)
+    print(_described(split.table, tokenizer, spec.max_length))
     _check(split.faults, split.table.counts["rows"], spec.max_bad_fraction)
+    split.check(spec.max_bad_fraction)
+
+
+def _described(
+    table: PairTable | CompletionTable,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_length: int | None = None,
+) -> str:
+    from align.data.report import describe
+    from align.data.thumbs import ThumbTable, describe_thumbs
+
+    if isinstance(table, ThumbTable):
+        return describe_thumbs(table, tokenizer, max_length)
+    return describe(table, tokenizer, max_length)
 
 
 def _check(faults: Sequence[Fault], rows: int, max_bad_fraction: float) -> None:

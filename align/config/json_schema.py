@@ -34,5 +34,5 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def _training() -> dict[str, Any]:
-    fields = {**training_fields(sft=True), **training_fields(sft=False)}
+    fields = {**training_fields("kto"), **training_fields("sft"), **training_fields("dpo")}
     return {name: TypeAdapter(hint, config=STRICT).json_schema() for name, hint in sorted(fields.items())}

@@ -20,11 +20,12 @@ from .explain import Problem, leaves, model_problems, nearest
 from .losses import check_losses, fill_losses
 from .paths import check_paths
 from .read import parse_mapping, parse_yaml
-from .schema import EVALS, Recipe
+from .schema import EVALS, Recipe, data_kind, eval_applies
 from .training import check_training, training_fields
 
 # What does not change the result of a run.
 NOT_IN_HASH = {"output", "tracking", "resume"}
+MISMATCHED = "kto scores each prompt with the answer of another row of its batch"
 NO_REWARD = (
     "name a function that scores answers, as module:function; align.rewards.rules:everyday_answer is the quickstart's"
 )
@@ -62,6 +63,8 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
         first_of_each = {where: (where, what) for where, what in reversed(problems)}
         raise ConfigError(source, [*first_of_each.values()][::-1])
     fill_losses(data)
+    if data.get("method") == "bco":
+        data.setdefault("bco", {})
     return Recipe.model_validate(data)
 
 
@@ -160,7 +163,7 @@ def _override(recipe: DictConfig, text: str) -> Problem | None:
 
 def _known_keys(data: dict[str, Any]) -> dict[str, str]:
     """Where each key belongs, for those that stand in the wrong section."""
-    training = training_fields(data.get("method") == "sft") if data.get("training") else {}
+    training = training_fields(data.get("method")) if data.get("training") else {}
     return {**{key: f"training.{key}" for key in training}, **leaves(Recipe)}
 
 
@@ -174,13 +177,50 @@ def _across(data: dict[str, Any]) -> list[Problem]:
         problems.append(("evals", "need held-out data; set data.eval, or evals: []"))
     if isinstance(source, dict) and source.get("eval") and source["eval"] == source.get("train"):
         problems.append(("data.eval", "the same as data.train; held-out data must be other data"))
-    if data.get("method") == "sft" and isinstance(evals := data.get("evals"), list):
+    if isinstance(evals := data.get("evals"), list):
+        problems += _unfit_evals(data.get("method"), evals)
+    return problems + _thumbs(data) + _reward(data)
+
+
+def _unfit_evals(method: Any, evals: list[Any]) -> list[Problem]:
+    """Evaluations of another kind of data than the method's."""
+    kind = data_kind(method if isinstance(method, str) else None)
+    wants = {
+        "thumbs": "tells thumbs up from thumbs down",
+        "preference": "compares pairs",
+        "displacement": "compares pairs",
+    }
+    reads = {"pairs": "the losses read pairs", "thumbs": f"method: {method} reads single answers with a thumb"}
+    reads["completions"] = "method: sft reads single answers"
+    fitting = ", ".join(name for name in EVALS if eval_applies(name, kind))
+    return [
+        (f"evals.{index}", f"{name} {wants[name]}, and {reads[kind]}; leave {fitting}")
+        for index, name in enumerate(evals)
+        if name in EVALS and not eval_applies(name, kind)
+    ]
+
+
+def _thumbs(data: dict[str, Any]) -> list[Problem]:
+    """What losses on thumbs ask of the other sections."""
+    method = data.get("method")
+    problems = []
+    if data.get("bco") is not None and method != "bco":
+        problems.append(("bco", "belongs to method: bco; remove it"))
+    if isinstance(terms := data.get("losses"), list):
         problems += [
-            (f"evals.{index}", f"{name} compares pairs, and method: sft reads single answers; leave generation")
-            for index, name in enumerate(evals)
-            if name in ("preference", "displacement")
+            (f"losses.{index}.name", f"{term['name']} reads thumbs and stands alone; write method: {term['name']}")
+            for index, term in enumerate(terms)
+            if isinstance(term, dict) and isinstance(term.get("name"), str) and data_kind(term["name"]) == "thumbs"
         ]
-    return problems + _reward(data)
+    training = data.get("training")
+    if method == "kto" and isinstance(training, dict):
+        batch, order = training.get("per_device_train_batch_size"), training.get("train_sampling_strategy")
+        if batch == 1:
+            problems.append(("training.per_device_train_batch_size", f"is 1; {MISMATCHED}, so it must be at least 2"))
+        if order not in (None, "sequential"):
+            what = f"is '{order}'; {MISMATCHED}, which needs rows in order (they are shuffled once, by the seed)"
+            problems.append(("training.train_sampling_strategy", what))
+    return problems
 
 
 def _reward(data: dict[str, Any]) -> list[Problem]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from align.data.splits import DataKind
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
-Eval = Literal["preference", "generation", "displacement"]
-EVALS: tuple[Eval, ...] = ("preference", "generation", "displacement")
+Eval = Literal["thumbs", "preference", "generation", "displacement"]
+EVALS: tuple[Eval, ...] = ("thumbs", "preference", "generation", "displacement")
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -117,13 +120,50 @@ class TrackingSpec(Section):
     """Weights & Biases; not used when not given."""
 
 
+def _two_bounds(value: list[float]) -> list[float]:
+    if len(value) != 2 or not 0 < value[0] <= value[1]:
+        raise ValueError(f"is {value}; it must be [least, most], with 0 < least <= most")
+    return value
+
+
+class BcoSpec(Section):
+    """What method bco keeps and weighs besides its loss."""
+
+    shift: Literal["balanced_ema", "pooled"] = "balanced_ema"
+    """The point between thumbs up and down: the middle of their moving averages, or the mean of all rewards so far."""
+    decay: float = Field(default=0.9, ge=0, lt=1)
+    """Of the moving averages, per optimiser step."""
+    match_prompts: bool = False
+    """Weigh thumbs down by how likely their prompt is among the thumbs up (underlying distribution matching)."""
+    density_ratio: Annotated[list[float], AfterValidator(_two_bounds)] = Field(default=[0.5, 10.0])
+    """Least and largest of these weights."""
+    density_prompts: int = Field(default=1024, ge=2)
+    """Prompts of each thumb, at most, that the weights are fitted on."""
+
+
+def data_kind(method: str | None) -> DataKind:
+    """What a method learns from; pairs for losses that are not in the table."""
+    if method == "sft":
+        return "completions"
+    if method is None:
+        return "pairs"
+    from align.losses import LOSSES  # torch: not for `align --help`
+
+    return "thumbs" if method in LOSSES and LOSSES[method].kind == "thumbs" else "pairs"
+
+
+def eval_applies(name: Eval, kind: DataKind) -> bool:
+    """Whether an evaluation can run on held-out data of this kind."""
+    return name == "generation" or kind == {"thumbs": "thumbs"}.get(name, "pairs")
+
+
 def _evals_of(fields: dict[str, Any]) -> list[Eval]:
     data, generation = fields.get("data"), fields.get("generation")
     if data is None or not data.eval:
         return []
     scored = generation is not None and generation.reward is not None
-    pairs = fields.get("method") != "sft"
-    return [name for name in EVALS if (scored if name == "generation" else pairs)]
+    kind = data_kind(fields.get("method"))
+    return [name for name in EVALS if eval_applies(name, kind) and (scored or name != "generation")]
 
 
 class Recipe(Section):
@@ -139,19 +179,26 @@ class Recipe(Section):
     """What to learn from."""
     loss: dict[str, Any] = Field(default_factory=dict)
     """Settings of method's loss, such as beta."""
+    bco: BcoSpec | None = None
+    """State and weights of method bco; its defaults when not given."""
     training: dict[str, Any] = Field(default_factory=dict)
-    """Fields of TRL's DPOConfig (SFTConfig for method sft), such as learning_rate and max_steps."""
+    """Fields of TRL's DPOConfig, such as learning_rate and max_steps (SFTConfig for sft, KTOConfig for bco, kto)."""
     generation: GenerationSpec = Field(default_factory=GenerationSpec)
     """Settings of the generation evaluation."""
     evals: list[Eval] = Field(default_factory=_evals_of)
     """Evaluations before and after training. When not given, all that apply: none without data.eval, generation with
-    generation.reward, the other two for pairs (not for sft)."""
+    generation.reward, thumbs for bco and kto, preference and displacement for pairs."""
     tracking: TrackingSpec = Field(default_factory=TrackingSpec)
     """Where metrics go."""
     output: Text
     """Run folder."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the last checkpoint where the run folder holds the same configuration."""
+
+    @property
+    def data_kind(self) -> DataKind:
+        """What the run learns from."""
+        return data_kind(self.method)
 
     @property
     def terms(self) -> list[LossTerm]:

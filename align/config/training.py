@@ -1,7 +1,8 @@
 """The ``training:`` section against the fields of TRL's configs.
 
-The fields pass through to ``trl.DPOConfig`` (``trl.SFTConfig`` for method sft), whose own checks come late or never:
-a dataclass takes any type. So each value is held against its field's annotation here, before anything is loaded.
+The fields pass through to ``trl.DPOConfig`` (``trl.SFTConfig`` for sft, ``trl.KTOConfig`` for bco and kto), whose own
+checks come late or never: a dataclass takes any type. So each value is held against its field's annotation here, before
+anything is loaded.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from pydantic import AfterValidator, Field
 
 from .explain import Problem, nearest, type_problem
+from .schema import data_kind
 
 # Keys of TRL that another key of the recipe sets.
 ELSEWHERE = {
     "beta": "set it as loss.beta",
     "loss_type": "set method or losses",
     "loss_weights": "set losses, with a weight in each term",
-    "label_smoothing": "TRL's own losses read it; choose a loss of the table with method",
+    "desirable_weight": "set it as loss.desirable_weight",
+    "undesirable_weight": "set it as loss.undesirable_weight",
+    "label_smoothing": "set it as loss.label_smoothing, with method dpo (cDPO) or robust_dpo",
     "ld_alpha": "TRL's own losses read it; choose a loss of the table with method",
     "f_divergence_type": "TRL's own losses read it; choose a loss of the table with method",
     "f_alpha_divergence_coef": "TRL's own losses read it; choose a loss of the table with method",
@@ -108,16 +112,16 @@ RANGES: dict[str, Any] = {
 }
 
 
-@cache
-def training_fields(sft: bool) -> dict[str, Any]:
-    """What a recipe may set under ``training:``, with the type of each. Imports TRL: seconds.
+def training_fields(method: str | None) -> dict[str, Any]:
+    """What a recipe of this method may set under ``training:``, with the type of each. Imports TRL: seconds."""
+    return _fields(_config_name(method))
 
-    Args:
-        sft: fields of SFTConfig, otherwise of DPOConfig.
-    """
+
+@cache
+def _fields(name: str) -> dict[str, Any]:
     import trl
 
-    config = trl.SFTConfig if sft else trl.DPOConfig
+    config = getattr(trl, name)
     hints = get_type_hints(config)
     return {
         field.name: RANGES.get(field.name, _narrow(hints[field.name], field))
@@ -130,14 +134,14 @@ def check_training(training: Mapping[str, Any], method: str | None) -> list[Prob
     """Problems of the ``training:`` section."""
     if not training:
         return []
-    fields = training_fields(method == "sft")
+    fields = training_fields(method)
     problems = []
     for key, value in training.items():
         if what := ELSEWHERE.get(key) or RETIRED.get(key):
             problems.append((f"training.{key}", what))
         elif key not in fields:
             near = nearest(key, fields)
-            hint = f"did you mean training.{near}?" if near else f"not a field of {_config_name(method)}"
+            hint = f"did you mean training.{near}?" if near else f"not a field of trl.{_config_name(method)}"
             problems.append((f"training.{key}", f"unknown key; {hint}"))
         elif what := type_problem(value, fields[key]):
             problems.append((f"training.{key}", what))
@@ -145,7 +149,7 @@ def check_training(training: Mapping[str, Any], method: str | None) -> list[Prob
 
 
 def _config_name(method: str | None) -> str:
-    return "trl.SFTConfig" if method == "sft" else "trl.DPOConfig"
+    return {"completions": "SFTConfig", "thumbs": "KTOConfig", "pairs": "DPOConfig"}[data_kind(method)]
 
 
 def _narrow(hint: Any, field: dataclasses.Field[Any]) -> Any:

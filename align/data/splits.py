@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from .completions import read_completions
 from .pairs import read_pairs
 from .report import check_fraction
 from .rows import CompletionRow, CompletionTable, Fault, PairRow, PairTable, bad_rows
+from .thumbs import TokenizedThumbs, check_both_thumbs, read_thumbs, tokenize_thumbs
 from .tokenize import TokenizedCompletions, TokenizedPairs, tokenize_completions, tokenize_pairs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+DataKind = Literal["pairs", "completions", "thumbs"]
+"""What a method learns from: comparisons, answers to imitate, or answers with a thumb up or down."""
 
 
 @dataclass(frozen=True)
@@ -45,22 +50,27 @@ class Split:
         return {"source": self.table.source, "sha256": self.table.fingerprint(), **counts}
 
     def check(self, max_bad_fraction: float) -> None:
-        """Stop where too many rows cannot be used.
+        """Stop where too many rows cannot be used, or where all thumbs are up or all are down.
 
         Raises:
-            AlignError: more than ``max_bad_fraction`` of the rows, or all of them.
+            AlignError: more than ``max_bad_fraction`` of the rows, or all of them; or a thumb that no answer has.
         """
         check_fraction(self.faults, self.table.counts["rows"], max_bad_fraction)
+        if isinstance(self.tokenized, TokenizedThumbs):
+            check_both_thumbs((row.label for row in self.tokenized.rows), self.table.source)
 
 
-def read_split(source: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None, *, pairs: bool) -> Split:
-    """Read and tokenise a source of pairs, or of answers to imitate.
+def read_split(source: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None, *, kind: DataKind) -> Split:
+    """Read and tokenise a source.
 
     Raises:
         AlignError: the source cannot be read at all, or the tokenizer cannot serve it.
     """
-    if pairs:
+    if kind == "pairs":
         table = read_pairs(source)
         return Split(table, tokenize_pairs(table.rows, tokenizer, max_length))
+    if kind == "thumbs":
+        thumbs = read_thumbs(source)
+        return Split(thumbs, tokenize_thumbs(thumbs.rows, tokenizer, max_length))
     completions = read_completions(source)
     return Split(completions, tokenize_completions(completions.rows, tokenizer, max_length))

@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="steps of each trainer, after one to warm up")
     parser.add_argument("--pairs", type=int, default=8, help="pairs a step")
     options = parser.parse_args()
-    split = read_split("align:quickstart/train", load_tokenizer(MODEL), 256, pairs=True)
+    split = read_split("align:quickstart/train", load_tokenizer(MODEL), 256, kind="pairs")
     text = Dataset.from_list(
         [{"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected} for row in split.table.rows]
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from trl import DPOConfig, SFTConfig
+from trl import DPOConfig, KTOConfig, SFTConfig
 
 from align.config.json_schema import recipe_schema
 from align.config.training import ELSEWHERE, RETIRED, check_training, training_fields
@@ -57,20 +57,21 @@ def test_a_value_that_does_not_fit(key: str, value: object, what: str) -> None:
 def test_a_value_that_fits(key: str, value: object) -> None:
     assert check_training({key: value}, "dpo") == []
     assert check_training({key: value}, "sft") == []
+    assert check_training({key: value}, "bco") == []
 
 
 def test_every_default_of_trl_fits_its_own_check() -> None:
     """Otherwise the annotations are read too narrowly."""
-    for config, sft in ((DPOConfig, False), (SFTConfig, True)):
+    for config, method in ((DPOConfig, "dpo"), (SFTConfig, "sft"), (KTOConfig, "bco")):
         fields = {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}
-        allowed = {name: getattr(v, "value", v) for name, v in fields.items() if name in training_fields(sft)}
-        problems = check_training(allowed, "sft" if sft else "dpo")
+        allowed = {name: getattr(v, "value", v) for name, v in fields.items() if name in training_fields(method)}
+        problems = check_training(allowed, method)
         assert [p for p in problems if fields[p[0].removeprefix("training.")] is not None] == []
 
 
 def test_the_two_lists_do_not_rot() -> None:
     """What another key sets must still be a field of TRL; what is retired must not."""
-    fields = {f.name for config in (DPOConfig, SFTConfig) for f in dataclasses.fields(config)}
+    fields = {f.name for config in (DPOConfig, KTOConfig, SFTConfig) for f in dataclasses.fields(config)}
     assert set(ELSEWHERE) - fields == set()
     assert set(RETIRED) & fields == set()
 
