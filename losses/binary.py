@@ -102,7 +102,7 @@ def kto(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> LossOutput:
-    """Kahneman-Tversky optimisation (arXiv:2402.01306, Eqs. 7-8).
+    """Kahneman-Tversky optimisation (arXiv:2402.01306).
 
     ``loss = desirable_weight * (1 - sigmoid(beta * (r - kl)))`` for a thumb up and
     ``undesirable_weight * (1 - sigmoid(beta * (kl - r)))`` for a thumb down.

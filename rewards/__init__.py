@@ -3,6 +3,8 @@
 - ``align.rewards.rules``  plain-Python rewards, readable line by line; ``everyday_answer`` labels the quickstart data
   and judges its win rate.
 - ``align.rewards.text``   words, sentences and lists of English text, as the rules count them.
+- ``align.rewards.density``  not a reward but a weight: how much likelier a prompt is among the thumbs up than among
+  the thumbs down (BCO's underlying distribution matching).
 
 A reward is a callable ``(prompts, completions) -> list[float]``, higher is better; recipes name one as
 ``module:function``.
