@@ -28,9 +28,10 @@ def read_rows(source: str) -> Iterator[Row]:
 
     Args:
         source: a ``.jsonl``, ``.json`` (a list of objects), ``.csv`` (the first line names the columns; all cells
-            are text but ``strength``) or ``.parquet`` file, the first three also with ``.gz``; a folder of such files,
-            read in the order of their paths; a folder written by ``datasets`` (``save_to_disk``); a hub id
-            ``owner/name`` or ``owner/name:split``; or ``align:NAME/SPLIT``, data that comes with the package.
+            are text but ``strength`` and ``preference``) or ``.parquet`` file, the first three also with ``.gz``; a
+            folder of such files, read in the order of their paths; a folder written by ``datasets``
+            (``save_to_disk``); a hub id ``owner/name`` or ``owner/name:split``; or ``align:NAME/SPLIT``, data that
+            comes with the package.
 
     Rows count from 1; in a JSONL file the row is the line, so that an editor finds it, and blank lines are no rows.
 
@@ -154,12 +155,13 @@ def _csv_row(name: str, number: int, header: list[str], cells: list[str]) -> dic
         reason = f"{len(cells)} cells under {len(header)} column names: put quotes around a cell that holds commas"
         return Fault(name, number, "line", reason, cells)
     row: dict[str, Any] = dict(zip(header, cells, strict=True))
-    strength = row.pop("strength", "").strip()
-    if strength:
-        try:
-            row["strength"] = float(strength)
-        except ValueError:
-            row["strength"] = strength
+    for field in ("strength", "preference"):
+        cell = row.pop(field, "").strip()
+        if cell:
+            try:
+                row[field] = float(cell)
+            except ValueError:
+                row[field] = cell
     return row
 
 

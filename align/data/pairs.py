@@ -2,7 +2,8 @@
 
 Kinds of rows:
 
-- ``prompt, chosen, rejected`` and, if given, ``strength`` in (0, 1], the weight of the pair in the mean loss.
+- ``prompt, chosen, rejected`` and, if given, ``strength`` in (0, 1], the weight of the pair in the mean loss, and
+  ``preference`` in [0, 1], the probability that ``chosen`` is the preferred answer (a soft label).
 - ``chosen, rejected``: the prompt is what they share at the beginning (``fields.resolve``).
 - ``prompt, completions, rank`` with 1 for the best: every two answers of different rank are a pair, with strength
   (rank gap) / (largest rank gap in the row).
@@ -25,7 +26,7 @@ from .fields import FieldError, collecting, content, required, resolve
 from .load import Row, read_rows
 from .rows import Content, Fault, PairRow, PairTable, bad_rows, row_id
 
-PAIR_FIELDS = ("prompt", "chosen", "rejected", "strength")
+PAIR_FIELDS = ("prompt", "chosen", "rejected", "strength", "preference")
 _RANKING_FIELDS = ("prompt", "completions", "rank", "ratings")
 _WANTED = "[prompt,] chosen, rejected; or prompt, completions and rank or ratings"
 
@@ -38,6 +39,7 @@ class Comparison:
     chosen: Content
     rejected: Content
     gap: float
+    preference: float | None = None
 
 
 def read_pairs(source: str) -> PairTable:
@@ -52,7 +54,7 @@ def read_pairs(source: str) -> PairTable:
 def pair_table(rows: Iterable[Row], source: str = "") -> PairTable:
     """The pairs in ``(file, row number, fields)`` triples, as ``read_rows`` yields them."""
     counts = dict.fromkeys(("rows", "pairs", "set_aside", "explicit_prompt", "implicit_prompt", "rankings"), 0)
-    counts |= dict.fromkeys(("ratings", "ties", "duplicates", "contradictions", "prompt_repeated"), 0)
+    counts |= dict.fromkeys(("ratings", "ties", "duplicates", "contradictions", "prompt_repeated", "soft_labels"), 0)
     table = PairTable([], [], counts, source)
     unused: Counter[str] = Counter()
     all_ratings: list[float] = []
@@ -85,6 +87,7 @@ def pair_table(rows: Iterable[Row], source: str = "") -> PairTable:
     counts["set_aside"] = bad_rows(table.faults)
     counts["duplicates"], counts["contradictions"] = len(duplicates), len(contradictions)
     counts["prompt_repeated"] = sum(_repeats_prompt(pair) for pair in table.rows)
+    counts["soft_labels"] = sum(pair.preference is not None for pair in table.rows)
     table.unused = dict(unused)
     return table
 
@@ -117,7 +120,8 @@ def _kind(row: dict[str, Any]) -> str:
 
 def _pair(source: str, number: int, comparison: Comparison) -> PairRow:
     prompt, chosen, rejected = comparison.prompt, comparison.chosen, comparison.rejected
-    return PairRow(row_id(prompt, chosen, rejected), source, number, prompt, chosen, rejected, comparison.gap)
+    name = row_id(prompt, chosen, rejected)
+    return PairRow(name, source, number, prompt, chosen, rejected, comparison.gap, comparison.preference)
 
 
 def _repeats_prompt(pair: PairRow) -> bool:
@@ -130,7 +134,7 @@ def compared(row: dict[str, Any], problems: list[FieldError]) -> list[Comparison
     """The one comparison of a row with chosen and rejected; none where ``problems`` grew."""
     prompt: Content | None = None
     answers: dict[str, Content] = {}
-    strength = 1.0
+    strength, preference = 1.0, None
     if "prompt" in row:
         with collecting(problems):
             prompt = content("prompt", required("prompt", row, _WANTED))
@@ -139,13 +143,15 @@ def compared(row: dict[str, Any], problems: list[FieldError]) -> list[Comparison
             answers[name] = content(name, required(name, row, _WANTED))
     with collecting(problems):
         strength = _strength(row.get("strength"))
+    with collecting(problems):
+        preference = _preference(row.get("preference"))
     if problems:
         return []
     with collecting(problems):
         _check_different(answers)
         prompt, resolved = resolve(prompt, answers)
         _check_different(resolved)
-        return [Comparison(prompt, resolved["chosen"], resolved["rejected"], strength)]
+        return [Comparison(prompt, resolved["chosen"], resolved["rejected"], strength, preference)]
     return []
 
 
@@ -161,6 +167,16 @@ def _strength(value: Any) -> float:
         raise FieldError("strength", f"{value!r} is not a number in (0, 1]")
     if not 0 < value <= 1:
         raise FieldError("strength", f"{value} is not in (0, 1]: leave the pair out rather than give it no weight")
+    return float(value)
+
+
+def _preference(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise FieldError("preference", f"{value!r} is not a number in [0, 1]")
+    if not 0 <= value <= 1:
+        raise FieldError("preference", f"{value} is not in [0, 1]: it is the probability that chosen is preferred")
     return float(value)
 
 

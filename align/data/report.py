@@ -122,7 +122,10 @@ def describe(table: Table, tokenizer: PreTrainedTokenizerBase | None = None, max
     if table.unused:
         facts.append(("not read", "columns " + ", ".join(f"{name} ({n:,})" for name, n in table.unused.items())))
     if isinstance(table, PairTable):
-        facts += [("strength", _strengths(table.rows)), ("longer answer", _longer(table.rows))]
+        facts.append(("strength", _strengths(table.rows)))
+        if table.counts["soft_labels"]:
+            facts.append(("preference", _soft_labels(table.rows)))
+        facts.append(("longer answer", _longer(table.rows)))
     lengths = _lengths("characters", {name: [_characters(c) for c in column] for name, column in _columns(table)})
     faults = list(table.faults)
     if tokenizer is not None:
@@ -188,6 +191,14 @@ def _strengths(rows: Sequence[PairRow]) -> str:
     if not values or values[0] == values[-1]:
         return f"{values[0]:g} for every pair" if values else "no pair"
     return f"{values[0]:.3g} to {values[-1]:.3g}, median {values[len(values) // 2]:.3g}"
+
+
+def _soft_labels(rows: Sequence[PairRow]) -> str:
+    values = sorted(row.preference for row in rows if row.preference is not None)
+    against = sum(value < 0.5 for value in values)
+    some = f"{len(values):,} of {_of(len(rows), 'pair')}: " if len(values) < len(rows) else ""
+    spread = f"{values[0]:.3g} to {values[-1]:.3g}, median {values[len(values) // 2]:.3g}"
+    return f"{some}{spread}{f' · under 1/2 in {against:,}: chosen is the less preferred there' if against else ''}"
 
 
 def _longer(rows: Sequence[PairRow]) -> str:
@@ -265,8 +276,11 @@ def show_masks(tokenized: Tokenized, tokenizer: PreTrainedTokenizerBase, n: int 
     for number, row in enumerate(rows, start=1):
         parts = _parts(row)
         tokens = " · ".join(f"{name} {len(ids):,}" for name, ids in parts.items())
-        strength = f" · strength {row.strength:g}" if isinstance(row, TokenizedPair) else ""
-        lines.append(Text(f"\n{number}  {tokens} tokens{strength} · {row.row_id}", style="bold"))
+        weights = ""
+        if isinstance(row, TokenizedPair):
+            weights = f" · strength {row.strength:g}"
+            weights += "" if row.preference is None else f" · preference {row.preference:g}"
+        lines.append(Text(f"\n{number}  {tokens} tokens{weights} · {row.row_id}", style="bold"))
         for name, ids in parts.items():
             line = Text(f"  {name:<11}").append(*_shown(ids, name, tokenizer, styles[name]))
             lines.append(line.append(*_end(ids, tokenizer)) if name != "prompt" else line)

@@ -22,6 +22,7 @@ class PairRow:
         source, row: the file, and the row in it, counted from 1 (in a JSONL file: the line).
         prompt, chosen, rejected: all three text, or all three messages.
         strength: weight of the pair in the mean loss, in (0, 1].
+        preference: probability that ``chosen`` is the preferred answer, in [0, 1]; None: it is, for sure.
     """
 
     row_id: str
@@ -31,6 +32,7 @@ class PairRow:
     chosen: Content
     rejected: Content
     strength: float = 1.0
+    preference: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,9 @@ class PairTable:
     Attributes:
         counts: ``rows`` (read), ``pairs``, ``set_aside`` (rows), the kinds of rows (``explicit_prompt``,
             ``implicit_prompt``, ``rankings``, ``ratings``), ``ties`` (answers of equal rank or rating: no pair),
-            ``duplicates`` (the same pair again), ``contradictions`` (the same pair the other way round) and
-            ``prompt_repeated`` (both answers begin with the text of their prompt).
+            ``soft_labels`` (pairs with a ``preference``), ``duplicates`` (the same pair again), ``contradictions``
+            (the same pair the other way round) and ``prompt_repeated`` (both answers begin with the text of their
+            prompt).
         unused: columns that were not read, and in how many rows they stand.
     """
 
@@ -74,8 +77,11 @@ class PairTable:
     unused: dict[str, int] = field(default_factory=dict)
 
     def fingerprint(self) -> str:
-        """SHA-256 over the pairs and their strengths, in order: equal fingerprints train alike."""
-        return _fingerprint(f"{row.row_id} {row.strength!r}" for row in self.rows)
+        """SHA-256 over the pairs, their strengths and soft labels, in order: equal fingerprints train alike."""
+        return _fingerprint(
+            f"{row.row_id} {row.strength!r}" + ("" if row.preference is None else f" {row.preference!r}")
+            for row in self.rows
+        )
 
 
 @dataclass

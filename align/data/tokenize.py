@@ -38,13 +38,14 @@ _BATCH_ROWS = 512
 
 @dataclass(frozen=True)
 class TokenizedPair:
-    """Token ids of one pair: ``prompt_ids`` stand before either answer."""
+    """Token ids of one pair: ``prompt_ids`` stand before either answer; ``preference`` as in ``PairRow``."""
 
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
     strength: float
     row_id: str
+    preference: float | None = None
 
 
 @dataclass
@@ -62,8 +63,10 @@ class TokenizedPairs:
     counts: dict[str, int]
 
     def dataset(self) -> Dataset:
-        """Columns prompt_ids, chosen_ids, rejected_ids, strength, row_id."""
-        return _dataset(self.rows, ("prompt_ids", "chosen_ids", "rejected_ids", "strength", "row_id"))
+        """Columns prompt_ids, chosen_ids, rejected_ids, strength, row_id; preference too where any pair has one."""
+        columns = ["prompt_ids", "chosen_ids", "rejected_ids", "strength", "row_id"]
+        soft = any(row.preference is not None for row in self.rows)
+        return _dataset(self.rows, [*columns, "preference"] if soft else columns)
 
 
 @dataclass(frozen=True)
@@ -119,10 +122,13 @@ def tokenize_pairs(
     answers = [(row.prompt, {"chosen": row.chosen, "rejected": row.rejected}) for row in rows]
     for row, encoded in zip(rows, encoder.encode(answers), strict=True):
         if isinstance(encoded, FieldError):
-            result.faults.append(_fault(row, encoded, chosen=row.chosen, rejected=row.rejected, strength=row.strength))
+            soft = {} if row.preference is None else {"preference": row.preference}
+            shown = {"chosen": row.chosen, "rejected": row.rejected, "strength": row.strength, **soft}
+            result.faults.append(_fault(row, encoded, **shown))
             continue
         prompt_ids, ids = encoded
-        result.rows.append(TokenizedPair(prompt_ids, ids["chosen"], ids["rejected"], row.strength, row.row_id))
+        pair = TokenizedPair(prompt_ids, ids["chosen"], ids["rejected"], row.strength, row.row_id, row.preference)
+        result.rows.append(pair)
     encoder.finish("pairs", len(result.rows), len(result.faults))
     return result
 

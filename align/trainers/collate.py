@@ -24,7 +24,10 @@ class PairCollator:
     shared_prompt: bool = True
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """``prompt_ids, chosen_ids, rejected_ids`` and, where given, ``strength`` (1 otherwise)."""
+        """``prompt_ids, chosen_ids, rejected_ids`` and, where given, ``strength`` (1 otherwise) and ``preference``.
+
+        A batch has ``preference`` where any of its rows has; the others count as sure, with 1.
+        """
         rows = pair_rows(
             [example["prompt_ids"] for example in examples],
             [example["chosen_ids"] for example in examples],
@@ -33,7 +36,7 @@ class PairCollator:
             shared_prompt=self.shared_prompt,
         )
         # Rows come first: the Trainer reads the size of a batch off its first tensor.
-        return {
+        batch = {
             "input_ids": rows.input_ids,
             "position_ids": rows.position_ids,
             "segments": rows.segments,
@@ -42,6 +45,10 @@ class PairCollator:
             "answer": rows.answer,
             "strength": torch.tensor([float(example.get("strength", 1.0)) for example in examples]),
         }
+        labels = [example.get("preference") for example in examples]
+        if any(label is not None for label in labels):
+            batch["preference"] = torch.tensor([1.0 if label is None else float(label) for label in labels])
+        return batch
 
 
 def rows_of(batch: Mapping[str, torch.Tensor]) -> Rows:

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 _NOT_TAKEN: list[tuple[str, Any, str]] = [
     ("loss_type", ["sigmoid"], "name the loss: PairTrainer(loss=...)"),
     ("loss_weights", None, "give weights with the losses: Loss.of(name, weight=...)"),
-    ("label_smoothing", 0.0, "no loss here smooths labels"),
+    ("label_smoothing", 0.0, 'give it with the loss: Loss.of("dpo", label_smoothing=...)'),
     ("ld_alpha", None, "ln_dpo normalises by length"),
     ("use_weighting", False, "WPO's weights are not available"),
     ("f_divergence_type", "reverse_kl", "only the reverse KL is available"),
@@ -108,6 +108,7 @@ class PairTrainer(Hosted, DPOTrainer):  # type: ignore[misc]
         if not isinstance(dataset, Dataset):
             raise ValueError(f"{dataset_name}: a map-style datasets.Dataset is needed, not {type(dataset).__name__}")
         if {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(dataset.column_names):
+            self._check_soft_labels(dataset, dataset_name)
             return dataset
         unread = sorted({"tools", "chat_template_kwargs", "image", "images"} & set(dataset.column_names))
         if unread:
@@ -119,11 +120,25 @@ class PairTrainer(Hosted, DPOTrainer):  # type: ignore[misc]
             logger.warning("%s", fault_report(faults, len(dataset)))
         if not tokenized.rows:
             raise AlignError(f"{dataset_name}: no row can be used")
-        return tokenized.dataset()
+        dataset = tokenized.dataset()
+        self._check_soft_labels(dataset, dataset_name)
+        return dataset
+
+    def _check_soft_labels(self, dataset: Dataset, dataset_name: str) -> None:
+        """Probabilities of preference must not be dropped by a loss that cannot read them."""
+        sure = sorted({loss.info.name for loss in self.losses if not loss.info.soft})
+        if not sure or "preference" not in dataset.column_names:
+            return
+        given = sum(probability is not None for probability in dataset["preference"])
+        if given:
+            raise AlignError(
+                f"{dataset_name}: {given:,} rows have a soft label (column preference), and {', '.join(sure)} takes "
+                "sure labels alone: remove the column, or choose a loss that takes them (align recipes methods)"
+            )
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = ["prompt_ids", "chosen_ids", "rejected_ids", "strength"]
+            self._signature_columns = ["prompt_ids", "chosen_ids", "rejected_ids", "strength", "preference"]
 
     # --- loss ---------------------------------------------------------------------------------------------------
 
@@ -139,7 +154,7 @@ class PairTrainer(Hosted, DPOTrainer):  # type: ignore[misc]
                 reference_tokens = score(reference_model, rows)
             self._check_step_zero(tokens, reference_tokens.logps)
             reference = _pair_logps(rows, reference_tokens.logps)
-        output = combine(self.losses, policy, reference)
+        output = combine(self.losses, policy, reference, inputs.get("preference"))
         self._record(rows, tokens, policy, reference, output)
         return (inputs["strength"] * output.loss).mean()
 

@@ -100,6 +100,13 @@ def test_csv_faults_keep_their_record(tmp_path: Path) -> None:
     assert rows[4]["strength"] == "much"
 
 
+def test_csv_soft_labels_are_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,chosen,rejected,preference\nx,a,b, 0.75 \nx,a,b,\nx,a,b,likely\n")
+    rows = [row for _, _, row in read_rows(str(path))]
+    assert [row.get("preference") for row in rows if isinstance(row, dict)] == [0.75, None, "likely"]
+
+
 def test_csv_cell_of_a_long_dialogue(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text(f"prompt\n{'long ' * 40_000}\n")

@@ -14,6 +14,7 @@ from align.data.rows import PairTable
 USER = {"role": "user", "content": "Hi?"}
 YES = {"role": "assistant", "content": "Yes."}
 NO = {"role": "assistant", "content": "No."}
+PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
 
 
 def table(*rows: dict[str, Any]) -> PairTable:
@@ -138,6 +139,11 @@ def test_implicit_prompt_when_one_answer_begins_the_other() -> None:
         ({"prompt": "p", "chosen": "a", "rejected": "b", "strength": 1.5}, "strength", "1.5 is not in (0, 1]"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "strength": True}, "strength", "True is not a number"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "strength": "much"}, "strength", "'much' is not a number"),
+        ({**PAIR, "preference": float("nan")}, "preference", "nan is not in [0, 1]"),
+        ({**PAIR, "preference": -0.1}, "preference", "-0.1 is not in [0, 1]: it is the probability that chosen"),
+        ({**PAIR, "preference": 90}, "preference", "90 is not in [0, 1]"),
+        ({**PAIR, "preference": True}, "preference", "True is not a number"),
+        ({**PAIR, "preference": "0.9"}, "preference", "'0.9' is not a number"),
         ({"prompt": "p", "completions": "a, b", "rank": [1, 2]}, "completions", "not a list of answers"),
         ({"prompt": "p", "completions": ["a"], "rank": [1]}, "completions", "1 answer: a comparison needs two"),
         ({"prompt": "p", "completions": ["a", ""], "rank": [1, 2]}, "completions 2", "empty completion"),
@@ -174,8 +180,8 @@ def test_fault(row: dict[str, Any], field: str, reason: str) -> None:
 
 
 def test_a_row_is_told_all_that_is_wrong_with_it() -> None:
-    result = table({"prompt": 1, "chosen": None, "rejected": [{}], "strength": 2})
-    assert [fault.field for fault in result.faults] == ["prompt", "chosen", "rejected", "strength"]
+    result = table({"prompt": 1, "chosen": None, "rejected": [{}], "strength": 2, "preference": 2})
+    assert [fault.field for fault in result.faults] == ["prompt", "chosen", "rejected", "strength", "preference"]
     assert (result.counts["rows"], result.counts["set_aside"], result.counts["pairs"]) == (1, 1, 0)
 
 
@@ -233,6 +239,27 @@ def test_fingerprint_sees_order_and_strength() -> None:
     prints = {table(*rows).fingerprint() for rows in ([one, other], [other, one], [one, {**other, "strength": 0.5}])}
     assert len(prints) == 3
     assert table(one).fingerprint() == table(dict(one)).fingerprint()
+
+
+def test_soft_labels_are_read_and_counted() -> None:
+    """0 and 1 are probabilities too; null and no field at all are a sure label, which is not counted."""
+    result = table(*({**PAIR, "preference": p} for p in (0.8, 0, 1.0, None)), PAIR)
+    assert [pair.preference for pair in result.rows] == [0.8, 0.0, 1.0, None, None]
+    assert result.counts["soft_labels"] == 3
+    assert result.unused == {}
+
+
+def test_fingerprint_sees_soft_labels() -> None:
+    prints = {table({**PAIR, "preference": p}).fingerprint() for p in (None, 0.5, 1.0)}
+    assert len(prints) == 3
+    assert table({**PAIR, "preference": None}).fingerprint() == table(PAIR).fingerprint()
+
+
+def test_rankings_have_no_soft_labels() -> None:
+    """A probability speaks of two answers; beside K of them the column is named as not read."""
+    result = table({"prompt": "p", "completions": ["a", "b", "c"], "rank": [1, 2, 3], "preference": 0.9})
+    assert result.unused == {"preference": 1}
+    assert result.counts["soft_labels"] == 0
 
 
 def test_columns_that_are_not_read_are_named() -> None:

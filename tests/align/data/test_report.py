@@ -125,6 +125,19 @@ def test_describe_says_it_all(mixed: PairTable, tiny_tokenizer: PreTrainedTokeni
     ]
 
 
+def test_soft_labels_are_described(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """.2, .6 and .9 of four pairs: the middle is .6, and one is under 1/2."""
+    rows = [{"prompt": "Q1:", "chosen": "a", "rejected": "b", "preference": p} for p in (0.9, 0.2, 0.6, None)]
+    text = " ".join(describe(table(*rows)).split())
+    assert "preference 3 of 4 pairs: 0.2 to 0.9, median 0.6 · under 1/2 in 1: chosen is the less preferred" in text
+    assert "preference 0.9 to 0.9, median 0.9 longer answer" in " ".join(describe(table(rows[0])).split())
+    assert "preference" not in describe(table(rows[3]))
+    tokenized = tokenize_pairs(table(*rows).rows, tiny_tokenizer, None)
+    masks = printed(show_masks(tokenized, tiny_tokenizer))
+    assert "strength 1 · preference 0.2 ·" in masks
+    assert masks.count("· preference") == 3
+
+
 def test_describe_without_tokenizer_or_pairs(mixed: PairTable) -> None:
     assert "tokens" not in describe(mixed)
     assert describe(table({"prompt": 1})).startswith("data.jsonl: 1 row, 0 pairs\n")

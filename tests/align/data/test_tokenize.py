@@ -255,10 +255,20 @@ def test_dataset_columns(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     result = tokenize_pairs(table.rows, tiny_tokenizer, None)
     dataset = result.dataset()
     assert dataset.column_names == ["prompt_ids", "chosen_ids", "rejected_ids", "strength", "row_id"]
-    assert dataset[0] == vars(result.rows[0])
+    assert {**dataset[0], "preference": None} == vars(result.rows[0])
     assert dataset[0]["strength"] == 0.5
 
 
+def test_soft_labels_are_a_column_where_any_pair_has_one(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"prompt": "Q", "chosen": "a", "rejected": "b", "preference": 0.75}, {**SURE, "preference": None}, SURE]
+    table = pair_table(("a", number, row) for number, row in enumerate(rows, 1))
+    dataset = tokenize_pairs(table.rows, tiny_tokenizer, None).dataset()
+    assert dataset["preference"][:] == [0.75, None, None]
+    fault = tokenize_pairs(table.rows[:1], tiny_tokenizer, 1).faults[0]
+    assert fault.content["preference"] == 0.75
+
+
+SURE = {"prompt": "Q", "chosen": "a", "rejected": "c"}
 TEXT = st.text(alphabet="the anier\n<Q", min_size=1, max_size=12)
 
 

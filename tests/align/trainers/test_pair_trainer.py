@@ -13,8 +13,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
+from align.data.pairs import pair_table
+from align.data.tokenize import tokenize_pairs
 from align.errors import AlignError
-from align.losses import LOSSES, Loss, PairLogps, SequenceLogps, ln_dpo
+from align.losses import LOSSES, Loss, LossOutput, PairLogps, SequenceLogps, ln_dpo, pairwise_loss, sft
 from align.trainers.pair import PairTrainer
 
 ROWS = [
@@ -29,6 +31,12 @@ PARITY = [
     ("sigmoid_norm", "ln_dpo", 4.0),
     ("ipo", "ipo_per_token", 0.4),
     ("hinge", "slic", 0.2),
+]
+# TRL's robust loss has settings beside beta.
+FORMULAS = [(*row, {}) for row in PARITY] + [
+    ("robust", "robust_dpo", 0.3, {"label_smoothing": 0.1}),
+    ("robust", "robust_dpo", 1.5, {"label_smoothing": 0.4}),
+    ("sigmoid", "robust_dpo", 0.3, {"label_smoothing": 0.0}),
 ]
 
 
@@ -62,15 +70,15 @@ def dataset() -> Dataset:
     return Dataset.from_list(ROWS)
 
 
-@pytest.mark.parametrize(("theirs", "ours", "beta"), PARITY)
+@pytest.mark.parametrize(("theirs", "ours", "beta", "settings"), FORMULAS)
 def test_formula_equals_trls_on_the_same_log_probs(
-    tmp_path, tiny_tokenizer, make_tiny_model, dataset, theirs, ours, beta
+    tmp_path, tiny_tokenizer, make_tiny_model, dataset, theirs, ours, beta, settings
 ):
     """TRL's own ``_compute_loss`` is given log-probs instead of a model; to 1e-6 relative."""
     trainer = DPOTrainer(
         model=make_tiny_model(),
         ref_model=make_tiny_model(),
-        args=arguments(tmp_path, loss_type=[theirs], beta=beta),
+        args=arguments(tmp_path, loss_type=[theirs], beta=beta, **settings),
         train_dataset=dataset,
         processing_class=tiny_tokenizer,
     )
@@ -100,7 +108,8 @@ def test_formula_equals_trls_on_the_same_log_probs(
     policy, reference = (
         PairLogps(SequenceLogps(t[:3].sum(1), lengths[:3]), SequenceLogps(t[3:].sum(1), lengths[3:])) for t in tokens
     )
-    assert Loss.of(ours, beta=beta)(policy, reference).loss.mean().item() == pytest.approx(expected, rel=1e-6)
+    ours = Loss.of(ours, beta=beta, **settings)(policy, reference)
+    assert ours.loss.mean().item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -232,6 +241,91 @@ def test_strength_weighs_a_pair(tmp_path, tiny_tokenizer, make_tiny_model):
     assert steps(trainer)[0]["loss"] == pytest.approx(0.75 * math.log(2), abs=1e-5)
 
 
+# --- soft labels
+
+
+@pytest.fixture
+def hard_loss():
+    """A loss in the table that takes sure labels alone."""
+
+    @pairwise_loss("hard", reference=False, default_beta=None, paper="", formula="", purpose="")
+    def hard(policy: PairLogps) -> LossOutput:
+        return sft(policy)
+
+    yield hard
+    del LOSSES["hard"]
+
+
+def test_soft_labels_reach_the_loss(tmp_path, tiny_tokenizer, make_tiny_model):
+    """At the reference the margin is 0, and the soft IPO loss ((p - 1/2) / beta)^2.
+
+    Beta .5, p .9 and .3, and none, which counts as 1: .64, .16 and 1, mean .6.
+    """
+    rows = [{**ROWS[0], "preference": 0.9}, {**ROWS[1], "preference": 0.3}, {**ROWS[2], "preference": None}]
+    trainer = PairTrainer(
+        model=make_tiny_model(),
+        args=arguments(tmp_path, max_steps=1, per_device_train_batch_size=3),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list([ROWS[3]]),
+        processing_class=tiny_tokenizer,
+        loss=Loss.of("ipo", beta=0.5),
+    )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(1.0, abs=1e-5)
+    assert steps(trainer)[0]["loss"] == pytest.approx(0.6, abs=1e-5)
+
+
+def test_a_soft_label_weighs_the_gradients_of_both_orders(tmp_path, tiny_tokenizer, make_tiny_model):
+    """DPO at the reference: the gradient of p and 1 - p is (2p - 1) times that of a sure label, so .6 of it at .8."""
+
+    def norm(**label) -> float:
+        trainer = PairTrainer(
+            model=make_tiny_model(),
+            args=arguments(tmp_path, max_steps=1, per_device_train_batch_size=1, max_grad_norm=1e6),
+            train_dataset=Dataset.from_list([{**ROWS[0], **label}]),
+            processing_class=tiny_tokenizer,
+            loss="dpo",
+        )
+        return steps(trainer)[0]["grad_norm"]
+
+    assert norm(preference=0.8) == pytest.approx(0.6 * norm(), rel=1e-4)
+    assert norm(preference=0.5) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_loss_of_sure_labels_refuses_soft_ones(tmp_path, tiny_tokenizer, make_tiny_model, dataset, hard_loss):
+    soft = Dataset.from_list([{**row, "preference": 0.9} for row in ROWS])
+    tokenized = tokenize_pairs(pair_table(("d", 1, row) for row in soft).rows, tiny_tokenizer, 64).dataset()
+
+    def trainer(rows: Dataset, **more) -> PairTrainer:
+        return PairTrainer(
+            model=make_tiny_model(),
+            args=arguments(tmp_path, max_steps=1),
+            train_dataset=rows,
+            processing_class=tiny_tokenizer,
+            loss=["dpo", hard_loss],
+            **more,
+        )
+
+    for rows in (soft, tokenized):
+        with pytest.raises(AlignError, match=r"train: 4 rows have a soft label .*, and hard takes sure labels alone"):
+            trainer(rows)
+    with pytest.raises(AlignError, match="eval: 4 rows have a soft label"):
+        trainer(dataset, eval_dataset=soft)
+    nulls = Dataset.from_list([{**row, "preference": None} for row in ROWS])
+    assert len(steps(trainer(nulls))) == 1
+
+
+def test_probabilities_in_tokenised_rows_are_checked_too(tmp_path, tiny_tokenizer, make_tiny_model, dataset):
+    rows = tokenize_pairs(pair_table(("d", 1, row) for row in dataset).rows, tiny_tokenizer, 64).dataset()
+    trainer = PairTrainer(
+        model=make_tiny_model(),
+        args=arguments(tmp_path, per_device_train_batch_size=4),
+        train_dataset=rows.add_column("preference", [1.0, 0.5, 1.5, 0.0]),
+        processing_class=tiny_tokenizer,
+    )
+    with pytest.raises(ValueError, match=r"preference\[\d\] is 1.5: a probability is in \[0, 1\]"):
+        trainer.train()
+
+
 # --- the reference
 
 
@@ -276,7 +370,7 @@ def test_continued_adapter_is_compared_with_a_copy_of_itself(tmp_path, tiny_toke
     assert log[-1]["displacement/chosen_delta"] != 0
 
 
-@pytest.mark.parametrize("name", [info.name for info in LOSSES.values() if not info.reference])
+@pytest.mark.parametrize("name", [info.name for info in LOSSES.values() if info.kind == "pair" and not info.reference])
 def test_reference_free_losses_load_no_reference(tmp_path, tiny_tokenizer, make_tiny_model, dataset, name):
     trainer = PairTrainer(
         model=make_tiny_model(),
