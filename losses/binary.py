@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .catalogue import thumbs_loss
-from .checks import check_finite, check_positive, check_shape, log_ratio
+from .checks import check_finite, check_positive, check_shape, log_ratio, wide
 from .laws import Laws
 from .types import LossOutput, SequenceLogps, UnpairedLogps, first
 
@@ -68,7 +68,7 @@ def bco(
     check_positive("beta", beta)
     _check_scalar("shift", shift)
     rewards = beta * log_ratio(policy.sequence, reference)
-    margin = rewards - shift.detach()
+    margin = rewards - wide(shift).detach()
     loss = -F.logsigmoid(torch.where(policy.label, margin, -margin))
     if weight is not None:
         check_shape("weight", weight, loss.shape, "one an answer")
@@ -129,7 +129,7 @@ def kto(
     _check_scalar("kl", kl)
     _check_not_negative("kl", kl)
     rewards = beta * log_ratio(policy.sequence, reference)
-    margin = rewards - beta * kl.detach()
+    margin = rewards - beta * wide(kl).detach()
     # 1 - sigmoid(z) loses every digit from z = 17 on in float32; sigmoid(-z) is the same and loses none.
     loss = torch.where(
         policy.label, desirable_weight * torch.sigmoid(-margin), undesirable_weight * torch.sigmoid(margin)
@@ -152,10 +152,10 @@ def kto_kl(policy: SequenceLogps, reference: SequenceLogps) -> Tensor:
         ValueError: policy and reference score different completions, or there is no row.
     """
     ratio = log_ratio(policy, reference).detach()
-    total, count = _over_processes([ratio.cpu().double().sum(), torch.tensor(ratio.numel())], ratio.device)
-    if not count:
+    reduced = _over_processes([ratio.cpu().double().sum(), _count(ratio)], ratio.device)
+    if not reduced[1]:
         raise ValueError("policy has no row: a mean is of one mismatched answer or more")
-    return (total / count).clamp(min=0).to(ratio)
+    return (reduced[0] / reduced[1]).clamp(min=0).to(ratio)
 
 
 class RewardShift(nn.Module):
