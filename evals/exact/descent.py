@@ -1,8 +1,8 @@
 """Training in a finite world: gradient descent on a loss's exact expected value, from several starts.
 
 The expectation runs over every prompt, pair and label, so there is no noise: what training reaches is what the loss
-asks for. Minima of fixed functions are found with L-BFGS, kinked ones with Adam and a step that shrinks; where the
-data come from the policy itself (self-play) there is no function to minimise, and ``follow`` takes plain gradient
+asks for. Minima of fixed functions are found with L-BFGS, kinked ones with Adam after it; where the data
+come from the policy itself (self-play) there is no function to minimise, and ``follow`` takes plain gradient
 steps with the data held fixed in each.
 """
 
@@ -22,8 +22,8 @@ from .worlds import World
 Objective = Callable[[Tensor], Tensor]
 
 
-def minimise(objective: Objective, start: Tensor, *, iterations: int = 400) -> Tensor:
-    """Where L-BFGS with strong Wolfe steps ends from ``start``; several rounds, so that a stalled one starts afresh."""
+def minimise(objective: Objective, start: Tensor, *, iterations: int = 400, rounds: int = 3) -> Tensor:
+    """Where L-BFGS with strong Wolfe steps ends; several rounds, so that one that stalls starts afresh."""
     x = start.detach().clone().requires_grad_(True)
     small = 1e-12 if x.dtype == torch.float64 else 1e-7
 
@@ -33,7 +33,7 @@ def minimise(objective: Objective, start: Tensor, *, iterations: int = 400) -> T
         value.backward()  # type: ignore[no-untyped-call]
         return value
 
-    for _ in range(3):
+    for _ in range(rounds):
         optimiser = torch.optim.LBFGS(
             [x],
             max_iter=iterations,
@@ -49,11 +49,11 @@ def minimise(objective: Objective, start: Tensor, *, iterations: int = 400) -> T
     return x.detach()
 
 
-def minimise_kinked(objective: Objective, start: Tensor, *, steps: int = 1500, rate: float = 0.1) -> Tensor:
-    """Where Adam ends, with a step that shrinks by 1e6 in all; for hinges, at whose kinks L-BFGS stalls."""
-    x = start.detach().clone().requires_grad_(True)
-    optimiser = torch.optim.Adam([x], lr=rate, betas=(0.5, 0.9))
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optimiser, gamma=1e-6 ** (1 / steps))
+def minimise_kinked(objective: Objective, start: Tensor, *, steps: int = 400) -> Tensor:
+    """For hinges, at whose kinks L-BFGS stalls: Adam from where it does, with a step that shrinks by 1e5 in all."""
+    x = minimise(objective, start, iterations=60, rounds=2).requires_grad_(True)
+    optimiser = torch.optim.Adam([x], lr=0.1, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimiser, gamma=1e-5 ** (1 / steps))
     for _ in range(steps):
         optimiser.zero_grad()
         objective(x).backward()  # type: ignore[no-untyped-call]
@@ -79,6 +79,11 @@ def starts(world: World, stack: Stack) -> list[Tensor]:
     draw = torch.Generator().manual_seed(stack.seed + 1)
     random = torch.randn(world.reference.shape, generator=draw, dtype=torch.float64)
     return [stack.here(x) for x in (world.reference, torch.zeros_like(random), 2 * random)]
+
+
+def group(logps: Tensor, length: Tensor) -> SequenceLogps:
+    """All N answers to each prompt as one group, from log-probs (P, N) and lengths (N,)."""
+    return SequenceLogps(logps, length.expand(logps.shape))
 
 
 def every_pair(answers: int) -> tuple[Tensor, Tensor]:
@@ -142,7 +147,7 @@ def train_pairs(
         hard: as in ``expected_pair_loss``.
         kinked: the loss has kinks at its optimum.
     """
-    reference = stack.here(world.sequence_logps(world.reference))
+    reference = stack.here(world.log_mu)
     length = stack.here(world.length)
     wanted = stack.here(world.labels if labels is None else labels)
 

@@ -2,12 +2,12 @@
 
 A game gives to every pair of answers the probability ``p(i > j)`` that i is preferred; it need not come from a reward
 and may run in circles. The KL-regularised game of strength tau (preference units per nat) has one symmetric Nash
-equilibrium, the policy ``pi ~ mu exp(p(. > pi) / tau)``, where ``p(i > pi) = sum_j pi_j p(i > j)`` (arXiv:2312.00886).
+equilibrium, the policy ``pi ~ mu exp(p(. > pi) / tau)`` with ``p(i > pi) = sum_j pi_j p(i > j)`` (arXiv:2312.00886).
 
-IPO-MD and Nash-MD play against a mixture of the policy and the reference instead (coefficient: the reference's weight).
-With ``pi_b ~ pi^(1-b) mu^b`` over whole answers their fixed point makes that *mixture* the equilibrium, of strength
-``tau / (1 - b)``. What is sampled in practice is the mixture of next-token distributions, which is another one as soon
-as answers have two tokens: the fixed point is then only ``pi ~ mu exp(p(. > pi_b) / tau)``.
+IPO-MD and Nash-MD play against a mixture of the policy and the reference instead (coefficient: the reference's
+weight). With ``pi_b ~ pi^(1-b) mu^b`` over whole answers their fixed point makes that *mixture* the equilibrium, of
+strength ``tau / (1 - b)``. What is sampled in practice is the mixture of next-token distributions, which is another one
+as soon as answers have two tokens: the fixed point is then only ``pi ~ mu exp(p(. > pi_b) / tau)``.
 """
 
 from __future__ import annotations

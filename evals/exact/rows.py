@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -94,7 +95,7 @@ class Stack:
         seed: of worlds and starts.
     """
 
-    device: torch.device = torch.device("cpu")
+    device: str = "cpu"
     dtype: torch.dtype = torch.float64
     seed: int = 0
 
@@ -108,3 +109,18 @@ class Stack:
         A minimum can be found to about the square root of the dtype's rounding, 3e-4 in float32 and 1e-8 in float64.
         """
         return double if self.dtype == torch.float64 else max(double, single)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a loss asks for in a finite world, and the check of it.
+
+    Args:
+        kind: how the target is known; ``none`` where training has no end point, and the check shows that.
+        statement: the target in the notation of the losses (``r`` the world's rewards), or the reason for ``none``.
+        check: the comparisons on a stack.
+    """
+
+    kind: Literal["closed form", "scalar root", "solver", "none"]
+    statement: str
+    check: Callable[[Stack], Iterator[Row]]

@@ -7,6 +7,7 @@ log-probs themselves, from formulas that are written here and in the targets ane
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -135,37 +136,48 @@ def constrained(objective: Objective, start: Tensor, *, steps: int = 200) -> Ten
     return s
 
 
-def hinges(
-    linear: np.ndarray, hinge_weights: np.ndarray, hinge_rows: np.ndarray, hinge_offsets: np.ndarray, edge: bool
-) -> np.ndarray:
-    """Minimum of ``linear . x + sum_k weight_k max(0, offset_k + row_k . x)``, over all x or, if ``edge``, over those
-    with ``sum exp(x) <= 1``; by SLSQP on the epigraph, one slack a hinge, which has no kinks.
+def epigraph(
+    objective: Callable[[Tensor, Tensor], Tensor], rows: Tensor, offsets: Tensor, edge: Tensor | None
+) -> Tensor:
+    """The minimum x (N,) of ``f(x, max(0, offsets + rows x))`` for a convex f that rises in its second argument.
+
+    SLSQP on x and one slack ``t_k >= max(0, offset_k + row_k x)`` for each hinge: without kinks.
+
+    Args:
+        objective: f of x (N,) and t (K,).
+        rows, offsets: (K, N) and (K,).
+        edge: log-weights (N,) with which ``sum exp(edge + x) <= 1`` must hold; None: x is free.
 
     Raises:
         RuntimeError: it did not converge.
     """
-    n, k = len(linear), len(hinge_weights)
-    cost = np.concatenate([linear, hinge_weights])
-    below = np.hstack([-hinge_rows, np.eye(k)])
-    constraints = [{"type": "ineq", "fun": lambda z: below @ z - hinge_offsets, "jac": lambda z: below}]
-    if edge:
+    k, n = rows.shape
+    below = torch.cat([-rows, torch.eye(k, dtype=torch.float64)], dim=1).numpy()
+    constraints: list[dict[str, Any]] = [
+        {"type": "ineq", "fun": lambda z: below @ z - offsets.numpy(), "jac": lambda z: below}
+    ]
+    if edge is not None:
+        weights = edge.exp().numpy()
         constraints.append(
             {
                 "type": "ineq",
-                "fun": lambda z: np.array([1 - np.exp(z[:n]).sum()]),
-                "jac": lambda z: np.concatenate([-np.exp(z[:n]), np.zeros(k)])[None],
+                "fun": lambda z: np.array([1 - weights @ np.exp(z[:n])]),
+                "jac": lambda z: np.concatenate([-weights * np.exp(z[:n]), np.zeros(k)])[None],
             }
         )
-    x = np.full(n, -np.log(n))
+
+    def value(z: Tensor) -> Tensor:
+        return objective(z[:n], z[n:])
+
     found = minimize(
-        lambda z: float(cost @ z),
-        np.concatenate([x, np.maximum(0, hinge_offsets + hinge_rows @ x) + 0.1]),
-        jac=lambda z: cost,
+        lambda z: float(value(torch.from_numpy(z))),
+        torch.cat([torch.zeros(n, dtype=torch.float64), offsets.clamp(min=0) + 0.1]).numpy(),
+        jac=lambda z: grad(value)(torch.from_numpy(z)).numpy(),
         bounds=[(None, None)] * n + [(0, None)] * k,
         constraints=constraints,
         method="SLSQP",
-        options={"maxiter": 1000, "ftol": 1e-13},
+        options={"maxiter": 1000, "ftol": 1e-14},
     )
     if not found.success:
         raise RuntimeError(f"SLSQP: {found.message}")
-    return np.asarray(found.x[:n])
+    return torch.from_numpy(found.x[:n])

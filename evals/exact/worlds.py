@@ -43,9 +43,14 @@ class World:
         return self.mask.sum(-1)
 
     @property
+    def log_mu(self) -> Tensor:
+        """The reference's log-probs of the answers, nats, (P, N)."""
+        return self.sequence_logps(self.reference)
+
+    @property
     def mu(self) -> Tensor:
         """The reference's distribution over the answers, (P, N)."""
-        return self.sequence_logps(self.reference).exp()
+        return self.log_mu.exp()
 
     @property
     def labels(self) -> Tensor:
