@@ -1,8 +1,9 @@
 """Losses: preference objectives as pure tensor functions, and the log-probs that they stand on. Torch alone.
 
 - ``types``      the carriers: ``SequenceLogps``, ``PairLogps``, ``LossOutput``.
-- ``pairwise``   DPO and its kin on pairs, with soft labels: robust, length-normalised and positive DPO, R-DPO, IPO (the
-  paper's and the per-token form), SLiC, SLiC-HF, SimPO, CPO, ORPO, and the SFT term.
+- ``pairwise``   DPO and its kin on pairs, with soft labels: length-normalised, robust and positive DPO, R-DPO, IPO
+  (the paper's and the per-token form), SLiC, SLiC-HF, SimPO, CPO, ORPO, and the SFT term.
+- ``listwise``   Plackett-Luce on rankings.
 - ``catalogue``  the table of losses, fed by a decorator beside each: does it need a reference, its default beta, its
   paper, its formula. Recipes, ``align recipes methods`` and the trainer read it.
 - ``combine``    weighted sums of losses.
@@ -20,6 +21,7 @@ A loss takes log-probs and returns an unreduced ``LossOutput``:
 
 from .catalogue import LOSSES, Loss, LossInfo, find_loss, pairwise_loss
 from .combine import combine
+from .listwise import plackett_luce
 from .pairwise import cpo, dpo, dpop, ipo, ipo_per_token, ln_dpo, orpo, r_dpo, robust_dpo, sft, simpo, slic, slic_hf
 from .types import LossOutput, PairLogps, SequenceLogps
 
@@ -40,6 +42,7 @@ __all__ = [
     "ln_dpo",
     "orpo",
     "pairwise_loss",
+    "plackett_luce",
     "r_dpo",
     "robust_dpo",
     "sft",

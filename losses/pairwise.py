@@ -487,7 +487,9 @@ def r_dpo(
     if not math.isfinite(alpha):
         raise ValueError(f"alpha is {alpha}: it must be finite")
     one, other = _log_ratios(policy, reference)
-    chosen, rejected = beta * one - alpha * policy.chosen.length, beta * other - alpha * policy.rejected.length
+    # A whole number times a Python float would be float32, whatever the log-probs are.
+    chosen = beta * one - alpha * policy.chosen.length.to(one.dtype)
+    rejected = beta * other - alpha * policy.rejected.length.to(one.dtype)
     margin = chosen - rejected
     right = None if preference is None else _probability(preference, margin)
     return LossOutput.from_rewards(_logistic(margin, right), chosen, rejected)

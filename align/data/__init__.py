@@ -4,8 +4,8 @@
 - ``load.py``         ``read_rows``: JSONL, JSON, CSV, Parquet, a folder of them, a saved dataset, a hub id, or
                       ``align:NAME/SPLIT`` for the small data that the package carries.
 - ``fields.py``       what a prompt and an answer may be: text as it stands, or chat messages.
-- ``pairs.py``        ``read_pairs``: explicit and implicit prompts, rankings and ratings become pairs, with a strength and,
-                      where the data have one, a soft label.
+- ``pairs.py``        ``read_pairs``: explicit and implicit prompts, rankings and ratings become pairs with a strength;
+                      soft labels where the data have them.
 - ``completions.py``  ``read_completions`` for ``method: sft``, and the rows that TRL's SFTTrainer takes.
 - ``tokenize.py``     token ids: BOS once, EOS once, one prompt for both answers, one limit for both answers.
 - ``splits.py``       the data sets of a run: the above in one step.
