@@ -69,10 +69,11 @@ def pal_logits(left: Tensor, right: Tensor, user: Tensor, *, scale: float | Tens
     check_shape("user", user, left.shape, "as left")
     for name, values in (("left", left), ("right", right), ("user", user)):
         check_finite(name, values)
-    check_positive("scale", float(scale))
+    check_positive("scale", float(scale.detach()) if isinstance(scale, Tensor) else scale)
     user = F.normalize(wide(user), dim=-1, eps=eps)
     cosines = [(F.normalize(wide(x), dim=-1, eps=eps) * user).sum(-1) for x in (left, right)]
-    return torch.as_tensor(scale).clamp(max=100.0) * torch.stack(cosines, dim=-1)
+    most = scale.clamp(max=100.0) if isinstance(scale, Tensor) else min(scale, 100.0)
+    return most * torch.stack(cosines, dim=-1)
 
 
 @reward_loss(
@@ -194,16 +195,16 @@ def token_weighted(losses: Tensor, mask: Tensor, weighting: Weighting = "cumulat
         raise ValueError(f"mask{first(empty)} has no true position: a row has at least one")
     losses = torch.where(mask, wide(losses), 0.0)
     check_finite("losses", losses)
-    place = mask.cumsum(1)
+    place = mask.cumsum(1).to(losses.dtype)
     count = place[:, -1:]
     weights = {
-        "mean": mask / count,
-        "cumulative": mask * place / (count * (count + 1) / 2),
-        "last": mask & (place == count),
+        "mean": 1 / count,
+        "cumulative": place / (count * (count + 1) / 2),
+        "last": (place == count) & mask,
     }
     if weighting not in weights:
         raise ValueError(f"weighting is {weighting!r}: it is one of {', '.join(weights)}")
-    return (weights[weighting].to(losses.dtype) * losses).sum(1)
+    return (weights[weighting] * losses).sum(1)
 
 
 def _labels(label: Tensor, shape: torch.Size) -> Tensor:

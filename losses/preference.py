@@ -2,7 +2,8 @@
 
 Notation of the formulas: ``r`` is a reward model's score, ``w`` the chosen answer and ``l`` the rejected one, ``m``
 the strength of a preference, ``sigma`` the logistic function. All losses are unreduced and compute in float32 or
-better. Beside this file: ``gpm`` (skew-symmetric scores of embeddings) and ``pal`` (per-user models), which it re-exports.
+better. Beside this file, and re-exported here: ``gpm`` (skew-symmetric scores of embeddings), ``pal`` (per-user
+models).
 """
 
 from __future__ import annotations
