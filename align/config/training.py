@@ -1,8 +1,8 @@
 """The ``training:`` section against the fields of TRL's configs.
 
 The fields pass through to ``trl.DPOConfig`` (``trl.SFTConfig`` for sft, ``trl.KTOConfig`` for bco and kto), whose own
-checks come late or never: a dataclass takes any type. So each value is held against its field's annotation here, before
-anything is loaded.
+checks come late or never: a dataclass takes any type. So each value is held against its field's annotation here,
+before anything is loaded.
 """
 
 from __future__ import annotations
