@@ -1,8 +1,8 @@
 """Losses: preference objectives as pure tensor functions, and the log-probs that they stand on. Torch alone.
 
 - ``types``      the carriers: ``SequenceLogps``, ``PairLogps``, ``LossOutput``.
-- ``pairwise``   DPO and its kin on pairs, with soft labels: length-normalised, robust and positive DPO, R-DPO, IPO
-  (the paper's and the per-token form), SLiC, SLiC-HF, SimPO, CPO, ORPO, and the SFT term.
+- ``pairwise``   on pairs, with soft labels (``soft_labels``): DPO and its kin (``dpo_family``: length-normalised, robust
+  and positive DPO, R-DPO), IPO (the paper's and the per-token form), SLiC, SLiC-HF, SimPO, CPO, ORPO, the SFT term.
 - ``listwise``   Plackett-Luce on rankings.
 - ``catalogue``  the table of losses, fed by a decorator beside each: does it need a reference, its default beta, its
   paper, its formula. Recipes, ``align recipes methods`` and the trainer read it.

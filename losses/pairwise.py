@@ -24,9 +24,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .catalogue import pairwise_loss
-from .checks import check_not_negative, check_positive, check_probability, check_shape, log_ratio, wide
+from .checks import check_not_negative, check_positive, wide
+from .dpo_family import dpo, dpop, ln_dpo, log_ratios, mean_log_ratios, r_dpo, robust_dpo
 from .laws import Laws
+from .soft_labels import expected, probability
 from .types import LossOutput, PairLogps, SequenceLogps
+
+__all__ = [
+    "cpo",
+    "dpo",
+    "dpop",
+    "ipo",
+    "ipo_per_token",
+    "ln_dpo",
+    "orpo",
+    "r_dpo",
+    "robust_dpo",
+    "sft",
+    "simpo",
+    "slic",
+    "slic_hf",
+]
 
 # Reasons that several losses share.
 _NO_REFERENCE = "it has no reference"
@@ -38,127 +56,6 @@ _OWN_TARGET = "the margin aimed at is 1/(2 beta), whatever the margin is"
 
 # Largest mean log-prob that ORPO takes odds of: 1 - P must not vanish.
 _ALMOST_CERTAIN = {torch.float32: -1e-7, torch.float64: -1e-15}
-
-
-@pairwise_loss(
-    "dpo",
-    reference=True,
-    default_beta=0.1,
-    paper="arXiv:2305.18290",
-    formula="-log sigma(beta (r_w - r_l))",
-    purpose="the standard: fits a Bradley-Terry reward that is beta times the log-ratio to the reference",
-    laws=Laws(fails={"duplication": _SUMS}),
-)
-def dpo(
-    policy: PairLogps,
-    reference: PairLogps,
-    preference: Tensor | None = None,
-    *,
-    beta: float,
-    label_smoothing: float = 0.0,
-) -> LossOutput:
-    """Direct preference optimisation (arXiv:2305.18290, Eq. 7); with label smoothing, cDPO.
-
-    ``loss = -q log sigmoid(z) - (1 - q) log sigmoid(-z)`` with ``z = beta * (r_w - r_l)``, ``r = log pi - log pi_ref``
-    summed over the completion, and ``q = p (1 - eps) + (1 - p) eps``; with sure labels and no smoothing, q = 1.
-
-    Args:
-        policy, reference: totals (nats) and lengths (tokens), each of shape (B,).
-        preference: probability that the chosen answer is preferred, (B,); None: it is.
-        beta: strength of the pull to the reference, per nat; 0.01-0.5 is usual.
-        label_smoothing: eps, the share of labels taken to be wrong, in [0, 0.5). The margin aimed at is then finite;
-            ``robust_dpo`` undoes the flips instead.
-
-    Returns:
-        Unreduced loss (B,) and the implicit rewards ``beta * r``.
-    """
-    check_positive("beta", beta)
-    _check_smoothing(label_smoothing)
-    chosen, rejected = (beta * ratio for ratio in _log_ratios(policy, reference))
-    margin = chosen - rejected
-    right = None
-    if preference is not None or label_smoothing:
-        p = torch.ones_like(margin) if preference is None else _probability(preference, margin)
-        right = p * (1 - label_smoothing) + (1 - p) * label_smoothing
-    return LossOutput.from_rewards(_logistic(margin, right), chosen, rejected)
-
-
-@pairwise_loss(
-    "ln_dpo",
-    reference=True,
-    default_beta=5.0,
-    paper="arXiv:2407.15229",
-    formula="-log sigma(beta (r_w/n_w - r_l/n_l))",
-    purpose="DPO without its pull to long answers: log-ratios are means per token",
-    laws=Laws(fails={"prompt_shift": _MEANS}),
-)
-def ln_dpo(policy: PairLogps, reference: PairLogps, preference: Tensor | None = None, *, beta: float) -> LossOutput:
-    """Length-normalised DPO (arXiv:2407.15229).
-
-    ``loss = -log sigmoid(beta * (a_w - a_l))`` with ``a = (log pi - log pi_ref) / length``: the mean log-ratio per
-    completion token, so that a longer answer does not weigh more for its length. At equal lengths ``n`` it is DPO at
-    ``beta / n``.
-
-    Args:
-        policy, reference: totals (nats) and lengths (tokens, EOS counted), each of shape (B,).
-        preference: probability that the chosen answer is preferred, (B,); None: it is.
-        beta: inverse temperature, in tokens per nat; 1-10 is usual (DPO's beta times the typical length).
-
-    Returns:
-        Unreduced loss (B,) and the implicit rewards ``beta * a``.
-    """
-    check_positive("beta", beta)
-    chosen, rejected = (beta * ratio for ratio in _mean_log_ratios(policy, reference))
-    margin = chosen - rejected
-    right = None if preference is None else _probability(preference, margin)
-    return LossOutput.from_rewards(_logistic(margin, right), chosen, rejected)
-
-
-@pairwise_loss(
-    "robust_dpo",
-    reference=True,
-    default_beta=0.1,
-    paper="arXiv:2403.00409",
-    formula="[-(1-eps) log sigma(z) + eps log sigma(-z)] / (1-2 eps), z = beta (r_w - r_l)",
-    purpose="DPO when a known share of the labels is flipped: in expectation, DPO's loss on the clean ones",
-    laws=Laws(
-        fails={
-            "duplication": _SUMS,
-            "large_beta": "the flips are taken off with a negative weight, and the loss falls without end",
-        }
-    ),
-)
-def robust_dpo(
-    policy: PairLogps,
-    reference: PairLogps,
-    preference: Tensor | None = None,
-    *,
-    beta: float,
-    label_smoothing: float = 0.1,
-) -> LossOutput:
-    """Robust DPO: an unbiased estimate of DPO's loss on labels of which a share is flipped (arXiv:2403.00409).
-
-    ``loss = (-(1 - eps) log sigmoid(z) + eps log sigmoid(-z)) / (1 - 2 eps)`` with ``z = beta * (r_w - r_l)``. Where
-    each label was flipped with probability eps, its expectation over the flips is DPO's loss of the label as it was.
-    It is not bounded below in a single pair.
-
-    Args:
-        policy, reference: totals (nats) and lengths (tokens), each of shape (B,).
-        preference: probability that the chosen answer is preferred, as observed, flips included, (B,); None: it is.
-        beta: strength of the pull to the reference, per nat; 0.01-0.5 is usual.
-        label_smoothing: eps, the share of labels that were flipped, in [0, 0.5); at 0 it is DPO.
-
-    Returns:
-        Unreduced loss (B,) and the implicit rewards ``beta * r``.
-    """
-    check_positive("beta", beta)
-    _check_smoothing(label_smoothing)
-    chosen, rejected = (beta * ratio for ratio in _log_ratios(policy, reference))
-    margin = chosen - rejected
-    p = torch.ones_like(margin) if preference is None else _probability(preference, margin)
-    # The weights of the two labels, (p - eps) / (1 - 2 eps) and (1 - p - eps) / (1 - 2 eps), add up to 1.
-    right = (p - label_smoothing) / (1 - 2 * label_smoothing)
-    return LossOutput.from_rewards(_logistic(margin, right), chosen, rejected)
 
 
 @pairwise_loss(
@@ -186,7 +83,7 @@ def ipo(policy: PairLogps, reference: PairLogps, preference: Tensor | None = Non
         Unreduced loss (B,), in nats squared, and the implicit rewards ``beta * r``; the aim is a margin of p - 1/2.
     """
     check_positive("beta", beta)
-    chosen, rejected = _log_ratios(policy, reference)
+    chosen, rejected = log_ratios(policy, reference)
     return LossOutput.from_rewards(_squared(chosen - rejected, preference, beta), beta * chosen, beta * rejected)
 
 
@@ -215,7 +112,7 @@ def ipo_per_token(
         Unreduced loss (B,) and the implicit rewards ``beta * r / n``; the aim is a margin of p - 1/2.
     """
     check_positive("beta", beta)
-    chosen, rejected = _mean_log_ratios(policy, reference)
+    chosen, rejected = mean_log_ratios(policy, reference)
     return LossOutput.from_rewards(_squared(chosen - rejected, preference, beta), beta * chosen, beta * rejected)
 
 
@@ -244,9 +141,9 @@ def slic(policy: PairLogps, reference: PairLogps, preference: Tensor | None = No
         Unreduced loss (B,) and the implicit rewards ``beta * r``.
     """
     check_positive("beta", beta)
-    chosen, rejected = (beta * ratio for ratio in _log_ratios(policy, reference))
+    chosen, rejected = (beta * ratio for ratio in log_ratios(policy, reference))
     margin = chosen - rejected
-    loss = _expected(F.relu(1 - margin), F.relu(1 + margin), preference)
+    loss = expected(F.relu(1 - margin), F.relu(1 + margin), preference)
     return LossOutput.from_rewards(loss, chosen, rejected)
 
 
@@ -282,7 +179,7 @@ def slic_hf(
     check_not_negative("delta", delta)
     check_not_negative("sft_weight", sft_weight)
     chosen, rejected = wide(policy.chosen.total), wide(policy.rejected.total)
-    loss = _expected(
+    loss = expected(
         F.relu(delta - (chosen - rejected)) - sft_weight * chosen,
         F.relu(delta - (rejected - chosen)) - sft_weight * rejected,
         preference,
@@ -316,7 +213,7 @@ def simpo(policy: PairLogps, preference: Tensor | None = None, *, beta: float, g
     check_not_negative("gamma", gamma)
     chosen, rejected = beta * _mean(policy.chosen), beta * _mean(policy.rejected)
     margin = chosen - rejected
-    loss = _expected(-F.logsigmoid(margin - gamma), -F.logsigmoid(-margin - gamma), preference)
+    loss = expected(-F.logsigmoid(margin - gamma), -F.logsigmoid(-margin - gamma), preference)
     return LossOutput.from_rewards(loss, chosen, rejected)
 
 
@@ -358,7 +255,7 @@ def cpo(policy: PairLogps, preference: Tensor | None = None, *, beta: float, sft
     check_not_negative("sft_weight", sft_weight)
     chosen, rejected = beta * wide(policy.chosen.total), beta * wide(policy.rejected.total)
     margin = chosen - rejected
-    loss = _expected(
+    loss = expected(
         -F.logsigmoid(margin) - sft_weight * _mean(policy.chosen),
         -F.logsigmoid(-margin) - sft_weight * _mean(policy.rejected),
         preference,
@@ -403,96 +300,12 @@ def orpo(
     check_not_negative("sft_weight", sft_weight)
     chosen, rejected = _log_odds(policy.chosen), _log_odds(policy.rejected)
     margin = chosen - rejected
-    loss = _expected(
+    loss = expected(
         -odds_weight * F.logsigmoid(margin) - sft_weight * _mean(policy.chosen),
         -odds_weight * F.logsigmoid(-margin) - sft_weight * _mean(policy.rejected),
         preference,
     )
     return LossOutput.from_rewards(loss, chosen, rejected)
-
-
-@pairwise_loss(
-    "dpop",
-    reference=True,
-    default_beta=0.1,
-    paper="arXiv:2402.13228",
-    formula="-log sigma(beta (r_w - r_l - penalty max(0, -r_w)))",
-    purpose="DPO-Positive: DPO that is punished where the chosen answer becomes less likely than under the reference",
-    laws=Laws(
-        fails={
-            "prompt_shift": "the penalty sees the chosen answer's log-ratio, not a difference",
-            "swap": "the penalty is on the chosen answer alone",
-            "duplication": _SUMS,
-        }
-    ),
-)
-def dpop(
-    policy: PairLogps,
-    reference: PairLogps,
-    preference: Tensor | None = None,
-    *,
-    beta: float,
-    penalty: float = 50.0,
-) -> LossOutput:
-    """DPO-Positive (arXiv:2402.13228).
-
-    ``loss = -log sigmoid(beta * (r_w - r_l - penalty * max(0, -r_w)))`` with ``r`` summed over the completion.
-
-    Args:
-        policy, reference: totals (nats) and lengths (tokens), each of shape (B,).
-        preference: probability that the chosen answer is preferred, (B,); None: it is. The penalty is then on
-            whichever answer is preferred.
-        beta: strength of the pull to the reference, per nat.
-        penalty: the paper's lambda, which it takes from 5 to 500; at 0 the loss is DPO.
-
-    Returns:
-        Unreduced loss (B,) and the implicit rewards ``beta * (r_w - penalty * max(0, -r_w))`` and ``beta * r_l``.
-    """
-    check_positive("beta", beta)
-    check_not_negative("penalty", penalty)
-    one, other = _log_ratios(policy, reference)
-    chosen, rejected = (beta * (ratio - penalty * F.relu(-ratio)) for ratio in (one, other))
-    loss = _expected(-F.logsigmoid(chosen - beta * other), -F.logsigmoid(rejected - beta * one), preference)
-    return LossOutput.from_rewards(loss, chosen, beta * other)
-
-
-@pairwise_loss(
-    "r_dpo",
-    reference=True,
-    default_beta=0.1,
-    paper="arXiv:2403.19159",
-    formula="-log sigma(beta (r_w - r_l) - alpha (n_w - n_l))",
-    purpose="DPO with a price on length: alpha below 0 shortens answers",
-    laws=Laws(fails={"duplication": _SUMS}),
-)
-def r_dpo(
-    policy: PairLogps, reference: PairLogps, preference: Tensor | None = None, *, beta: float, alpha: float = -0.01
-) -> LossOutput:
-    """DPO regularised in length (arXiv:2403.19159).
-
-    ``loss = -log sigmoid(beta * (r_w - r_l) - alpha * (n_w - n_l))``. The policy that it aims at is
-    ``pi_ref exp((reward + alpha * n) / beta)``, normalised: alpha is what a further token is worth. The paper's length
-    penalty, which is positive where long answers cost, is ``-alpha``.
-
-    Args:
-        policy, reference: totals (nats) and lengths (tokens), each of shape (B,).
-        preference: probability that the chosen answer is preferred, (B,); None: it is.
-        beta: strength of the pull to the reference, per nat.
-        alpha: worth of a token, in units of the reward; below 0 shortens answers, above 0 lengthens them, 0 is DPO.
-
-    Returns:
-        Unreduced loss (B,) and the implicit rewards ``beta * r - alpha * n``.
-    """
-    check_positive("beta", beta)
-    if not math.isfinite(alpha):
-        raise ValueError(f"alpha is {alpha}: it must be finite")
-    one, other = _log_ratios(policy, reference)
-    # A whole number times a Python float would be float32, whatever the log-probs are.
-    chosen = beta * one - alpha * policy.chosen.length.to(one.dtype)
-    rejected = beta * other - alpha * policy.rejected.length.to(one.dtype)
-    margin = chosen - rejected
-    right = None if preference is None else _probability(preference, margin)
-    return LossOutput.from_rewards(_logistic(margin, right), chosen, rejected)
 
 
 @pairwise_loss(
@@ -521,18 +334,7 @@ def sft(policy: PairLogps, preference: Tensor | None = None) -> LossOutput:
         ranks answers they are left out.
     """
     chosen, rejected = _mean(policy.chosen), _mean(policy.rejected)
-    return LossOutput.from_rewards(_expected(-chosen, -rejected, preference), chosen, rejected)
-
-
-def _log_ratios(policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tensor]:
-    """``r_w`` and ``r_l``, nats, (B,) each."""
-    return log_ratio(policy.chosen, reference.chosen), log_ratio(policy.rejected, reference.rejected)
-
-
-def _mean_log_ratios(policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tensor]:
-    """``r_w / n_w`` and ``r_l / n_l``, nats per token, (B,) each."""
-    chosen, rejected = _log_ratios(policy, reference)
-    return chosen / policy.chosen.length, rejected / policy.rejected.length
+    return LossOutput.from_rewards(expected(-chosen, -rejected, preference), chosen, rejected)
 
 
 def _mean(answer: SequenceLogps) -> Tensor:
@@ -552,34 +354,7 @@ def _log_odds(answer: SequenceLogps) -> Tensor:
     return mean - torch.where(near, torch.log(-torch.expm1(close)), torch.log1p(-torch.exp(far)))
 
 
-def _logistic(margin: Tensor, right: Tensor | None) -> Tensor:
-    """``-q log sigmoid(margin) - (1 - q) log sigmoid(-margin)``; None: q is 1."""
-    if right is None:
-        return -F.logsigmoid(margin)
-    return -right * F.logsigmoid(margin) - (1 - right) * F.logsigmoid(-margin)
-
-
 def _squared(margin: Tensor, preference: Tensor | None, beta: float) -> Tensor:
     """``(margin - (p - 1/2) / beta)^2``; None: p is 1."""
-    p = torch.ones_like(margin) if preference is None else _probability(preference, margin)
+    p = torch.ones_like(margin) if preference is None else probability(preference, margin)
     return (margin - (p - 0.5) / beta) ** 2
-
-
-def _expected(loss: Tensor, exchanged: Tensor, preference: Tensor | None) -> Tensor:
-    """``p loss + (1 - p) exchanged``, where ``exchanged`` is the loss with the answers the other way round."""
-    if preference is None:
-        return loss
-    p = _probability(preference, loss)
-    return p * loss + (1 - p) * exchanged
-
-
-def _probability(preference: Tensor, like: Tensor) -> Tensor:
-    """The soft labels, checked, in the dtype of ``like``, (B,)."""
-    check_shape("preference", preference, like.shape, "one probability a pair")
-    check_probability("preference", preference)
-    return preference.detach().to(like.dtype)
-
-
-def _check_smoothing(label_smoothing: float) -> None:
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing is {label_smoothing}: a share of wrong labels is in [0, 0.5)")
