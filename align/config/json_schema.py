@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter
+
+from align.losses.catalogue import LossInfo
 
 from .explain import STRICT
 from .schema import Recipe
 from .training import training_fields
-
-NUMBER = {"type": "number"}
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -20,17 +20,24 @@ def recipe_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     properties, sections = schema["properties"], schema["$defs"]
-    settings = {key: NUMBER for info in LOSSES.values() for key in info.parameters}
+    trained = {name: info for name, info in LOSSES.items() if info.kind in ("pair", "thumbs")}
+    settings = {key: kind for info in trained.values() for key, kind in _settings(info).items()}
     properties["base"] = {"type": "string", "description": "Recipe that gives every key that this one does not set."}
-    properties["method"] = {"enum": [*LOSSES, "sft"], "description": properties["method"]["description"]}
+    properties["method"] = {"enum": list(trained), "description": properties["method"]["description"]}
     properties["model"] = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/ModelSpec"}]}
     properties["loss"] |= {"properties": settings, "additionalProperties": False}
     sections["LossTerm"]["properties"] |= settings
-    sections["LossTerm"]["properties"]["name"]["enum"] = list(LOSSES)
+    pairs = [name for name, info in trained.items() if info.kind == "pair"]
+    sections["LossTerm"]["properties"]["name"]["enum"] = pairs
     sections["LossTerm"]["additionalProperties"] = False
     properties["training"] |= {"properties": _training(), "additionalProperties": False}
     schema["required"] = []  # a base may give any key
     return schema
+
+
+def _settings(info: LossInfo) -> dict[str, Any]:
+    hints = get_type_hints(info.function)
+    return {key: TypeAdapter(hints[key], config=STRICT).json_schema() for key in info.parameters}
 
 
 def _training() -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from align.errors import ConfigError
 
 from .explain import Problem, leaves, model_problems, nearest
-from .losses import check_losses, fill_losses
+from .losses import check_losses, fill_losses, with_implied_method
 from .paths import check_paths
 from .read import parse_mapping, parse_yaml
 from .schema import EVALS, Recipe, data_kind, eval_applies
@@ -48,7 +48,7 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         ConfigError: with every problem, each under its key.
     """
-    data = _merge(source, overrides)
+    data = with_implied_method(_merge(source, overrides))
     problems: list[Problem] = []
     try:
         Recipe.model_validate(data)

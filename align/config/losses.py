@@ -27,6 +27,14 @@ def check_losses(recipe: Mapping[str, Any]) -> list[Problem]:
     return []
 
 
+def with_implied_method(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe with a formula under ``loss`` and neither method nor losses has ``method: logic``."""
+    loss = recipe.get("loss")
+    if isinstance(loss, Mapping) and "logic" in loss and recipe.keys().isdisjoint({"method", "losses"}):
+        return {"method": "logic", **recipe}
+    return recipe
+
+
 def fill_losses(recipe: dict[str, Any]) -> None:
     """Write the settings that the user left to the table into a recipe without problems, in place."""
     if recipe.get("method") not in (None, "sft"):
@@ -42,7 +50,10 @@ def _check_method(method: str, loss: Mapping[str, Any]) -> list[Problem]:
     if method == "sft":
         return [(f"loss.{key}", "method sft has no such setting; remove it") for key in loss]
     if method not in LOSSES:
-        return [("method", unknown_name(method, [*LOSSES, "sft"], "method", LISTING))]
+        trained = [name for name, info in LOSSES.items() if info.kind in ("pair", "thumbs")]
+        return [("method", unknown_name(method, [*trained, "sft"], "method", LISTING))]
+    if what := _not_in_recipes(method):
+        return [("method", what)]
     return _check_settings(method, loss, "loss")
 
 
@@ -50,9 +61,25 @@ def _check_term(term: Mapping[str, Any], where: str) -> list[Problem]:
     from align.losses import LOSSES
 
     if term["name"] not in LOSSES:
-        return [(f"{where}.name", unknown_name(term["name"], LOSSES, "loss", LISTING))]
+        pairs = [name for name, info in LOSSES.items() if info.kind == "pair"]
+        return [(f"{where}.name", unknown_name(term["name"], pairs, "loss", LISTING))]
+    if what := _not_in_recipes(term["name"]):
+        return [(f"{where}.name", what)]
     settings = {key: value for key, value in term.items() if key not in ("name", "weight")}
     return _check_settings(term["name"], settings, where)
+
+
+def _not_in_recipes(name: str) -> str | None:
+    """Where a loss is used that no recipe trains with, or None."""
+    from align.losses import LOSSES
+
+    used = {
+        "ranking": "reads K ranked answers to a prompt, and recipes train on pairs or thumbs; call it from Python",
+        "selfplay": "is for online training, on answers that the policy gives as it learns; call it from Python",
+        "reward": "trains a reward or preference model, and recipes train policies; call it from Python",
+    }
+    what = used.get(LOSSES[name].kind)
+    return what and f"{name} {what} (align.losses.{name})"
 
 
 def _check_settings(name: str, settings: Mapping[str, Any], where: str) -> list[Problem]:
@@ -69,19 +96,30 @@ def _check_settings(name: str, settings: Mapping[str, Any], where: str) -> list[
             what += f"; it has: {has}" if has and not near else ""
         if what:
             problems.append((f"{where}.{key}", what))
+    for key, parameter in info.parameters.items():
+        if parameter.default is parameter.empty and key not in settings and key != "beta":
+            problems.append((f"{where}.{key}", "is missing"))
     return problems or _out_of_range(name, settings, where)
 
 
 def _out_of_range(name: str, settings: Mapping[str, Any], where: str) -> list[Problem]:
-    """Ask the loss itself, on one pair of one token, whether it takes these settings."""
+    """Ask the loss itself, on one row of one token, whether it takes these settings."""
     import torch
 
     from align.losses import LOSSES, Loss, PairLogps, SequenceLogps
+    from align.losses.logic import FormulaError
+    from align.losses.types import UnpairedLogps
 
     one = SequenceLogps(total=torch.zeros(1), length=torch.ones(1))
-    pair = PairLogps(chosen=one, rejected=one)
     try:
-        Loss(LOSSES[name], settings)(pair, pair)
+        loss = Loss(LOSSES[name], settings)
+        if loss.info.kind == "pair":
+            pair = PairLogps(chosen=one, rejected=one)
+            loss(pair, pair)
+        else:  # thumbs: the third argument is the shift or KL that the trainer keeps
+            loss.info.function(UnpairedLogps(one, torch.tensor([True])), one, torch.zeros(()), **loss.settings)
+    except FormulaError as error:
+        return [(f"{where}.{error.argument}", error.problem)]
     except ValueError as error:
         return [(where, str(error))]
     return []
