@@ -10,9 +10,11 @@ import typer
 
 from align.errors import AlignError
 
+from . import logic
 from .disk import writing_to
 
-app = typer.Typer(help="List, show and copy recipes; their schema and methods.", no_args_is_help=True)
+app = typer.Typer(help="List, show and copy recipes; their schema, methods and logic.", no_args_is_help=True)
+app.command()(logic.logic)
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped recipe (align recipes ls).")]
 
 

@@ -47,6 +47,49 @@ def test_methods_lists_every_loss_with_its_paper(align: Align) -> None:
     assert "method: sft" in shown
 
 
+def test_logic_says_what_a_formula_is(align: Align) -> None:
+    shown = align("recipes", "logic", "M(l) -> M(w)", "--where", "M(w) | M(l)", "--also", "M(w) & M(l)")
+    assert shown.exit_code == 0
+    lines = [" ".join(line.split()) for line in shown.stdout.splitlines()]
+    assert lines[:8] == [
+        "M(w) M(l) world is",
+        "1 1 both",
+        "1 0 top",
+        "0 1 bottom",
+        "0 0 neither",
+        "name CPO",
+        "loss f(rho), rho = log W/L",
+        "the same as cpo with sft_weight 0 (f: logistic, norm: sum)",
+    ]
+    assert "entails unCPO, cCPO" in lines
+    assert "entailed by CEUnl" in lines
+    assert "monotone yes" in lines
+
+
+def test_logic_of_many_worlds_shows_those_that_count(align: Align) -> None:
+    answers = " | ".join(f"M({k})" for k in range(1, 8))
+    shown = align("recipes", "logic", "M(1)", "--where", answers).stdout
+    assert "64 of the 127 worlds that count" in shown
+    assert len([line for line in shown.splitlines() if line.endswith(("top     ", "bottom  ", "top", "bottom"))]) == 64
+    assert "entails" not in shown
+
+
+def test_logic_warns_of_the_wrong_way_round(align: Align) -> None:
+    shown = align("recipes", "logic", "M(w) -> M(l)").stdout
+    assert "NO: rho falls with M(w); rho rises with M(l)" in shown
+
+
+def test_logic_points_at_the_column(align: Align) -> None:
+    result = align("recipes", "logic", "M(l) -> M(w)", "--where", "M(w) & M(x)")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines() == [
+        "align recipes logic: 1 problem",
+        "  where  column 10: M takes w, l or the number of an answer, from 1, not 'x'",
+        "    M(w) & M(x)",
+        "             ^",
+    ]
+
+
 def test_schema_is_json(align: Align) -> None:
     assert "training" in json.loads(align("recipes", "schema").stdout)["properties"]
 
