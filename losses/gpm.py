@@ -64,14 +64,11 @@ def gpm_score(first_embedding: Tensor, second_embedding: Tensor, scale: Tensor |
         ValueError: D is odd or differs, leading dimensions that do not fit, an element is NaN or infinite, or a scale
             is negative.
     """
-    first_embedding, second_embedding = (
-        _embedding("first_embedding", first_embedding),
-        _embedding("second_embedding", second_embedding),
-    )
+    first_embedding = _embedding("first_embedding", first_embedding)
+    second_embedding = _embedding("second_embedding", second_embedding)
     width = first_embedding.shape[-1]
     if second_embedding.shape[-1] != width:
         raise ValueError(f"embeddings have {width} and {second_embedding.shape[-1]} numbers: both come from one head")
-    a, b = first_embedding.unflatten(-1, (-1, 2)), second_embedding.unflatten(-1, (-1, 2))
     shapes = [first_embedding.shape[:-1], second_embedding.shape[:-1]]
     if scale is not None:
         check_finite("scale", scale)
@@ -84,11 +81,13 @@ def gpm_score(first_embedding: Tensor, second_embedding: Tensor, scale: Tensor |
             )
         shapes.append(scale.shape[:-1])
     try:
-        torch.broadcast_shapes(*shapes)
+        torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
     except RuntimeError:
         sizes = " and ".join(str(tuple(shape)) for shape in shapes)
         raise ValueError(f"embeddings and scale have leading dimensions {sizes}, which do not fit") from None
-    blocks = a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
+    even, odd = slice(0, None, 2), slice(1, None, 2)
+    blocks = first_embedding[..., even] * second_embedding[..., odd]
+    blocks = blocks - first_embedding[..., odd] * second_embedding[..., even]
     return (blocks if scale is None else wide(scale) * blocks).sum(-1)
 
 

@@ -48,7 +48,9 @@ def pal_delta(left: Tensor, right: Tensor, ideal: Tensor, *, squared: bool = Fal
     a = wide(ideal)
     if squared:
         return ((wide(left) - a) ** 2).sum(-1) - ((wide(right) - a) ** 2).sum(-1)
-    return torch.linalg.vector_norm(wide(left) - a, dim=-1) - torch.linalg.vector_norm(wide(right) - a, dim=-1)
+    to_left: Tensor = torch.linalg.vector_norm(wide(left) - a, dim=-1)
+    to_right: Tensor = torch.linalg.vector_norm(wide(right) - a, dim=-1)
+    return to_left - to_right
 
 
 def pal_logits(left: Tensor, right: Tensor, user: Tensor, *, scale: float | Tensor, eps: float = 1e-8) -> Tensor:
