@@ -140,15 +140,15 @@ class Subject:
         """Whether the log-probs come in carriers, with lengths."""
         return any(self._carrier(name) is not Tensor for name in self.policies)
 
+    def arguments(self, batch: Batch) -> dict[str, Any]:
+        """What the loss's function takes, by name: log-probs in their carriers, the rest as it is."""
+        models = {*self.policies, *self.baselines}
+        given = [name for name in self.parameters if name in models or name in batch.values]
+        return {name: self._carry(name, batch) if name in models else batch.values[name] for name in given}
+
     def __call__(self, batch: Batch, **changed: Any) -> LossOutput:
         """The loss of the batch, with some settings changed."""
-        arguments = {}
-        for name in self.parameters:
-            if name in self.policies or name in self.baselines:
-                arguments[name] = self._carry(name, batch)
-            elif name in batch.values:
-                arguments[name] = batch.values[name]
-        return self.info.function(**arguments, **{**self.settings, **changed})
+        return self.info.function(**self.arguments(batch), **{**self.settings, **changed})
 
     def _carrier(self, name: str) -> type:
         """What a parameter of log-probs is: by its annotation, or by the kind of the loss where it has none."""
