@@ -26,12 +26,13 @@ def test_every_shipped_recipe_loads(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.model.name == "smollm2-135m-instruct"
     assert recipe.output == f"runs/{name}"
-    assert recipe.evals == (["generation"] if name == "sft" else ["preference", "generation", "displacement"])
+    of_kind = {"completions": ["generation"], "thumbs": ["thumbs", "generation"]}
+    assert recipe.evals == of_kind.get(recipe.data_kind, ["preference", "generation", "displacement"])
     assert recipe.generation.reward == "align.rewards.rules:everyday_answer"
 
 
 def test_shipped_recipes_are_all_there() -> None:
-    assert {"quickstart", "sft", "simpo", "dpo_full", "combined"} <= set(shipped_recipes())
+    assert {"quickstart", "sft", "simpo", "dpo_full", "combined", "bco", "kto"} <= set(shipped_recipes())
 
 
 def test_defaults_are_filled_in(write_recipe: Write) -> None:
@@ -48,7 +49,8 @@ def test_terms_of_a_sum_get_their_own_defaults(write_recipe: Write) -> None:
     losses = [{"name": "dpo", "weight": 0.5}, {"name": "simpo", "beta": 4.0}, {"name": "sft"}]
     recipe = load_recipe(write_recipe(method=None, losses=losses))
     settings = [(term.name, term.weight, term.settings) for term in recipe.terms]
-    assert settings == [("dpo", 0.5, {"beta": 0.1}), ("simpo", 1.0, {"beta": 4.0, "gamma": 1.0}), ("sft", 1.0, {})]
+    dpo, simpo = {"beta": 0.1, "label_smoothing": 0.0}, {"beta": 4.0, "gamma": 1.0}
+    assert settings == [("dpo", 0.5, dpo), ("simpo", 1.0, simpo), ("sft", 1.0, {})]
 
 
 def test_all_problems_at_once_in_the_published_look(write_recipe: Write) -> None:
@@ -86,6 +88,8 @@ def test_all_problems_at_once_in_the_published_look(write_recipe: Write) -> None
         ({"method": "sft", "loss": {"beta": 1.0}}, "loss.beta", "method sft has no such setting"),
         ({"loss": {"beta": "x"}}, "loss.beta", "'x' is not a number"),
         ({"loss": {"beta": -1.0}}, "loss", "beta is -1.0: it must be positive"),
+        ({"method": "dpo", "loss": {"label_smoothing": 0.5}}, "loss", "label_smoothing is 0.5: a share of wrong labels"),
+        ({"method": "r_dpo", "loss": {"alpha": "short"}}, "loss.alpha", "'short' is not a number"),
         ({"loss": {"gamma": 1.0}}, "loss.gamma", "ln_dpo has no such setting; it has: beta"),
         ({"method": None, "losses": [{"name": "ipoo"}]}, "losses.0.name", "did you mean ipo?"),
         ({"method": None, "losses": [{"name": "dpo", "beat": 1}]}, "losses.0.beat", "did you mean losses.0.beta?"),
@@ -144,7 +148,7 @@ def test_a_missing_file_of_a_kind_that_can_be_read_is_no_hub_id(write_recipe: Wr
 def test_overrides_reach_every_key(write_recipe: Write) -> None:
     source = write_recipe(method=None, losses=[{"name": "dpo"}])
     recipe = load_recipe(source, ["losses.0.beta=5e-1", "model=other/model", "model.lora.r=4", "resume=never"])
-    assert recipe.terms[0].settings == {"beta": 0.5}
+    assert recipe.terms[0].settings == {"beta": 0.5, "label_smoothing": 0.0}
     assert recipe.model.name == "other/model"
     assert recipe.model.lora is not None
     assert recipe.model.lora.r == 4
