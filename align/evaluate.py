@@ -1,4 +1,4 @@
-"""The evaluations of a run, after training: held-out pairs, and answers before and after.
+"""The evaluations of a run, after training: held-out pairs or thumbs, and answers before and after.
 
 Every suite writes ``eval/NAME.json`` once, whole. Answers are kept as they come, in ``eval/answers.jsonl``, so that an
 interrupted evaluation goes on where it stopped.
@@ -26,14 +26,17 @@ from align.evals.kl import log_ratios
 from align.evals.preference import preference_suite
 from align.evals.reward_spec import load_reward
 from align.evals.sampling import Sample, sample
+from align.evals.thumbs import thumbs_suite
 from align.losses import PairLogps, SequenceLogps, combine
-from align.losses.rows import pair_rows
+from align.losses.rows import Rows, answer_rows, pair_rows
+from align.losses.types import UnpairedLogps
 from align.models.ends import end_tokens
 from align.models.memory import release_freed
 from align.models.scoring import score, sequence_logps
 from align.tracking.files import write_json, write_text
 from align.tracking.progress import progress
 from align.trainers.build import Built, losses_of
+from align.trainers.thumbs import ThumbsTrainer, thumbs_output
 
 SAMPLES_SHOWN = 20
 BATCH = 16
@@ -51,6 +54,7 @@ def evaluate(
     folder.mkdir(exist_ok=True)
     pairs = _Pairs(recipe, built, tokenizer, held_out)
     suites: dict[str, Callable[[], dict[str, Any]]] = {
+        "thumbs": lambda: _thumbs(recipe, built, tokenizer, held_out),
         "preference": pairs.preference,
         "displacement": pairs.displacement,
         "generation": lambda: _generation(recipe, built, tokenizer, held_out, run),
@@ -96,28 +100,71 @@ class _Pairs:
         return displacement_suite(*self.logps, self.ids, groups=self.groups)
 
     def _score(self, model: Any, name: str) -> PairLogps:
-        order = sorted(
-            range(len(self.rows)), key=lambda i: -len(self.rows[i].chosen_ids) - len(self.rows[i].rejected_ids)
-        )
-        totals = torch.zeros(2, len(self.rows))
-        lengths = torch.zeros(2, len(self.rows), dtype=torch.long)
-        model.eval()
-        with progress(f"scoring held-out pairs, {name} model", len(order)) as advance, torch.no_grad():
-            for start in range(0, len(order), BATCH):
-                part = order[start : start + BATCH]
-                batch = [self.rows[i] for i in part]
-                rows = pair_rows(
-                    [row.prompt_ids for row in batch],
-                    [row.chosen_ids for row in batch],
-                    [row.rejected_ids for row in batch],
-                    pad_token_id=self.pad_token_id,
-                    shared_prompt=self.shared_prompt,
-                ).to(model.device)
-                totals[:, part] = rows.totals(score(model, rows).logps).view(2, -1).cpu()
-                lengths[:, part] = rows.lengths().view(2, -1).cpu()
-                release_freed()
-                advance(len(part))
+        def lay_out(part: Sequence[Any]) -> Rows:
+            return pair_rows(
+                [row.prompt_ids for row in part],
+                [row.chosen_ids for row in part],
+                [row.rejected_ids for row in part],
+                pad_token_id=self.pad_token_id,
+                shared_prompt=self.shared_prompt,
+            )
+
+        sizes = [len(row.chosen_ids) + len(row.rejected_ids) for row in self.rows]
+        totals, lengths = _scored(model, self.rows, sizes, lay_out, 2, f"scoring held-out pairs, {name} model")
         return PairLogps(SequenceLogps(totals[0], lengths[0]), SequenceLogps(totals[1], lengths[1]))
+
+
+def _scored(
+    model: Any, data: Sequence[Any], sizes: Sequence[int], lay_out: Callable[[Sequence[Any]], Rows], k: int, what: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs and lengths of the k answers of each row of ``data``, (k, N) each; the largest rows go first."""
+    order = sorted(range(len(data)), key=lambda i: -sizes[i])
+    totals = torch.zeros(k, len(data))
+    lengths = torch.zeros(k, len(data), dtype=torch.long)
+    model.eval()
+    with progress(what, len(order)) as advance, torch.no_grad():
+        for start in range(0, len(order), BATCH):
+            part = order[start : start + BATCH]
+            rows = lay_out([data[i] for i in part]).to(model.device)
+            totals[:, part] = rows.totals(score(model, rows).logps).view(k, -1).cpu()
+            lengths[:, part] = rows.lengths().view(k, -1).cpu()
+            release_freed()
+            advance(len(part))
+    return totals, lengths
+
+
+def _thumbs(recipe: Recipe, built: Built, tokenizer: PreTrainedTokenizerBase, held_out: Split) -> dict[str, Any]:
+    """The rewards of held-out answers, against BCO's shift as training left it, or against 0 for KTO."""
+    data: Sequence[Any] = held_out.tokenized.rows
+    pad = int(tokenizer.pad_token_id)
+
+    def logps(model: Any, name: str) -> SequenceLogps:
+        totals, lengths = _scored(
+            model,
+            data,
+            [len(row.input_ids) for row in data],
+            lambda part: answer_rows(
+                [row.prompt_ids for row in part], [row.completion_ids for row in part], pad_token_id=pad
+            ),
+            1,
+            f"scoring held-out answers, {name} model",
+        )
+        return SequenceLogps(totals[0], lengths[0])
+
+    trainer: ThumbsTrainer = built.trainer
+    (loss,) = losses_of(recipe)
+    labels = torch.tensor([row.label for row in data])
+    policy = UnpairedLogps(logps(trainer.model, "trained"), labels)
+    with built.untrained() as before:
+        reference = logps(before, "untrained")
+    return thumbs_suite(
+        thumbs_output(loss, policy, reference).rewards[:, 0],
+        labels,
+        [row.row_id for row in data],
+        threshold=0.0 if trainer.shift is None else float(trainer.shift.value),
+        groups=[json.dumps(row.prompt) for row in held_out.used],
+        settings={"rewards": loss.info.name, **loss.settings},
+    )
 
 
 def _generation(

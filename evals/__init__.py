@@ -1,10 +1,11 @@
 """Evals: what a model, a reward or a decoder is worth. Every number comes with its n and its interval.
 
-Three suites compare an aligned model (after, the policy) with the model it came from (before, the reference) on
+Four suites compare an aligned model (after, the policy) with the model it came from (before, the reference) on
 held-out data. Each returns one JSON-able dict: ``suite, schema, n, metrics, rows, settings``, where a metric is
 ``{value, low, high, n}`` and ``rows`` keep what it was computed from.
 
 - ``preference``    does the implicit reward rank the chosen answer first? accuracy (a tie is half), margin, ties.
+- ``thumbs``        does the implicit reward tell thumbs up from thumbs down? AUC, accuracy, mean reward of each.
 - ``displacement``  what happened to the log-probs of the held-out pairs: did the chosen answers fall too?
 - ``generation``    answers before and after, judged by a reward: win rate, length, repetition, KL to the reference.
 

@@ -17,6 +17,11 @@ NOTATION = (
     "w: the chosen answer, l: the rejected one; S: its log-prob under the policy, R: under the reference (nats); "
     "r = S - R; n: tokens; sigma: the logistic function."
 )
+THUMBS_NOTATION = (
+    "up, down: answers with that thumb; r: log-prob under the policy less that under the reference (nats); delta: the "
+    "reward shift, a point between the rewards of both thumbs; w: weight of a thumb down by its prompt, 1 where none "
+    "is asked for; KL: mean r of mismatched answers, at least 0; sigma: the logistic function."
+)
 
 # Names of the suites' metrics in words, and how their values read.
 PERCENT, NATS, TOKENS, POINTS = "%", "nats", "tokens", ""
@@ -36,6 +41,10 @@ METRICS: dict[str, tuple[str, str]] = {
     "generation/distinct_after": ("Different 2-grams over all answers, after", PERCENT),
     "generation/kl_to_reference": ("KL to the reference, per answer", NATS),
     "generation/kl_to_reference_per_token": ("KL to the reference, per token", NATS),
+    "thumbs/auc": ("Thumbs up told from thumbs down, held-out (AUC)", PERCENT),
+    "thumbs/accuracy": ("Held-out answers on the right side of the reward's threshold", PERCENT),
+    "thumbs/reward_up": ("Implicit reward of thumbs up", POINTS),
+    "thumbs/reward_down": ("Implicit reward of thumbs down", POINTS),
     "preference/accuracy": ("Preference accuracy on held-out pairs", PERCENT),
     "preference/margin": ("Margin of the implicit reward", POINTS),
     "preference/ties": ("Pairs with equal rewards", PERCENT),
@@ -136,7 +145,10 @@ def judge(record: RunRecord) -> str:
 
 def notation(recipe: Mapping[str, Any]) -> str:
     """What the letters of the formulas mean; empty where no formula uses them."""
-    return NOTATION if any(term.paper for term in terms(recipe)) else ""
+    found = terms(recipe)
+    if any(term.name in LOSSES and LOSSES[term.name].kind == "thumbs" for term in found):
+        return THUMBS_NOTATION
+    return NOTATION if any(term.paper for term in found) else ""
 
 
 def commands(record: RunRecord) -> list[tuple[str, str]]:
@@ -185,6 +197,7 @@ def headline(record: RunRecord) -> list[Measure]:
     """The numbers to look at first; those that were not measured are left out."""
     names = (
         "generation/win_rate",
+        "thumbs/auc",
         "preference/accuracy",
         "displacement/chosen_delta_per_token",
         "generation/kl_to_reference",
@@ -252,7 +265,7 @@ def _interval(entry: Mapping[str, Any], kind: str) -> str:
 
 def _note(name: str, entry: Mapping[str, Any]) -> str:
     """What the interval says about the value that means nothing happened."""
-    even = {"generation/win_rate": (0.5, "50 %"), "preference/accuracy": (0.5, "50 %")}
+    even = dict.fromkeys(("generation/win_rate", "thumbs/auc", "preference/accuracy"), (0.5, "50 %"))
     zero = ("generation/reward_change", "displacement/chosen_delta_per_token", "displacement/chosen_delta")
     point, words = even.get(name, (0.0, "0") if name in zero else (None, ""))
     low, high = entry.get("low"), entry.get("high")

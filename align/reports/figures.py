@@ -81,15 +81,28 @@ CURVES: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
         (("training", "rewards/accuracies"), ("held-out", "eval_rewards/accuracies")),
     ),
     (
+        "Accuracy",
+        "",
+        "Share of answers on their thumb's side of the reward's threshold (bco: the shift; kto: 0); 0.5 is chance.",
+        (("training", "thumbs/accuracy"), ("held-out", "eval_thumbs/accuracy")),
+    ),
+    (
+        "Reward shift",
+        "",
+        "BCO's delta: the point between the rewards of thumbs up and those of thumbs down.",
+        (("shift", "bco/shift"),),
+    ),
+    ("KL", "nats per answer", "KTO's reference point: mean log-ratio of mismatched answers.", (("training", "kl"),)),
+    (
         "Margin",
         "",
-        "Implicit reward of the chosen answer less that of the rejected one.",
+        "Implicit reward of chosen answers (thumbs up) less that of rejected ones (thumbs down).",
         (("training", "rewards/margins"), ("held-out", "eval_rewards/margins")),
     ),
     (
         "Log-prob change",
         "nats per answer",
-        "Change from the reference, training pairs. Chosen below 0: the preferred answers became less likely too.",
+        "Change from the reference, training data. Chosen below 0: the preferred answers became less likely too.",
         (("chosen", "displacement/chosen_delta"), ("rejected", "displacement/rejected_delta")),
     ),
     (
@@ -116,8 +129,8 @@ def training_pictures(record: RunRecord) -> list[Picture]:
 
 def evaluation_pictures(record: RunRecord) -> list[Picture]:
     """Histograms over the rows of the evaluations."""
-    preference, displacement, generation = (
-        record.evals.get(suite, {}).get("rows", []) for suite in ("preference", "displacement", "generation")
+    thumbs, preference, displacement, generation = (
+        record.evals.get(suite, {}).get("rows", []) for suite in ("thumbs", "preference", "displacement", "generation")
     )
     wanted = (
         ("Rewards of held-out pairs", "implicit reward", "pairs", preference, "chosen_reward", "rejected_reward"),
@@ -128,6 +141,14 @@ def evaluation_pictures(record: RunRecord) -> list[Picture]:
         for title, label, what, rows, a, b in wanted
         if rows
     ]
+    if thumbs:
+        sides = [
+            Series(name, _finite([row["reward"] for row in thumbs if row["up"] is up]))
+            for name, up in (("thumbs up", True), ("thumbs down", False))
+        ]
+        pictures.append(
+            histogram("Rewards of held-out answers", "implicit reward", f"{len(thumbs):,} answers.", sides)
+        )
     for title, label, key in (("Scores of the answers", "score", "reward"), ("Answer length", "tokens", "tokens")):
         if generation:
             sides = [Series(side, _finite([row[side][key] for row in generation])) for side in ("before", "after")]

@@ -147,7 +147,8 @@ def _summary(logs: Mapping[str, Any]) -> str:
     parts = []
     if (loss := logs.get(f"{prefix}loss")) is not None:
         parts.append(f"loss {loss:.3f}")
-    if (accuracy := logs.get(f"{prefix}rewards/accuracies")) is not None:
+    accuracy = logs.get(f"{prefix}rewards/accuracies", logs.get(f"{prefix}thumbs/accuracy"))
+    if accuracy is not None:
         parts.append(f"accuracy {100 * accuracy:.0f} %")
     if (margin := logs.get(f"{prefix}rewards/margins")) is not None:
         parts.append(f"margin {margin:.3f}")

@@ -13,10 +13,10 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedTokenizerBase, Trainer
-from trl import DPOConfig, SFTConfig, SFTTrainer
+from trl import DPOConfig, KTOConfig, SFTConfig, SFTTrainer
 from trl.trainer.utils import use_adapter
 
-from align.config.schema import LoraSpec, ModelSpec, Recipe
+from align.config.schema import BcoSpec, LoraSpec, ModelSpec, Recipe
 from align.errors import AlignError
 from align.losses import Loss
 from align.models.fingerprint import weights_hash
@@ -27,8 +27,11 @@ from align.models.scoring import attach_scoring
 
 from .memory import ReleaseFreed
 from .pair import PairTrainer
+from .thumbs import ThumbsTrainer
 
 logger = logging.getLogger(__name__)
+
+DATASETS = ("train_dataset", "eval_dataset")
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def build(
     """Load the model and set up its trainer.
 
     Args:
-        train, held_out: tokenised rows.
+        train, held_out: tokenised rows, of the recipe's kind of data.
         output: the run folder; checkpoints go there.
 
     Raises:
@@ -79,8 +82,10 @@ def build(
         "peft_config": lora,
     }
     try:
-        if losses:
-            trainer: Trainer = PairTrainer(loss=losses, shared_prompt=recipe.data.shared_prompt, **common)
+        if recipe.data_kind == "thumbs":
+            trainer: Trainer = _thumbs_trainer(recipe, losses[0], common)
+        elif losses:
+            trainer = PairTrainer(loss=losses, shared_prompt=recipe.data.shared_prompt, **common)
         else:
             trainer = SFTTrainer(**common)
             inner = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
@@ -95,7 +100,27 @@ def build(
     return Built(trainer, lambda: _untrained(recipe, trainer, kept), facts)
 
 
-def training_arguments(recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase) -> DPOConfig | SFTConfig:
+def _thumbs_trainer(recipe: Recipe, loss: Loss, common: dict[str, Any]) -> ThumbsTrainer:
+    spec = recipe.bco or BcoSpec()
+    if recipe.method == "kto":
+        # Its mismatched answers come from the next rows, where the other answer of a pair would stand.
+        seed = common["args"].seed
+        shuffled = {name: common[name] and common[name].shuffle(seed=seed) for name in DATASETS}
+        common = {**common, **shuffled}
+    return ThumbsTrainer(
+        loss=loss,
+        shift=spec.shift,
+        decay=spec.decay,
+        match_prompts=spec.match_prompts,
+        density_ratio=(spec.density_ratio[0], spec.density_ratio[1]),
+        density_prompts=spec.density_prompts,
+        **common,
+    )
+
+
+def training_arguments(
+    recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase
+) -> DPOConfig | KTOConfig | SFTConfig:
     """``training:`` with what the rest of the recipe decides, and defaults that suit a run folder."""
     compute, _ = resolve_dtype(recipe.model.dtype)
     accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
@@ -116,6 +141,10 @@ def training_arguments(recipe: Recipe, output: Path, tokenizer: PreTrainedTokeni
         "save_total_limit": 2,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
+    if recipe.data_kind == "thumbs":
+        # KTO's rows keep their order; without its mismatched answers they need not.
+        order = "sequential" if recipe.method == "kto" else "random"
+        return KTOConfig(**{"train_sampling_strategy": order, **defaults, **recipe.training, **decided})
     if recipe.terms:
         return DPOConfig(**{**defaults, **recipe.training, **decided})
     # The rows are token ids and labels already, by the rules of align.data.
