@@ -47,7 +47,7 @@ def logic(
     lines.append(("monotone", "yes" if found.not_monotone is None else f"NO: {found.not_monotone}"))
     print("\n".join(f"{what:<13} {text}" for what, text in lines))
     if found.relations:
-        print("\nWhat entails another has the smaller rho. (?): a name read off a figure of arXiv:2412.17696.")
+        print("\nWhat entails another has the smaller rho. (?): not certain to be the name in arXiv:2412.17696.")
 
 
 def _truth_table(found: Report) -> Table:

@@ -78,7 +78,7 @@ def logic(
     beta: float,
     norm: Norm = "mean",
 ) -> LossOutput:
-    """The loss that a formula compiles to (arXiv:2412.17696, Sec. 4).
+    """The loss that a formula compiles to (arXiv:2412.17696).
 
     ``rho = log WMC((P or P_A) and P_C) / WMC((not P or P_A) and P_C)``; the loss is, by ``f``:
 

@@ -1,8 +1,8 @@
 """What a formula is called: known losses, how they entail each other, and closed forms.
 
 Over ``M(w)`` and ``M(l)``, with "w and not l" a top world and "l and not w" a bottom one, a loss is one of 16, by the
-state of the two other worlds (arXiv:2412.17696, Table 4 and Fig. 5). A name with a question mark is our reading of a
-figure; five of the 16 have no name.
+state of the two other worlds (arXiv:2412.17696). A name with a question mark is not certain to be the paper's; five of
+the 16 have no name.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def known_name(found: Structure) -> str | None:
 def relation(one: Structure, other: Structure) -> str:
     """What ``one`` is to ``other``: ``stronger`` where its top entails the other's and the other's bottom its own.
 
-    Then its rho is at most the other's, at all probabilities (arXiv:2412.17696, Prop. 4).
+    Then its rho is at most the other's, at all probabilities (arXiv:2412.17696).
     """
     a, b = _over_both_models(one), _over_both_models(other)
     stronger = not (a.top & ~b.top or b.bottom & ~a.bottom)

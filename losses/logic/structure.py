@@ -21,7 +21,7 @@ Cube = dict[int, bool]  # a product of literals: atom's number to its truth
 
 @dataclass(frozen=True)
 class Structure:
-    """A preference structure (arXiv:2412.17696, Sec. 4): the loss lowers ``-log WMC(top) / WMC(bottom)``.
+    """A preference structure (arXiv:2412.17696): the loss lowers ``-log WMC(top) / WMC(bottom)``.
 
     Args:
         atoms: the policy's first, each model's by position.
@@ -79,7 +79,7 @@ def models_of(formula: Formula, atoms: tuple[Atom, ...]) -> int:
 def structure(logic: str, where: str = "true", also: str = "false") -> Structure:
     """The worlds of the preference structure ``(P, P_C, P_A)`` = (logic, where, also).
 
-    ``top = (P or P_A) and P_C``, ``bottom = (not P or P_A) and P_C`` (arXiv:2412.17696, Sec. 4).
+    ``top = (P or P_A) and P_C``, ``bottom = (not P or P_A) and P_C`` (arXiv:2412.17696).
 
     Raises:
         FormulaError: a formula cannot be read, there are more than 12 atoms, letters and numbers are mixed, no world
@@ -155,8 +155,8 @@ def decompile(top: str, bottom: str) -> tuple[Formula, Formula, Formula]:
 
     The two polynomials of a loss ``log(top / bottom)`` are given as formulas: ``W`` is ``M(w)``, ``1 - L`` is
     ``not(M(l))``, products are ``and``, sums of terms that exclude each other are ``or``. With them
-    ``P = bottom -> top``, ``P_C = top or bottom`` and ``P_A = top and bottom``, each simplified (arXiv:2412.17696,
-    Sec. 5).
+    ``P = bottom -> top``, ``P_C = top or bottom`` and ``P_A = top and bottom``, each simplified
+    (arXiv:2412.17696).
 
     Raises:
         FormulaError: a formula cannot be read, or there are more than 12 atoms.

@@ -44,7 +44,7 @@ FOUR = (*PAIR, Atom("Ref", "w"), Atom("Ref", "l"))
     ],
 )  # fmt: skip
 def test_formulas_have_their_papers_names(arguments: tuple[str, ...], name: str | None, form: str) -> None:
-    """The cells of the lattice by formula; a question mark says that the name is a reading of a figure."""
+    """The cells of the lattice by formula; a question mark says that the name is not certain to be the paper's."""
     found = structure(*arguments)
     assert (known_name(found), closed_form(found)) == (name, form)
 

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import align.losses as by_hand
 from align.losses import Loss, PairLogps, SequenceLogps, combine
-from align.losses import pairwise as by_hand
 from align.losses.logic import FormulaError, LogicLoss, logic
 
 CPO = {"logic": "implies(M(l), M(w))", "where": "or(M(w), M(l))", "also": "and(M(w), M(l))"}

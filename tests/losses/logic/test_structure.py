@@ -98,7 +98,7 @@ def test_every_pair_of_polynomials_comes_back(top: int) -> None:
     ids=["CPO", "ORPO", "CE", "DPO"],
 )
 def test_known_losses_decompile_to_the_papers_formulas(top: str, bottom: str, expected: list[str]) -> None:
-    """The statements of the paper's Table 3: CPO one-sided, ORPO one-hot, DPO with the reference's atoms crossed."""
+    """The statements of the paper: CPO one-sided, ORPO one-hot, DPO with the reference's atoms crossed."""
     found = decompile(top, bottom)
     assert [str(part) for part in found] == expected
     compiled = structure(*map(str, found))
