@@ -136,9 +136,9 @@ def gpm(
     if chosen_embedding.ndim != 2:
         raise ValueError(f"chosen_embedding has shape {tuple(chosen_embedding.shape)} and must have (B, D)")
     check_shape("rejected_embedding", rejected_embedding, chosen_embedding.shape, "one vector a pair")
-    # gpm_score would refuse them too, under the names that they have there.
-    check_finite("chosen_embedding", chosen_embedding)
-    check_finite("rejected_embedding", rejected_embedding)
+    # gpm_score refuses the same, under the names that they have there.
+    chosen_embedding = _embedding("chosen_embedding", chosen_embedding)
+    rejected_embedding = _embedding("rejected_embedding", rejected_embedding)
     if scale is not None:
         rows, width = chosen_embedding.shape
         check_shape("scale", scale, (rows, width // 2), "one a block of two numbers")

@@ -72,20 +72,34 @@ def schema() -> None:
 
 
 @app.command()
-def methods() -> None:
-    """List the methods: formula, reference, default beta, paper."""
+def methods(
+    markdown: Annotated[bool, typer.Option("--markdown", help="As the page docs/methods.md.")] = False,
+) -> None:
+    """List the losses by kind: formula, reference, default beta, paper, and what each is for."""
+    from align.losses import LOSSES
+    from align.losses.catalogue import KINDS
+    from align.reports.methods import methods_page, reference_of
+
+    if markdown:
+        print(methods_page(), end="")
+        return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    from align.losses import LOSSES
-
-    table = Table("method", "reference", "beta", "paper", "formula and purpose", box=None, pad_edge=False)
-    for info in LOSSES.values():
-        beta = "" if info.default_beta is None else f"{info.default_beta:g}"
-        reference = "yes" if info.reference else "no"
-        table.add_row(info.name, reference, beta, info.paper, f"{info.formula}\n[dim]{info.purpose}[/dim]")
-    Console().print(table)
-    print("\nmethod: sft trains on answers alone (TRL's SFTTrainer); as a term of losses, sft is the chosen answer's.")
+    console = Console()
+    for kind, what in KINDS.items():
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for info in LOSSES.values():
+            if info.kind == kind:
+                beta = "" if info.default_beta is None else f"beta {info.default_beta:g} · "
+                facts = f"reference: {reference_of(info)} · {beta}{info.paper}"
+                table.add_row(info.name, escape(f"{info.formula}\n{info.purpose}\n") + f"[dim]{escape(facts)}[/dim]")
+        if table.row_count:
+            console.print(f"[bold]{kind}[/bold]: {what}", highlight=False)
+            console.print(table, highlight=False)
+            console.print()
+    print("method: sft trains on answers alone (TRL's SFTTrainer); as a term of losses, sft is the chosen answer's.")
 
 
 def _purpose(text: str) -> str:
