@@ -136,4 +136,5 @@ def _areas(counts: NDArray[np.float64], up: NDArray[np.bool_], last: NDArray[np.
     below = np.concatenate([np.zeros((len(counts), 1)), negative[:, :-1]], axis=1)
     pairs = positive[:, -1] * negative[:, -1]
     wins = (at * (below + negative) / 2).sum(axis=1)
-    return np.divide(wins, pairs, out=np.full(len(counts), np.nan), where=pairs > 0)
+    areas: NDArray[np.float64] = np.divide(wins, pairs, out=np.full(len(counts), np.nan), where=pairs > 0)
+    return areas

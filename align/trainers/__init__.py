@@ -4,7 +4,8 @@
   completion tokens alone, loss-true metrics, and the check at the first step that policy and reference agree.
 - ``thumbs``     ``ThumbsTrainer``: TRL's ``KTOTrainer`` with BCO or KTO, their state and their metrics.
 - ``host``       what both do alike: the reference, its check, the clock, resuming.
-- ``matching``   BCO's weights of prompts; ``thumbs_collate`` its batches, and KTO's mismatched answers.
+- ``matching``   BCO's weights of prompts; ``thumbs_collate`` the batches, and KTO's mismatched answers;
+  ``thumbs_metrics`` what is logged of them.
 - ``collate``    tokenised pairs to the tensors of one forward pass.
 - ``build``      model, adapter, reference and arguments from a recipe, with the facts that the manifest states.
 - ``plan``       steps and memory of a run that is not run: ``align train --dry-run``.

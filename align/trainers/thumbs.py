@@ -40,8 +40,7 @@ from align.errors import AlignError
 from align.losses import Loss, LossOutput, SequenceLogps
 from align.losses.binary import RewardShift, ShiftMode, kto_kl
 from align.losses.catalogue import KINDS, LossFunction
-from align.losses.logprobs import TokenLogps
-from align.losses.rows import PADDING, Rows
+from align.losses.rows import Rows
 from align.losses.types import UnpairedLogps
 from align.models.scoring import score
 from align.rewards.density import DensityRatio
@@ -58,6 +57,7 @@ from .matching import (
     with_weights,
 )
 from .thumbs_collate import ThumbsCollator, rows_of, with_mismatched
+from .thumbs_metrics import batch_sums, named_means
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +97,10 @@ class ThumbsTrainer(Hosted, KTOTrainer):  # type: ignore[misc]
         ValueError: an argument that this trainer would have to drop, or a loss that is not one on thumbs.
         AlignError: the training data has thumbs of one kind alone.
     """
+
+    # Set by TRL's trainer.
+    train_dataset: Any
+    eval_dataset: Any
 
     def __init__(
         self,
@@ -275,7 +279,9 @@ class ThumbsTrainer(Hosted, KTOTrainer):  # type: ignore[misc]
         kl = self._kl(model, inputs) if self.needs_kl else None
         shift = None if self.shift is None else self.shift.value
         output = thumbs_output(self.loss, policy, reference, shift=shift, kl=kl, weight=inputs.get("weight"))
-        self._record(rows, tokens, policy, reference, output, inputs.get("weight"), kl)
+        threshold = 0.0 if shift is None else float(shift)
+        rewards, weight = output.rewards[:, 0], inputs.get("weight")
+        self._record(batch_sums(rows, tokens, policy, reference, rewards, weight, threshold), kl)
         # Over all rows, whatever their weights: a weight that grows counts, and does not shrink the others.
         return self.loss.weight * output.loss.mean()
 
@@ -322,71 +328,24 @@ class ThumbsTrainer(Hosted, KTOTrainer):  # type: ignore[misc]
 
     # --- metrics ------------------------------------------------------------------------------------------------
 
-    def _record(
-        self,
-        rows: Rows,
-        tokens: TokenLogps,
-        policy: UnpairedLogps,
-        reference: SequenceLogps | None,
-        output: LossOutput,
-        weight: Tensor | None,
-        kl: Tensor | None,
-    ) -> None:
-        """Metrics of a batch, summed over processes in one reduction; those of a thumb that it lacks are left out."""
-        label, rewards = policy.label, output.rewards[:, 0]
-        per_row = {
-            "rewards": rewards,
-            "logps": policy.sequence.total,
-            "length": policy.sequence.length,
-        }
-        if reference is not None:
-            per_row["delta"] = policy.sequence.total - reference.total
-        if weight is not None:
-            per_row["weight"] = weight
-        sums = {
-            f"{name} {thumb}": value.detach().float()[which].sum()
-            for thumb, which in (("chosen", label), ("rejected", ~label))
-            for name, value in {**per_row, "rows": torch.ones_like(rewards)}.items()
-        }
-        threshold = 0.0 if self.shift is None else float(self.shift.value)
-        right = torch.where(label, rewards > threshold, rewards < threshold) + 0.5 * (rewards == threshold)
-        sums |= {
-            "right": right.float().sum(),
-            "entropy": tokens.entropy.float().sum(),
-            "scored": tokens.logps.new_tensor(len(tokens.logps), dtype=torch.float32),
-            "seen": (rows.segments != PADDING).float().sum(),
-        }
+    def _record(self, sums: Mapping[str, Tensor], kl: Tensor | None) -> None:
+        """Metrics of a batch, summed over processes in one reduction."""
         reduced = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="sum").tolist()
         total = dict(zip(sums, reduced, strict=True))
-
-        training = self.model.training
-        metrics = self._metrics["train" if training else "eval"]
-        named = {
-            "rewards": "rewards/{}",
-            "logps": "logps/{}",
-            "length": "length/{}_tokens",
-            "delta": "displacement/{}_delta",
-        }
-        for thumb in ("chosen", "rejected"):
-            if count := total[f"rows {thumb}"]:
-                for name in per_row.keys() & named.keys():
-                    metrics[named[name].format(thumb)].append(total[f"{name} {thumb}"] / count)
-        if total["rows chosen"] and total["rows rejected"]:
-            metrics["rewards/margins"].append(metrics["rewards/chosen"][-1] - metrics["rewards/rejected"][-1])
-        if weight is not None and total["rows rejected"]:
-            metrics["bco/weight_down"].append(total["weight rejected"] / total["rows rejected"])
-        metrics["thumbs/accuracy"].append(total["right"] / (total["rows chosen"] + total["rows rejected"]))
-        metrics["entropy"].append(total["entropy"] / total["scored"])
+        found = named_means(total)
         if kl is not None:
-            metrics["kl"].append(float(kl))
+            found["kl"] = float(kl)
         if self.shift is not None:
-            metrics["bco/shift"].append(threshold)
+            found["bco/shift"] = float(self.shift.value)
             # Its two buffers: sums and what they are divided by, of thumbs down and up.
             above, below = (buffer.tolist() for buffer in self.shift.buffers())
             for name, one, other in zip(("bco/mean_down", "bco/mean_up"), above, below, strict=True):
                 if other:
-                    metrics[name].append(one / other)
-        if training:
+                    found[name] = one / other
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, value in found.items():
+            metrics[name].append(value)
+        if self.model.training:
             self._total_train_tokens += int(total["seen"])
         metrics["num_tokens"] = [self._total_train_tokens]
 

@@ -49,7 +49,8 @@ class ThumbsCollator:
 
 def rows_of(batch: Mapping[str, torch.Tensor], prefix: str = "") -> Rows:
     """The rows of a collated batch; with prefix ``KL_`` those of the mismatched answers."""
-    return Rows(*(batch[f"{prefix}{name}"] for name in _TENSORS), answers=len(batch["label"]))
+    tensors = {name: batch[f"{prefix}{name}"] for name in _TENSORS}
+    return Rows(**tensors, answers=len(batch["label"]))
 
 
 def with_mismatched(dataset: Dataset, batch_size: int, max_length: int | None) -> Dataset:

@@ -16,8 +16,10 @@ from trl import KTOConfig, KTOTrainer
 from align.errors import AlignError
 from align.losses import Loss
 from align.losses.binary import RewardShift, kto
+from align.trainers import thumbs
 from align.trainers.thumbs import ThumbsTrainer
 from align.trainers.thumbs_collate import with_mismatched
+from align.trainers.thumbs_metrics import batch_sums
 
 ROWS = [
     {"prompt": "the inner", "completion": " thing is there", "label": True},
@@ -142,7 +144,7 @@ def test_bco_starts_at_log_two_and_falls(make):
     assert "kl" not in last
 
 
-def test_loss_of_a_batch_by_hand(make, make_tiny_model):
+def test_loss_of_a_batch_by_hand(make, make_tiny_model, monkeypatch):
     """One batch, first step: delta is the mean of the two class means, and the loss is the mean over the rows."""
     trainer = make(
         per_device_train_batch_size=8,
@@ -152,13 +154,12 @@ def test_loss_of_a_batch_by_hand(make, make_tiny_model):
         loss=Loss.of("bco", beta=0.2),
     )
     captured = []
-    record = trainer._record
 
     def spy(rows, tokens, policy, reference, *rest):
         captured.append((policy, reference))
-        record(rows, tokens, policy, reference, *rest)
+        return batch_sums(rows, tokens, policy, reference, *rest)
 
-    trainer._record = spy
+    monkeypatch.setattr(thumbs, "batch_sums", spy)
     (log,) = steps(trainer)
     ((policy, reference),) = captured
     rewards = 0.2 * (policy.sequence.total.detach() - reference.total).double()

@@ -1,4 +1,4 @@
-"""Every private attribute of TRL that the pair trainer touches: an upgrade fails here, not in a run."""
+"""Every private attribute of TRL and transformers that the trainers touch: an upgrade fails here, not in a run."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from importlib.metadata import version
 
 import pytest
 from packaging.version import Version
-from trl import DPOConfig, DPOTrainer
+from transformers import Trainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.trainer import utils
 
+HOSTS = (DPOTrainer, KTOTrainer)
 OVERRIDDEN = {
     "_prepare_dataset": ["self", "dataset", "processing_class", "args", "dataset_name"],
     "_set_signature_columns_if_needed": ["self"],
@@ -20,6 +22,16 @@ OVERRIDDEN = {
     "log": ["self", "logs", "start_time"],
     "training_step": ["self", "args", "kwargs"],
 }
+# By the thumbs trainer alone, for BCO's shift and prompt weights.
+OVERRIDDEN_FOR_THUMBS = {
+    "get_batch_samples": ["self", "epoch_iterator", "num_batches", "device"],
+    "_save_checkpoint": ["self", "model", "trial"],
+    "_load_optimizer_and_scheduler": ["self", "checkpoint"],
+    "_load_best_model": ["self"],
+    "train": ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
+    "evaluate": ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],
+}
+CALLED_FOR_THUMBS = {"_get_output_dir": ["self", "trial"], "_prepare_inputs": ["self", "inputs"]}
 SET_IN_INIT = [
     "self._metrics",
     "self._total_train_tokens",
@@ -40,30 +52,49 @@ ARGUMENTS = [
     "truncation_mode",
     "max_length",
 ]
+KTO_ARGUMENTS = [
+    "beta",
+    "loss_type",
+    "desirable_weight",
+    "undesirable_weight",
+    "precompute_ref_log_probs",
+    "train_sampling_strategy",
+    "max_length",
+]
 
 
 def test_version():
     assert Version("1.16") <= Version(version("trl")) < Version("1.17")
 
 
+@pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("name", OVERRIDDEN)
-def test_overridden_methods_have_the_signature_that_we_override(name):
-    assert list(inspect.signature(getattr(DPOTrainer, name)).parameters) == OVERRIDDEN[name]
+def test_overridden_methods_have_the_signature_that_we_override(host, name):
+    assert list(inspect.signature(getattr(host, name)).parameters) == OVERRIDDEN[name]
 
 
-def test_attributes_are_set_where_we_read_them():
-    source = inspect.getsource(DPOTrainer.__init__)
+@pytest.mark.parametrize("name", [*OVERRIDDEN_FOR_THUMBS, *CALLED_FOR_THUMBS])
+def test_methods_that_the_thumbs_trainer_extends_or_calls(name):
+    wanted = {**OVERRIDDEN_FOR_THUMBS, **CALLED_FOR_THUMBS}[name]
+    assert list(inspect.signature(getattr(KTOTrainer, name)).parameters) == wanted
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_attributes_are_set_where_we_read_them(host):
+    source = inspect.getsource(host.__init__)
     assert [name for name in SET_IN_INIT if f"{name} =" not in source] == []
-    assert "self._signature_columns" in inspect.getsource(DPOTrainer._set_signature_columns_if_needed)
+    assert "self._signature_columns" in inspect.getsource(host._set_signature_columns_if_needed)
 
 
-def test_the_loss_goes_through_the_method_that_we_override():
-    assert "self._compute_loss(model, inputs, return_outputs)" in inspect.getsource(DPOTrainer.compute_loss)
-    assert "self.compute_loss(" in inspect.getsource(DPOTrainer.prediction_step)
+@pytest.mark.parametrize("host", HOSTS)
+def test_the_loss_goes_through_the_method_that_we_override(host):
+    assert "self._compute_loss(model, inputs, return_outputs)" in inspect.getsource(host.compute_loss)
+    assert "self.compute_loss(" in inspect.getsource(host.prediction_step)
 
 
-def test_metrics_are_averaged_by_log():
-    assert "self._metrics[mode]" in inspect.getsource(DPOTrainer.log)
+@pytest.mark.parametrize("host", HOSTS)
+def test_metrics_are_averaged_by_log(host):
+    assert "self._metrics[mode]" in inspect.getsource(host.log)
 
 
 def test_the_arguments_that_are_refused_exist_with_the_defaults_that_mean_off():
@@ -74,6 +105,37 @@ def test_the_arguments_that_are_refused_exist_with_the_defaults_that_mean_off():
         assert hasattr(config, name)
     for name, off, _ in _NOT_TAKEN:
         assert getattr(config, name) == off
+
+
+def test_the_same_for_thumbs():
+    from align.trainers.thumbs import _NOT_TAKEN
+
+    config = KTOConfig("unused", use_cpu=True, bf16=False)
+    for name in KTO_ARGUMENTS:
+        assert hasattr(config, name)
+    for name, off, _ in _NOT_TAKEN:
+        assert getattr(config, name) == off
+    assert config.train_sampling_strategy == "sequential"
+
+
+def test_the_type_of_loss_that_frees_bco_of_mismatched_answers():
+    """``apo_zero_unpaired`` makes no KL rows, and with it goes the rule of batches of two in order."""
+    source = inspect.getsource(KTOTrainer.__init__)
+    assert 'calculate_kl = args.loss_type not in ["apo_zero_unpaired"]' in source
+    assert "if self.calculate_KL and args.per_device_train_batch_size <= 1" in source
+    assert 'if self.calculate_KL and args.train_sampling_strategy != "sequential"' in source
+
+
+def test_the_batches_of_a_step_come_through_one_method_before_the_first_is_trained_on():
+    loop = inspect.getsource(Trainer._run_epoch)
+    assert loop.index("self.get_batch_samples(") < loop.index("self.training_step(")
+
+
+def test_a_checkpoint_is_written_where_the_shift_is_and_its_state_last():
+    source = inspect.getsource(Trainer._save_checkpoint)
+    assert 'f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"' in source
+    assert "self._get_output_dir(trial=trial)" in source
+    assert source.index("self.save_model(") < source.index("self.state.save_to_json(")
 
 
 def test_adapter_context():
