@@ -76,9 +76,8 @@ def methods(
     markdown: Annotated[bool, typer.Option("--markdown", help="As the page docs/methods.md.")] = False,
 ) -> None:
     """List the losses by kind: formula, reference, default beta, paper, and what each is for."""
-    from align.losses import LOSSES
     from align.losses.catalogue import KINDS
-    from align.reports.methods import methods_page, reference_of
+    from align.reports.methods import losses_of, methods_page, reference_of
 
     if markdown:
         print(methods_page(), end="")
@@ -90,11 +89,10 @@ def methods(
     console = Console()
     for kind, what in KINDS.items():
         table = Table(box=None, pad_edge=False, show_header=False)
-        for info in LOSSES.values():
-            if info.kind == kind:
-                beta = "" if info.default_beta is None else f"beta {info.default_beta:g} · "
-                facts = f"reference: {reference_of(info)} · {beta}{info.paper}"
-                table.add_row(info.name, escape(f"{info.formula}\n{info.purpose}\n") + f"[dim]{escape(facts)}[/dim]")
+        for info in losses_of(kind):
+            beta = "" if info.default_beta is None else f"beta {info.default_beta:g} · "
+            facts = f"reference: {reference_of(info)} · {beta}{info.paper}"
+            table.add_row(info.name, escape(f"{info.formula}\n{info.purpose}\n") + f"[dim]{escape(facts)}[/dim]")
         if table.row_count:
             console.print(f"[bold]{kind}[/bold]: {what}", highlight=False)
             console.print(table, highlight=False)

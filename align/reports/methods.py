@@ -36,7 +36,7 @@ def methods_page() -> str:
     """The page as Markdown: a section for each kind of loss, then the laws."""
     lines = HEAD.splitlines()
     for kind, what in KINDS.items():
-        rows = [info for info in LOSSES.values() if info.kind == kind]
+        rows = losses_of(kind)
         if rows:
             lines += ["", f"## {kind.capitalize()}", "", f"Computed on {what}.", ""]
             lines += [_row(COLUMNS), _row(["---"] * len(COLUMNS)), *(_row(_cells(info)) for info in rows)]
@@ -44,6 +44,11 @@ def methods_page() -> str:
             lines += ["", "Laws that they break:", "", *broken] if broken else []
     lines += [*TAIL.splitlines(), "", *(f"- `{law}`: {statement}." for law, statement in LAWS.items())]
     return "\n".join(lines) + "\n"
+
+
+def losses_of(kind: str) -> list[LossInfo]:
+    """The losses of a kind in the order of the table, those that are many in one (``logic``) last."""
+    return sorted((info for info in LOSSES.values() if info.kind == kind), key=lambda info: callable(info.reference))
 
 
 def reference_of(info: LossInfo) -> str:

@@ -37,6 +37,23 @@ def test_loss_stands_where_it_says(name, law):
     assert result.standing != "not applicable" or result.detail
 
 
+@pytest.mark.parametrize(
+    "formula",
+    [
+        {"logic": "implies(M(l), M(w))"},
+        {"logic": "implies(M(l), M(w))", "where": "or(M(l), M(w))", "also": "and(M(l), M(w))"},
+        {"logic": "implies(and(Ref(w), M(l)), and(Ref(l), M(w)))"},
+        {"logic": "and(M(w), not(M(l)))", "f": "hinge"},
+    ],
+    ids=["semantic loss", "CPO", "with a reference", "unlikelihood"],
+)
+def test_formulas_stand_where_the_family_says(formula):
+    """Shifts and swaps depend on the formula; the other laws hold for all with a logistic outer function."""
+    laws = [law for law in LAWS if formula.get("f") != "hinge" or "beta" not in law]
+    for result in check_laws("logic", settings=formula, only=laws):
+        assert result.passed, str(result)
+
+
 @st.composite
 def subjects(draw_from: Callable[..., Any], name: str) -> Any:
     """A loss and a batch: 1 to 5 rows, up to 400 tokens an answer, log-ratios within 30 nats."""
