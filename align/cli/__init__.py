@@ -1,7 +1,8 @@
 """The command line: one file per command, heavy imports inside the commands, so that ``align --help`` is quick.
 
-- ``train``, ``validate``, ``generate``, ``recipes``, ``report``, ``doctor``: the commands; what they do is elsewhere
-  (``align.run``, ``align.data``, ``align.generate``, ``align.config``, ``align.reports``, ``align.doctor``).
+- ``train``, ``validate``, ``generate``, ``recipes``, ``report``, ``doctor``, ``verify``: the commands; what they do is
+  elsewhere (``align.run``, ``align.data``, ``align.generate``, ``align.config``, ``align.reports``, ``align.doctor``,
+  ``align.evals.exact``).
 - ``disk``: a full disk, however a library says it.
 
 Exit codes: 0; 1 the run failed, or the data is not good enough; 2 usage or configuration; 130 interrupted. How a
@@ -21,7 +22,7 @@ from typer.core import TyperGroup
 from align.errors import AlignError
 from align.tracking.telemetry import disable_telemetry
 
-from . import doctor, generate, recipes, report, train, validate
+from . import doctor, generate, recipes, report, train, validate, verify
 from .disk import full_message, is_full
 
 
@@ -57,6 +58,7 @@ app.command()(generate.generate)
 app.add_typer(recipes.app, name="recipes")
 app.command()(report.report)
 app.command()(doctor.doctor)
+app.command()(verify.verify)
 
 
 def main() -> None:

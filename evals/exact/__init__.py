@@ -1,1 +1,11 @@
-"""The exact lab: finite worlds whose aligned optimum is known."""
+"""The exact lab: finite worlds whose aligned optimum is known, and every loss trained to it.
+
+- ``worlds``     prompts and answers that can be enumerated, a tabular policy, rewards and Bradley-Terry labels.
+- ``games``      preferences without a reward behind them: Nash equilibria, and what IPO-MD and Nash-MD reach.
+- ``descent``    training on a loss's exact expected value, from several starts.
+- ``solvers``    the exact side: roots, Newton's method, SLSQP.
+- ``targets``    for each loss what it asks for: closed form, scalar root, solver, or none and why (by kind of loss in
+  ``pair_targets``, ``logic_targets``, ``thumbs_targets``, ``selfplay_targets``, ``reward_targets``).
+- ``verify``     all of them against the truth, on a device and in a dtype: ``align verify``.
+- ``laws``       what holds for all inputs, checked on drawn ones.
+"""

@@ -139,6 +139,7 @@ def train_pairs(
     labels: Tensor | None = None,
     hard: bool = False,
     kinked: bool = False,
+    rounds: int = 3,
 ) -> list[Tensor]:
     """The policies, (P, N) each, that training on every pair of the world reaches from each start.
 
@@ -146,6 +147,7 @@ def train_pairs(
         labels: (P, N, N); None: the world's.
         hard: as in ``expected_pair_loss``.
         kinked: the loss has kinks at its optimum.
+        rounds: of L-BFGS; one is enough to see that there is no optimum.
     """
     reference = stack.here(world.log_mu)
     length = stack.here(world.length)
@@ -154,5 +156,7 @@ def train_pairs(
     def objective(logits: Tensor) -> Tensor:
         return expected_pair_loss(loss, world.sequence_logps(logits), reference, length, wanted, hard=hard)
 
-    minimiser = minimise_kinked if kinked else minimise
-    return [world.sequence_logps(minimiser(objective, start)).exp() for start in starts(world, stack)]
+    def end(start: Tensor) -> Tensor:
+        return minimise_kinked(objective, start) if kinked else minimise(objective, start, rounds=rounds)
+
+    return [world.sequence_logps(end(start)).exp() for start in starts(world, stack)]

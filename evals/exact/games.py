@@ -6,8 +6,8 @@ equilibrium, the policy ``pi ~ mu exp(p(. > pi) / tau)`` with ``p(i > pi) = sum_
 
 IPO-MD and Nash-MD play against a mixture of the policy and the reference instead (coefficient: the reference's
 weight). With ``pi_b ~ pi^(1-b) mu^b`` over whole answers their fixed point makes that *mixture* the equilibrium, of
-strength ``tau / (1 - b)``. What is sampled in practice is the mixture of next-token distributions, which is another one
-as soon as answers have two tokens: the fixed point is then only ``pi ~ mu exp(p(. > pi_b) / tau)``.
+strength ``tau / (1 - b)``. What is sampled in practice is the mixture of next-token distributions, which is another
+one as soon as answers have two tokens: the fixed point is then only ``pi ~ mu exp(p(. > pi_b) / tau)``.
 """
 
 from __future__ import annotations

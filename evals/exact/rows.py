@@ -76,9 +76,13 @@ class Row:
             ours: one (P, N) for each start.
             values: what is averaged under them for the reader, usually the reward, (P, N) or (N,).
         """
-        far = max(ours, key=lambda policy: total_variation(policy, exact))
+        far = max(ours, key=lambda policy: _or_infinite(total_variation(policy, exact)))
         mean = [float((policy.double().cpu() * values).sum(-1).mean()) for policy in (exact, far)]
         return cls(method, quantity, mean[0], mean[1], total_variation(far, exact), tolerance)
+
+
+def _or_infinite(distance: float) -> float:
+    return math.inf if math.isnan(distance) else distance
 
 
 def _missed(by: float) -> float:
