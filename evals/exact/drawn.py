@@ -228,9 +228,10 @@ def _draws(subject: Subject) -> dict[str, Callable[[Generator, int], Tensor]]:
         "predictions": lambda g, b: 2 * _normal(g, (b, ATTRIBUTES)),
         "logits": lambda g, b: 2 * _normal(g, (b, 2)),
     }
-    for name in SCORES:
-        width: tuple[int, ...] = () if name in ("chosen", "rejected", "delta") else (WIDTH,)
-        draws.setdefault(name, lambda g, b, width=width: 2 * _normal(g, (b, *width)))
+    for name in ("chosen", "rejected", "delta"):
+        draws[name] = lambda g, b: 2 * _normal(g, (b,))
+    for name in ("chosen_embedding", "rejected_embedding"):
+        draws[name] = lambda g, b: 2 * _normal(g, (b, WIDTH))
     if {*SIDES} & set(subject.parameters):
         draws["label"] = lambda g, b: 2 * torch.randint(0, 2, (b,), generator=g) - 1
     return draws
