@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from align.losses.catalogue import Loss
+from align.losses.catalogue import Loss, find_loss
 from align.losses.types import PairLogps, SequenceLogps
 
 from .descent import train_pairs
@@ -77,10 +77,10 @@ def _equal(stack: Stack) -> Iterator[Row]:
         return stack.here(-0.05 - 20 * torch.rand(64, generator=draw, dtype=torch.float64))
 
     lengths = [stack.here(torch.randint(1, 9, (64,), generator=draw)) for _ in range(2)]
-    models = [PairLogps(*(SequenceLogps(side(), length) for length in lengths)) for _ in range(2)]
+    policy, reference = (PairLogps(*(SequenceLogps(side(), length) for length in lengths)) for _ in range(2))
     for name, (formula, settings, beta) in SAME.items():
-        ours = Loss.of("logic", beta=beta, **formula)(*models).loss
-        hand = Loss.of(name, **settings)(*models).loss
+        ours = Loss(find_loss("logic"), {"beta": beta, **formula})(policy, reference).loss
+        hand = Loss.of(name, **settings)(policy, reference).loss
         gap = float((ours - hand).abs().max())
         yield Row.number("logic", f"{name} as a formula, less {name}", 0.0, gap, stack.tolerance(1e-12, 1e-4))
 

@@ -79,8 +79,8 @@ def check_margin(stack: Stack) -> Iterator[Row]:
 def noisy_gap(noise: float, margin: float) -> float:
     """The gap g with ``(1 - e) sigma(m - g) = e sigma(m + g)``.
 
-    A wrong label asks for the margin too: the expected loss is ``(1 - e) softplus(m - g) + e softplus(m + g)``, and this
-    is where its slope vanishes. With ``x = exp(g)``, ``(1 - e) / (1 + x exp(-m)) = e / (1 + exp(-m) / x)``, that is
+    A wrong label asks for the margin too: the expected loss is ``(1 - e) softplus(m - g) + e softplus(m + g)``, whose
+    slope vanishes there. With ``x = exp(g)``, ``(1 - e) / (1 + x exp(-m)) = e / (1 + exp(-m) / x)``, that is
     ``e exp(-m) x^2 + (2 e - 1) x - (1 - e) exp(-m) = 0``.
     """
     a, b, c = noise * math.exp(-margin), 2 * noise - 1, -(1 - noise) * math.exp(-margin)

@@ -15,7 +15,7 @@ from .rows import Row, Stack
 from .targets import TARGETS
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
-"""What a stack may compute in. In bf16 no optimum can be found to three digits, and the losses go to float32 anyway."""
+"""What a stack may compute in: in bf16 no optimum can be found to three digits, and losses go to float32 anyway."""
 
 
 def names(only: Sequence[str] = ()) -> list[str]:
