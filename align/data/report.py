@@ -280,6 +280,9 @@ def show_masks(tokenized: Tokenized, tokenizer: PreTrainedTokenizerBase, n: int 
         if isinstance(row, TokenizedPair):
             weights = f" · strength {row.strength:g}"
             weights += "" if row.preference is None else f" · preference {row.preference:g}"
+        thumb = getattr(row, "label", None)
+        if thumb is not None:  # a TokenizedThumb
+            weights = f" · thumb {'up' if thumb else 'down'}"
         lines.append(Text(f"\n{number}  {tokens} tokens{weights} · {row.row_id}", style="bold"))
         for name, ids in parts.items():
             line = Text(f"  {name:<11}").append(*_shown(ids, name, tokenizer, styles[name]))

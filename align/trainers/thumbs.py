@@ -194,9 +194,28 @@ class ThumbsTrainer(Hosted, KTOTrainer):  # type: ignore[misc]
             raise ValueError(f"{dataset_name}: label[{wrong[0]}] is {dataset['label'][wrong[0]]!r}: true or false")
         if dataset_name == "train":
             check_both_thumbs(dataset["label"], "train_dataset")
+            self._check_balance(dataset["label"])
         if self.needs_kl and "KL_completion_ids" not in dataset.column_names:
             dataset = with_mismatched(dataset, args.per_device_train_batch_size, args.max_length)
         return dataset if self.density is None else self._with_weights(dataset)
+
+    def _check_balance(self, labels: Sequence[bool]) -> None:
+        """KTO's weights are to make up for unequal numbers of thumbs (arXiv:2402.01306, equation 9)."""
+        defaults = {name: parameter.default for name, parameter in self.loss.info.parameters.items()}
+        if "desirable_weight" not in defaults:
+            return
+        weights = [{**defaults, **self.loss.settings}[f"{name}_weight"] for name in ("desirable", "undesirable")]
+        up = sum(labels)
+        ratio = weights[0] * up / (weights[1] * (len(labels) - up))
+        if not 1 <= ratio <= 1.5:
+            logger.warning(
+                "%d thumbs up weigh %.3g times as much as %d thumbs down; between 1 and 1.5 is advised: multiply "
+                "desirable_weight by %.3g",
+                up,
+                ratio,
+                len(labels) - up,
+                1 / ratio,
+            )
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:

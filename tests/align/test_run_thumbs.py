@@ -158,14 +158,14 @@ def test_dry_run(write_recipe, thumbs_file, tmp_path, capsys):
     train(recipe, source="r", command=[], dry_run=True)
     shown = capsys.readouterr().out
     assert shown.count("completion") >= 8
+    assert shown.count("thumb up") == shown.count("thumb down") == 4
     assert "48 rows · 6 steps of 4 (0.5 epochs)" in shown
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_killed_and_gone_on_equals_uninterrupted(write_recipe, thumbs_file, tmp_path, accumulate):
+def test_killed_and_gone_on_equals_uninterrupted(write_recipe, thumbs_file, tmp_path):
     """Kill -9, then the same command: adapter, metrics, shift and evaluation as if nobody had, bit for bit."""
-    training = {"max_steps": 30, "save_steps": 5, "gradient_accumulation_steps": accumulate}
+    training = {"max_steps": 20, "save_steps": 4, "gradient_accumulation_steps": 2}
     whole = run(
         thumbs_recipe(write_recipe, thumbs_file, name="w.yaml", training=training, output=str(tmp_path / "whole"))
     )
@@ -178,7 +178,7 @@ def test_killed_and_gone_on_equals_uninterrupted(write_recipe, thumbs_file, tmp_
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
     )
-    wanted, deadline = f'"step": {random.Random().randint(6, 26)},', time.monotonic() + 120
+    wanted, deadline = f'"step": {random.Random().randint(5, 17)},', time.monotonic() + 120
     while wanted not in ((killed / "metrics.jsonl").read_text() if (killed / "metrics.jsonl").exists() else ""):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline

@@ -128,6 +128,17 @@ def test_kto_keeps_trls_rules(make):
         make(loss=kto, train_sampling_strategy="random")
 
 
+def test_unequal_numbers_of_thumbs_are_told(make, caplog):
+    """Five up and three down: 5/3 = 1.67 is over 1.5; with a weight of 0.6 on the ups both weigh the same."""
+    make(loss="kto")
+    assert "5 thumbs up weigh 1.67 times as much as 3 thumbs down" in caplog.text
+    assert "multiply desirable_weight by 0.6" in caplog.text
+    caplog.clear()
+    make(loss=Loss.of("kto", desirable_weight=0.6))
+    make(loss="bco")
+    assert "weigh" not in caplog.text
+
+
 # --- BCO
 
 
