@@ -128,7 +128,10 @@ class RewardConfig:
         if found.get("format") != FORMAT or set(found) != known:
             odd = sorted(set(found) ^ known)
             raise ValueError(f"reward.json of format {found.get('format')}, not {FORMAT}; keys that differ: {odd}")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in found.items()})
+        settings: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in found.items()
+        }
+        return cls(**settings)
 
 
 def _one_of(name: str, value: str, known: Sequence[str]) -> None:

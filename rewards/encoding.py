@@ -28,8 +28,9 @@ def encode_answers(tokenizer: Any, prompt: Content, answers: Sequence[Content]) 
         ValueError: an empty answer, messages as an answer to text, or messages without a chat template.
     """
     is_text = isinstance(prompt, str)
-    prompt_ids = _ids(tokenizer, prompt if is_text else _render(tokenizer, prompt, True), is_text)
-    if is_text and prompt_ids[-1:] == [tokenizer.eos_token_id] and not str(prompt).endswith(str(tokenizer.eos_token)):
+    text = prompt if isinstance(prompt, str) else _render(tokenizer, prompt, True)
+    prompt_ids = _ids(tokenizer, text, is_text)
+    if is_text and prompt_ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(str(tokenizer.eos_token)):
         prompt_ids = prompt_ids[:-1]  # the tokenizer ended it, and the answer is to follow
     joints = [_ids(tokenizer, _joint(tokenizer, prompt, answer), is_text) for answer in answers]
     shared = min(_shared_length(prompt_ids, joint) for joint in joints)

@@ -73,7 +73,7 @@ def even_blocks(embeddings: Tensor) -> Tensor:
         ValueError: d is odd.
     """
     check_even(embeddings.shape[-1])
-    return embeddings.unflatten(-1, (-1, 2))
+    return embeddings.reshape(*embeddings.shape[:-1], -1, 2)
 
 
 def check_even(dimension: int) -> None:

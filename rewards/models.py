@@ -361,10 +361,10 @@ class RewardModel(nn.Module):
         values, scale = self._run(prompt_ids, completion_ids, batch_size)
         sizes = [len(group) for group in answers]
         if self.config.kind != "gpm":
-            columns = self.ranking(values).split(sizes)
+            columns = torch.split(self.ranking(values), sizes)
             return [column[:, None] - column[None] for column in columns]
-        scales = [None] * len(sizes) if scale is None else [rows.mean(0) for rows in scale.split(sizes)]
-        return [pair_matrix(group, lam) for group, lam in zip(values.split(sizes), scales, strict=True)]
+        scales = [None] * len(sizes) if scale is None else [rows.mean(0) for rows in torch.split(scale, sizes)]
+        return [pair_matrix(group, lam) for group, lam in zip(torch.split(values, sizes), scales, strict=True)]
 
     def embed(
         self, prompts: Sequence[Content], completions: Sequence[Content], *, batch_size: int = 8

@@ -52,11 +52,11 @@ class Projector(nn.Module):
         super().__init__()
         self.enter = nn.Linear(width, dimension)
         self.layers = nn.ModuleList(nn.Linear(dimension, dimension) for _ in range(depth))
-        self.activation: Callable[[Tensor], Tensor] = {"relu": F.relu, "gelu": F.gelu}[activation]
+        self.activation: Callable[[Tensor], Tensor] = F.gelu if activation == "gelu" else F.relu
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., H) to (..., d)."""
-        h = self.enter(x)
+        h: Tensor = self.enter(x)
         for layer in self.layers:
             h = h + self.activation(layer(h))
         return h

@@ -62,7 +62,7 @@ def test_angles_by_hand():
             g.enter.bias.copy_(torch.tensor(value))
         model.log_scale.copy_(torch.tensor(math.log(1 / 0.07), dtype=torch.float64))
     left, right = (torch.tensor([x], dtype=torch.float64) for x in ([0.4, 0.2, 0.1], [-0.1, 0.3, 0.8]))
-    weights = model.weights(["ann"]).detach()
+    weights = model.requires_grad_(False).weights(["ann"])
     assert float(model.reward(left, weights, left)) == pytest.approx(9.4062406251)
     assert float(model.reward(right, weights, left)) == pytest.approx(8.4425353752)
     delta = model(left, right, ["ann"], left)
