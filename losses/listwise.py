@@ -30,7 +30,7 @@ from .types import LossOutput, SequenceLogps, first
 def plackett_luce(
     policy: SequenceLogps, reference: SequenceLogps, answers: Tensor | None = None, *, beta: float
 ) -> LossOutput:
-    """DPO under the Plackett-Luce model of rankings (arXiv:2305.18290, App. A.3); with two answers it is ``dpo``.
+    """DPO under the Plackett-Luce model of rankings (arXiv:2305.18290); with two answers it is ``dpo``.
 
     ``loss = -sum_k (beta * r_k - logsumexp_{j >= k} beta * r_j)``: the negative log-probability of the ranking. It is
     a sum of K - 1 terms, each of log(K - k + 1) nats at the reference, so that long rankings weigh more.

@@ -17,14 +17,13 @@ not of shape (B,), and a reference that scores other completions than the policy
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .catalogue import pairwise_loss
 from .checks import check_not_negative, check_positive, wide
+from .complement import log_not
 from .dpo_family import dpo, dpop, ln_dpo, log_ratios, mean_log_ratios, r_dpo, robust_dpo
 from .laws import Laws
 from .soft_labels import expected, probability
@@ -53,9 +52,6 @@ _SUMS = "it is made of sums over tokens, which double"
 _MEANS = "the constant is divided by lengths that differ"
 _LIKELIHOOD = "its likelihood term sees the chosen answer alone"
 _OWN_TARGET = "the margin aimed at is 1/(2 beta), whatever the margin is"
-
-# Largest mean log-prob that ORPO takes odds of: 1 - P must not vanish.
-_ALMOST_CERTAIN = {torch.float32: -1e-7, torch.float64: -1e-15}
 
 
 @pairwise_loss(
@@ -126,7 +122,7 @@ def ipo_per_token(
     laws=Laws(fails={"duplication": _SUMS}),
 )
 def slic(policy: PairLogps, reference: PairLogps, preference: Tensor | None = None, *, beta: float) -> LossOutput:
-    """SLiC in its reference form: the hinge on log-ratios (arXiv:2309.06657, Sec. 3.2; TRL's ``hinge``).
+    """SLiC in its reference form: the hinge on log-ratios (arXiv:2309.06657; TRL's ``hinge``).
 
     This is the hinge-norm loss of the RSO paper; SLiC-HF itself, without a reference, is ``slic_hf``.
 
@@ -162,7 +158,7 @@ def slic(policy: PairLogps, reference: PairLogps, preference: Tensor | None = No
 def slic_hf(
     policy: PairLogps, preference: Tensor | None = None, *, delta: float = 1.0, sft_weight: float = 0.1
 ) -> LossOutput:
-    """SLiC-HF with the chosen answer as the one to imitate (arXiv:2305.10425, Sec. 2.2).
+    """SLiC-HF with the chosen answer as the one to imitate (arXiv:2305.10425).
 
     ``loss = max(0, delta - (S_w - S_l)) - sft_weight * S_w``, both terms on sums over the completion.
 
@@ -278,7 +274,7 @@ def cpo(policy: PairLogps, preference: Tensor | None = None, *, beta: float, sft
 def orpo(
     policy: PairLogps, preference: Tensor | None = None, *, odds_weight: float = 0.1, sft_weight: float = 1.0
 ) -> LossOutput:
-    """Odds-ratio preference optimisation (arXiv:2403.07691, Eq. 6 and 7).
+    """Odds-ratio preference optimisation (arXiv:2403.07691).
 
     ``loss = -sft_weight * S_w / n_w - odds_weight * log sigmoid(logit P_w - logit P_l)`` with ``P = exp(S / n)``, the
     geometric mean of the tokens' probabilities, and ``logit P = log P - log(1 - P)``.
@@ -322,7 +318,7 @@ def orpo(
     ),
 )
 def sft(policy: PairLogps, preference: Tensor | None = None) -> LossOutput:
-    """Negative mean log-prob per token of the chosen answer (the NLL term of arXiv:2404.19733, Eq. 1).
+    """Negative mean log-prob per token of the chosen answer (the NLL term of arXiv:2404.19733).
 
     Args:
         policy: totals (nats) and lengths (tokens), each of shape (B,).
@@ -345,13 +341,7 @@ def _mean(answer: SequenceLogps) -> Tensor:
 def _log_odds(answer: SequenceLogps) -> Tensor:
     """``log P - log(1 - P)`` of ``P = exp(S / n)``, (B,)."""
     mean = _mean(answer)
-    limit = _ALMOST_CERTAIN[mean.dtype]
-    mean = torch.where(mean > limit, mean - mean.detach() + limit, mean)
-    # log(1 - e^x) is exact as log1p(-e^x) far below 0, and as log(-expm1(x)) near 0. Each is given only what it is
-    # good at: what the other takes would come back as a NaN gradient.
-    near = mean > -math.log(2)
-    close, far = mean.clamp(min=-1.0), mean.clamp(max=-0.5)
-    return mean - torch.where(near, torch.log(-torch.expm1(close)), torch.log1p(-torch.exp(far)))
+    return mean - log_not(mean)
 
 
 def _squared(margin: Tensor, preference: Tensor | None, beta: float) -> Tensor:

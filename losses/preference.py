@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .catalogue import reward_loss
-from .checks import check_finite, check_probability, check_shape, wide
-from .gpm import gpm, gpm_scale, gpm_score, unit_norm
+from .checks import check_finite, check_shape, wide
+from .general_preference import gpm, gpm_scale, gpm_score, unit_norm
 from .laws import Laws
 from .pal import pal_cross_entropy, pal_delta, pal_hinge, pal_logistic, pal_logits, token_weighted
+from .soft_labels import expected
 from .types import LossOutput, first
 
 __all__ = [
@@ -90,7 +91,7 @@ def chosen_by_strength(first_score: Tensor, second_score: Tensor, strength: Tens
     laws=Laws(not_applicable=_SCORES),
 )
 def bradley_terry(chosen: Tensor, rejected: Tensor, preference: Tensor | None = None) -> LossOutput:
-    """Bradley-Terry (arXiv:2203.02155, Eq. 1): ``loss = -log sigmoid(r_w - r_l)``.
+    """Bradley-Terry (arXiv:2203.02155): ``loss = -log sigmoid(r_w - r_l)``.
 
     Args:
         chosen, rejected: scores of the two answers, (B,).
@@ -104,7 +105,7 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, preference: Tensor | None = 
     """
     chosen, rejected = _scores("chosen", chosen, "rejected", rejected)
     delta = chosen - rejected
-    loss = _expected(-F.logsigmoid(delta), -F.logsigmoid(-delta), preference)
+    loss = expected(-F.logsigmoid(delta), -F.logsigmoid(-delta), preference)
     return LossOutput.from_rewards(loss, chosen, rejected)
 
 
@@ -120,9 +121,11 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, preference: Tensor | None = 
 def margin_bradley_terry(
     chosen: Tensor, rejected: Tensor, margin: Tensor, preference: Tensor | None = None
 ) -> LossOutput:
-    """Bradley-Terry with a margin (arXiv:2307.09288, Eq. 2): ``loss = -log sigmoid(r_w - r_l - m)``.
+    """Bradley-Terry with a margin (arXiv:2307.09288): ``loss = -log sigmoid(r_w - r_l - m)``.
 
-    At its optimum the gap is the log-odds plus m: the scores are no longer log-odds.
+    Its scores are no longer log-odds. Where a share e of the labels is wrong and a wrong one asks for the margin too,
+    the best gap d solves ``(1 - e) sigmoid(m - d) = e sigmoid(m + d)``; it would be the log-odds plus m if a wrong
+    label turned the margin with it.
 
     Args:
         chosen, rejected: scores of the two answers, (B,).
@@ -139,7 +142,7 @@ def margin_bradley_terry(
     chosen, rejected = _scores("chosen", chosen, "rejected", rejected)
     m = _strength("margin", margin, chosen.shape)
     delta = chosen - rejected
-    loss = _expected(-F.logsigmoid(delta - m), -F.logsigmoid(-delta - m), preference)
+    loss = expected(-F.logsigmoid(delta - m), -F.logsigmoid(-delta - m), preference)
     return LossOutput.from_rewards(loss, chosen, rejected)
 
 
@@ -242,7 +245,7 @@ def regression(predictions: Tensor, labels: Tensor) -> LossOutput:
     ),
 )
 def centering(chosen: Tensor, rejected: Tensor) -> LossOutput:
-    """Centring of scores (arXiv:2312.09244, Eq. 2): ``loss = (r_w + r_l)^2``; it is usual to weigh it 0.01.
+    """Centring of scores (arXiv:2312.09244): ``loss = (r_w + r_l)^2``; it is usual to weigh it 0.01.
 
     Args:
         chosen, rejected: scores of the two answers, (B,).
@@ -273,13 +276,3 @@ def _strength(name: str, values: Tensor, shape: torch.Size) -> Tensor:
     if bool(negative.any()):
         raise ValueError(f"{name}{first(negative)} is {float(values[negative][0])}: it must not be negative")
     return wide(values).detach()
-
-
-def _expected(loss: Tensor, swapped: Tensor, preference: Tensor | None) -> Tensor:
-    """``p L(w, l) + (1 - p) L(l, w)``."""
-    if preference is None:
-        return loss
-    check_shape("preference", preference, loss.shape, "one a pair")
-    check_probability("preference", preference)
-    p = wide(preference)
-    return p * loss + (1 - p) * swapped

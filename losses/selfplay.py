@@ -18,7 +18,7 @@ from torch import Tensor
 from .catalogue import selfplay_loss
 from .checks import check_finite, check_positive, check_probability, check_shape, log_ratio, wide
 from .laws import Laws
-from .mdpo import mdpo as mdpo
+from .mirror_descent import mdpo as mdpo
 from .types import LossOutput, PairLogps, SequenceLogps, first
 
 # --- pairs, labels and mean scores -----------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def mean_scores(scores: Tensor, include_self: bool = False) -> Tensor:
 
 
 def mixture_logps(policy: Tensor, reference: Tensor, *, coefficient: float) -> Tensor:
-    """Next-token log-probs of the geometric mixture ``pi^(1 - c) mu^c / Z`` (arXiv:2312.00886, Sec. 7; IPO-MD's too).
+    """Next-token log-probs of the geometric mixture ``pi^(1 - c) mu^c / Z`` (arXiv:2312.00886; IPO-MD's too).
 
     Sampled one token at a time, which is not the geometric mixture of whole sequences: each step has its own Z. A
     token that either model rules out (-inf) is ruled out, except by a model whose weight is 0.
@@ -193,7 +193,7 @@ _SUMS = "log-ratios are sums over tokens"
     ),
 )
 def nash_md_pg(policy: SequenceLogps, reference: SequenceLogps, preference: Tensor, *, beta: float) -> LossOutput:
-    """Nash-MD policy gradient (arXiv:2312.00886, Sec. 7).
+    """Nash-MD policy gradient (arXiv:2312.00886).
 
     ``loss = -(p - 1/2 - beta * r).detach() * S`` for an answer y that the policy gave and an opponent y' drawn from
     the mixture of ``mixture_logps``. Only its gradient means something: in expectation it descends

@@ -69,8 +69,8 @@ class DensityRatio:
 
         Embeddings are standardised (hidden states have a few huge dimensions), and the strength of the L2 penalty is
         the one with the highest likelihood of left-out prompts: at sklearn's default a thousand prompts of each class
-        and some hundred dimensions give log-ratios that are several times too large. The same rows and seed give the same
-        fit; with several processes, fit on one and hand the result on.
+        and some hundred dimensions give log-ratios that are several times too large. The same rows and seed give the
+        same fit; with several processes, fit on one and hand the result on.
 
         Args:
             up, down: embeddings of the prompts with thumbs up, (N, D), and with thumbs down, (M, D).

@@ -32,7 +32,7 @@ from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
 from align.losses.checks import check_finite, check_shape
-from align.losses.gpm import gpm_scale, unit_norm
+from align.losses.general_preference import gpm_scale, unit_norm
 
 from .batches import by_length, fit_answers, in_order, padded
 from .carrier import RewardConfig, load_carrier, with_lora, with_padding

@@ -200,7 +200,7 @@ class ThumbsTrainer(Hosted, KTOTrainer):  # type: ignore[misc]
         return dataset if self.density is None else self._with_weights(dataset)
 
     def _check_balance(self, labels: Sequence[bool]) -> None:
-        """KTO's weights are to make up for unequal numbers of thumbs (arXiv:2402.01306, equation 9)."""
+        """KTO's weights are to make up for unequal numbers of thumbs (arXiv:2402.01306)."""
         defaults = {name: parameter.default for name, parameter in self.loss.info.parameters.items()}
         if "desirable_weight" not in defaults:
             return

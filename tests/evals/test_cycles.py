@@ -20,7 +20,7 @@ from align.evals.cycles import (
     scalar_ceiling,
     text_cycles,
 )
-from align.losses.gpm import gpm, unit_norm
+from align.losses.general_preference import gpm, unit_norm
 from align.losses.preference import bradley_terry
 from align.rewards.heads import pair_matrix
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.losses.mdpo import mdpo
+from align.losses.mirror_descent import mdpo
 
 
 def f64(values) -> torch.Tensor:

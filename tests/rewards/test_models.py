@@ -16,7 +16,7 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from align.losses.gpm import gpm, gpm_score, unit_norm
+from align.losses.general_preference import gpm, gpm_score, unit_norm
 from align.rewards.heads import first_positions, last_positions, pair_matrix, token_positions
 from align.rewards.models import RewardModel
 

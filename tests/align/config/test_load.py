@@ -88,7 +88,11 @@ def test_all_problems_at_once_in_the_published_look(write_recipe: Write) -> None
         ({"method": "sft", "loss": {"beta": 1.0}}, "loss.beta", "method sft has no such setting"),
         ({"loss": {"beta": "x"}}, "loss.beta", "'x' is not a number"),
         ({"loss": {"beta": -1.0}}, "loss", "beta is -1.0: it must be positive"),
-        ({"method": "dpo", "loss": {"label_smoothing": 0.5}}, "loss", "label_smoothing is 0.5: a share of wrong labels"),
+        (
+            {"method": "dpo", "loss": {"label_smoothing": 0.5}},
+            "loss",
+            "label_smoothing is 0.5: a share of wrong labels",
+        ),
         ({"method": "r_dpo", "loss": {"alpha": "short"}}, "loss.alpha", "'short' is not a number"),
         ({"loss": {"gamma": 1.0}}, "loss.gamma", "ln_dpo has no such setting; it has: beta"),
         ({"method": None, "losses": [{"name": "ipoo"}]}, "losses.0.name", "did you mean ipo?"),

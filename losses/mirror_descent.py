@@ -32,7 +32,7 @@ from .types import LossOutput
     ),
 )
 def mdpo(logps: Tensor, previous: Tensor, advantage: Tensor, *, step_size: float = 1.0) -> LossOutput:
-    """Mirror descent policy optimisation (arXiv:2005.09814, Eq. 6, on policy, with the KL estimated from samples).
+    """Mirror descent policy optimisation (arXiv:2005.09814, on policy, with the KL estimated from samples).
 
     ``loss = -e^d A + (d e^d - e^d + 1) / t`` with ``d = log pi - log pi_k``, for elements drawn from ``pi_k``. In
     expectation it is ``-E_pi[A] + KL(pi || pi_k) / t``, whose minimum is ``pi_k exp(t A) / Z``. At ``pi = pi_k`` its
