@@ -24,7 +24,6 @@ from align.evals.displacement import displacement_suite
 from align.evals.generation import compare
 from align.evals.kl import log_ratios
 from align.evals.preference import preference_suite
-from align.evals.reward_spec import load_reward
 from align.evals.sampling import Sample, sample
 from align.evals.thumbs import thumbs_suite
 from align.losses import PairLogps, SequenceLogps, combine
@@ -33,6 +32,7 @@ from align.losses.types import UnpairedLogps
 from align.models.ends import end_tokens
 from align.models.memory import release_freed
 from align.models.scoring import score, sequence_logps
+from align.rewards.named import load_reward
 from align.tracking.files import write_json, write_text
 from align.tracking.progress import progress
 from align.trainers.build import Built, losses_of

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from align.rewards.named import Reward
+
 from .kl import LogRatios
 from .result import suite_result
-from .reward_spec import Reward
 from .sampling import Sample
 from .statistics import Estimate, bootstrap_interval, finite_vector, win_rate
 

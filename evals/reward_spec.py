@@ -1,38 +1,5 @@
-"""``module:function`` to a callable reward, as recipes name it."""
+"""Where ``load_reward`` stood before rewards took it over."""
 
-from __future__ import annotations
+from align.rewards.named import Reward, load_reward
 
-from collections.abc import Callable, Sequence
-from difflib import get_close_matches
-from importlib import import_module
-
-Reward = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
-"""``(prompts, completions) -> one score each``, higher is better."""
-
-
-def load_reward(spec: str) -> Reward:
-    """Import the reward that ``spec`` names, such as ``align.rewards.rules:everyday_answer``.
-
-    Raises:
-        ValueError: not of the form ``module:function``, no such module or function, or not callable.
-    """
-    module_name, colon, function = spec.partition(":")
-    if not (module_name and colon and function.isidentifier()):
-        raise ValueError(f"reward {spec!r} is not of the form module:function")
-    try:
-        module = import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the reward's own module was found; something that it imports is missing
-        raise ValueError(
-            f"reward {spec!r}: there is no module {error.name!r}; install it, or put its folder on PYTHONPATH"
-        ) from error
-    reward = getattr(module, function, None)
-    if reward is None:
-        close = get_close_matches(function, dir(module), n=1)
-        hint = f"; did you mean {module_name}:{close[0]}?" if close else ""
-        raise ValueError(f"reward {spec!r}: module {module_name} has no {function}{hint}")
-    if not callable(reward):
-        raise ValueError(f"reward {spec!r} is a {type(reward).__name__}, not a function of (prompts, completions)")
-    found: Reward = reward
-    return found
+__all__ = ["Reward", "load_reward"]

@@ -52,19 +52,25 @@ class Goal:
 
 @dataclass(frozen=True)
 class LogSigmoidCentered(Goal):
-    """``u = log sigmoid(r - r_ref)``: the answer beats the reference (arXiv:2402.00742).
+    """``u = log sigmoid((r - r_ref) / temperature)``: the answer beats the reference (arXiv:2402.00742).
 
-    Its slope is 1 far below the reference, 1/2 at it and 0 far above it: what is good already is not pushed further.
+    Its slope is 1 far below the reference, 1/2 at it and 0 far above it (over the temperature): what is good already
+    is not pushed further.
 
     Args:
         reward: the column of rewards.
         reference: the column of reference rewards, or one number for every row. No gradient goes through it.
+        temperature: what the rewards are divided by to be logits, in their unit: the tau of a model that was trained
+            at one; for a rule, how far from the reference an answer is clearly good or clearly not.
     """
 
     reward: str
     reference: str | float
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(f"the temperature of {self.reward} is {self.temperature}: it must be positive and finite")
         if not isinstance(self.reference, str) and not math.isfinite(self.reference):
             raise ValueError(f"the reference of {self.reward} is {self.reference}: it must be finite")
 
@@ -77,10 +83,10 @@ class LogSigmoidCentered(Goal):
     def _centred(self, columns: Columns) -> Tensor:
         reward = _column(columns, self.reward)
         if not isinstance(self.reference, str):
-            return reward - self.reference
+            return (reward - self.reference) / self.temperature
         reference = _column(columns, self.reference).detach()
         check_shape(self.reference, reference, reward.shape, f"one a row of {self.reward}")
-        return reward - reference
+        return (reward - reference) / self.temperature
 
 
 @dataclass(frozen=True)

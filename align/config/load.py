@@ -233,7 +233,7 @@ def _reward(data: dict[str, Any]) -> list[Problem]:
         return [("generation.reward", NO_REWARD)]
     if not runs or not isinstance(reward, str) or ":" not in reward:
         return []
-    from align.evals.reward_spec import load_reward
+    from align.rewards.named import load_reward
 
     try:
         load_reward(reward)

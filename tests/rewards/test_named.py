@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from align.evals.reward_spec import load_reward
+from align.rewards.named import load_reward
 
 
 def test_finds_the_function():
