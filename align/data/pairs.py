@@ -3,7 +3,8 @@
 Kinds of rows:
 
 - ``prompt, chosen, rejected`` and, if given, ``strength`` in (0, 1], the weight of the pair in the mean loss, and
-  ``preference`` in [0, 1], the probability that ``chosen`` is the preferred answer (a soft label).
+  ``preference`` in [0, 1], the probability that ``chosen`` is the preferred answer (a soft label; 0.5 is a tie), and
+  ``margin``, 0 or more, for reward models.
 - ``chosen, rejected``: the prompt is what they share at the beginning (``fields.resolve``).
 - ``prompt, completions, rank`` with 1 for the best: every two answers of different rank are a pair, with strength
   (rank gap) / (largest rank gap in the row).
@@ -26,7 +27,7 @@ from .fields import FieldError, collecting, content, required, resolve
 from .load import Row, read_rows
 from .rows import Content, Fault, PairRow, PairTable, bad_rows, row_id
 
-PAIR_FIELDS = ("prompt", "chosen", "rejected", "strength", "preference")
+PAIR_FIELDS = ("prompt", "chosen", "rejected", "strength", "preference", "margin")
 _RANKING_FIELDS = ("prompt", "completions", "rank", "ratings")
 _WANTED = "[prompt,] chosen, rejected; or prompt, completions and rank or ratings"
 
@@ -40,6 +41,7 @@ class Comparison:
     rejected: Content
     gap: float
     preference: float | None = None
+    margin: float | None = None
 
 
 def read_pairs(source: str) -> PairTable:
@@ -121,7 +123,8 @@ def _kind(row: dict[str, Any]) -> str:
 def _pair(source: str, number: int, comparison: Comparison) -> PairRow:
     prompt, chosen, rejected = comparison.prompt, comparison.chosen, comparison.rejected
     name = row_id(prompt, chosen, rejected)
-    return PairRow(name, source, number, prompt, chosen, rejected, comparison.gap, comparison.preference)
+    labels = (comparison.gap, comparison.preference, comparison.margin)
+    return PairRow(name, source, number, prompt, chosen, rejected, *labels)
 
 
 def _repeats_prompt(pair: PairRow) -> bool:
@@ -134,7 +137,7 @@ def compared(row: dict[str, Any], problems: list[FieldError]) -> list[Comparison
     """The one comparison of a row with chosen and rejected; none where ``problems`` grew."""
     prompt: Content | None = None
     answers: dict[str, Content] = {}
-    strength, preference = 1.0, None
+    strength, preference, margin = 1.0, None, None
     if "prompt" in row:
         with collecting(problems):
             prompt = content("prompt", required("prompt", row, _WANTED))
@@ -145,13 +148,15 @@ def compared(row: dict[str, Any], problems: list[FieldError]) -> list[Comparison
         strength = _strength(row.get("strength"))
     with collecting(problems):
         preference = _preference(row.get("preference"))
+    with collecting(problems):
+        margin = _margin(row.get("margin"))
     if problems:
         return []
     with collecting(problems):
         _check_different(answers)
         prompt, resolved = resolve(prompt, answers)
         _check_different(resolved)
-        return [Comparison(prompt, resolved["chosen"], resolved["rejected"], strength, preference)]
+        return [Comparison(prompt, resolved["chosen"], resolved["rejected"], strength, preference, margin)]
     return []
 
 
@@ -177,6 +182,16 @@ def _preference(value: Any) -> float | None:
         raise FieldError("preference", f"{value!r} is not a number in [0, 1]")
     if not 0 <= value <= 1:
         raise FieldError("preference", f"{value} is not in [0, 1]: it is the probability that chosen is preferred")
+    return float(value)
+
+
+def _margin(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise FieldError("margin", f"{value!r} is not a finite number")
+    if value < 0:
+        raise FieldError("margin", f"{value} is negative: chosen is the answer that is to score higher")
     return float(value)
 
 

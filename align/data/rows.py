@@ -23,6 +23,7 @@ class PairRow:
         prompt, chosen, rejected: all three text, or all three messages.
         strength: weight of the pair in the mean loss, in (0, 1].
         preference: probability that ``chosen`` is the preferred answer, in [0, 1]; None: it is, for sure.
+        margin: by how much a reward model is to score ``chosen`` higher, in its units, 0 or more; None: not said.
     """
 
     row_id: str
@@ -33,6 +34,7 @@ class PairRow:
     rejected: Content
     strength: float = 1.0
     preference: float | None = None
+    margin: float | None = None
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,11 @@ class PairTable:
     unused: dict[str, int] = field(default_factory=dict)
 
     def fingerprint(self) -> str:
-        """SHA-256 over the pairs, their strengths and soft labels, in order: equal fingerprints train alike."""
+        """SHA-256 over the pairs, their strengths, soft labels and margins, in order: equal ones train alike."""
         return _fingerprint(
-            f"{row.row_id} {row.strength!r}" + ("" if row.preference is None else f" {row.preference!r}")
+            f"{row.row_id} {row.strength!r}"
+            + ("" if row.preference is None else f" {row.preference!r}")
+            + ("" if row.margin is None else f" margin {row.margin!r}")
             for row in self.rows
         )
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .completions import read_completions
 from .pairs import read_pairs
 from .report import check_fraction
+from .rewards import RewardRules, read_ratings, read_reward_pairs, tokenize_ratings, tokenize_reward_pairs
 from .rows import CompletionRow, CompletionTable, Fault, PairRow, PairTable, bad_rows
 from .thumbs import TokenizedThumbs, check_both_thumbs, read_thumbs, tokenize_thumbs
 from .tokenize import TokenizedCompletions, TokenizedPairs, tokenize_completions, tokenize_pairs
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-DataKind = Literal["pairs", "completions", "thumbs"]
-"""What a method learns from: comparisons, answers to imitate, or answers with a thumb up or down."""
+DataKind = Literal["pairs", "completions", "thumbs", "ratings"]
+"""What a method learns from: comparisons, answers to imitate, answers with a thumb up or down, or rated answers."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,25 @@ class Split:
             check_both_thumbs((row.label for row in self.tokenized.rows), self.table.source)
 
 
-def read_split(source: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None, *, kind: DataKind) -> Split:
-    """Read and tokenise a source.
+def read_split(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    *,
+    kind: DataKind,
+    rules: RewardRules | None = None,
+) -> Split:
+    """Read and tokenise a source; by ``rules`` where a reward model is to read it.
 
     Raises:
         AlignError: the source cannot be read at all, or the tokenizer cannot serve it.
     """
+    if rules is not None and kind == "ratings":
+        ratings = read_ratings(source, rules.attributes)
+        return Split(ratings, tokenize_ratings(ratings.rows, tokenizer, max_length, rules.over_long))
+    if rules is not None:
+        pairs = read_reward_pairs(source, rules)
+        return Split(pairs, tokenize_reward_pairs(pairs.rows, tokenizer, max_length, rules.over_long))
     if kind == "pairs":
         table = read_pairs(source)
         return Split(table, tokenize_pairs(table.rows, tokenizer, max_length))

@@ -38,7 +38,7 @@ _BATCH_ROWS = 512
 
 @dataclass(frozen=True)
 class TokenizedPair:
-    """Token ids of one pair: ``prompt_ids`` stand before either answer; ``preference`` as in ``PairRow``."""
+    """Token ids of one pair: ``prompt_ids`` stand before either answer; the labels are those of ``PairRow``."""
 
     prompt_ids: list[int]
     chosen_ids: list[int]
@@ -46,6 +46,7 @@ class TokenizedPair:
     strength: float
     row_id: str
     preference: float | None = None
+    margin: float | None = None
 
 
 @dataclass
@@ -63,10 +64,10 @@ class TokenizedPairs:
     counts: dict[str, int]
 
     def dataset(self) -> Dataset:
-        """Columns prompt_ids, chosen_ids, rejected_ids, strength, row_id; preference too where any pair has one."""
+        """Columns prompt_ids, chosen_ids, rejected_ids, strength, row_id; preference, margin where any has one."""
         columns = ["prompt_ids", "chosen_ids", "rejected_ids", "strength", "row_id"]
-        soft = any(row.preference is not None for row in self.rows)
-        return _dataset(self.rows, [*columns, "preference"] if soft else columns)
+        given = [name for name in ("preference", "margin") if any(getattr(r, name) is not None for r in self.rows)]
+        return _dataset(self.rows, [*columns, *given])
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,8 @@ def tokenize_pairs(
             result.faults.append(_fault(row, encoded, **shown))
             continue
         prompt_ids, ids = encoded
-        pair = TokenizedPair(prompt_ids, ids["chosen"], ids["rejected"], row.strength, row.row_id, row.preference)
-        result.rows.append(pair)
+        labels = (row.strength, row.row_id, row.preference, row.margin)
+        result.rows.append(TokenizedPair(prompt_ids, ids["chosen"], ids["rejected"], *labels))
     encoder.finish("pairs", len(result.rows), len(result.faults))
     return result
 

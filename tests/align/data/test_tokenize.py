@@ -255,7 +255,7 @@ def test_dataset_columns(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     result = tokenize_pairs(table.rows, tiny_tokenizer, None)
     dataset = result.dataset()
     assert dataset.column_names == ["prompt_ids", "chosen_ids", "rejected_ids", "strength", "row_id"]
-    assert {**dataset[0], "preference": None} == vars(result.rows[0])
+    assert {**dataset[0], "preference": None, "margin": None} == vars(result.rows[0])
     assert dataset[0]["strength"] == 0.5
 
 
