@@ -29,9 +29,9 @@ quickstart: $(VENV)/.installed-run  ## align a small chat model on this machine,
 	then echo "done already: the report is runs/quickstart/report.html; chat: $(BIN)/align generate --model runs/quickstart --chat; to run it again, delete runs/quickstart"; \
 	else $(BIN)/align train recipes/quickstart.yaml; fi
 
-# The models of most tests are tiny: more threads than two only wait for each other.
+# One thread and one file of tests for each core: the models are tiny, and more threads would wait for each other.
 test: $(VENV)/.installed-dev browser  ## run the tests
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile tests
 
 lint: $(VENV)/.installed-dev  ## ruff, mypy --strict and the import contracts
 	$(BIN)/ruff check .
