@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 from align.losses.catalogue import LossInfo
 
 from .explain import STRICT
-from .schema import Recipe
+from .schema import WITHOUT_LOSSES, Recipe
 from .training import training_fields
 
 
@@ -23,7 +23,7 @@ def recipe_schema() -> dict[str, Any]:
     trained = {name: info for name, info in LOSSES.items() if info.kind in ("pair", "thumbs")}
     settings = {key: kind for info in trained.values() for key, kind in _settings(info).items()}
     properties["base"] = {"type": "string", "description": "Recipe that gives every key that this one does not set."}
-    properties["method"] = {"enum": list(trained), "description": properties["method"]["description"]}
+    properties["method"] = {"enum": [*trained, *WITHOUT_LOSSES], "description": properties["method"]["description"]}
     properties["model"] = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/ModelSpec"}]}
     properties["loss"] |= {"properties": settings, "additionalProperties": False}
     sections["LossTerm"]["properties"] |= settings
@@ -41,5 +41,6 @@ def _settings(info: LossInfo) -> dict[str, Any]:
 
 
 def _training() -> dict[str, Any]:
-    fields = {**training_fields("kto"), **training_fields("sft"), **training_fields("dpo")}
+    methods = ("grpo", "kto", "sft", "dpo")
+    fields = {name: hint for method in methods for name, hint in training_fields(method).items()}
     return {name: TypeAdapter(hint, config=STRICT).json_schema() for name, hint in sorted(fields.items())}

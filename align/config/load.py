@@ -18,7 +18,7 @@ from align.errors import ConfigError
 
 from .explain import Problem, leaves, model_problems, nearest
 from .losses import check_losses, fill_losses, with_implied_method
-from .paths import check_paths
+from .paths import check_paths, model_problem
 from .read import parse_mapping, parse_yaml
 from .schema import EVALS, Recipe, data_kind, eval_applies
 from .training import check_training, training_fields
@@ -179,7 +179,7 @@ def _across(data: dict[str, Any]) -> list[Problem]:
         problems.append(("data.eval", "the same as data.train; held-out data must be other data"))
     if isinstance(evals := data.get("evals"), list):
         problems += _unfit_evals(data.get("method"), evals)
-    return problems + _thumbs(data) + _reward(data)
+    return problems + _thumbs(data) + _grpo(data) + _reward(data)
 
 
 def _unfit_evals(method: Any, evals: list[Any]) -> list[Problem]:
@@ -189,9 +189,11 @@ def _unfit_evals(method: Any, evals: list[Any]) -> list[Problem]:
         "thumbs": "tells thumbs up from thumbs down",
         "preference": "compares pairs",
         "displacement": "compares pairs",
+        "goals": "judges answers by grpo.rewards",
     }
     reads = {"pairs": "the losses read pairs", "thumbs": f"method: {method} reads single answers with a thumb"}
     reads["completions"] = "method: sft reads single answers"
+    reads["prompts"] = "method: grpo reads prompts"
     fitting = ", ".join(name for name in EVALS if eval_applies(name, kind))
     return [
         (f"evals.{index}", f"{name} {wants[name]}, and {reads[kind]}; leave {fitting}")
@@ -221,6 +223,53 @@ def _thumbs(data: dict[str, Any]) -> list[Problem]:
             what = f"is '{order}'; {MISMATCHED}, which needs rows in order (they are shuffled once, by the seed)"
             problems.append(("training.train_sampling_strategy", what))
     return problems
+
+
+def _grpo(data: dict[str, Any]) -> list[Problem]:
+    """Section ``grpo``: there for method grpo alone, with rewards that can be had."""
+    spec = data.get("grpo")
+    if data.get("method") != "grpo":
+        return [("grpo", "belongs to method: grpo; remove it")] if spec is not None else []
+    if not isinstance(spec, dict) or spec.get("rewards") is None:
+        return [("grpo.rewards", "is missing: a reward, or an expression of several")]
+    return _rewards(spec["rewards"]) + _groups(data, spec)
+
+
+def _rewards(given: Any) -> list[Problem]:
+    from align.rewards.expression import ExpressionError, parse_expression
+    from align.rewards.functions import is_rule
+    from align.rewards.named import load_reward
+
+    try:
+        expression = parse_expression(given)
+    except ExpressionError as error:
+        return [(f"grpo.rewards.{error.where}".rstrip("."), error.problem)]
+    problems = []
+    for part in expression.parts:
+        where = f"grpo.rewards.{part.where}.reward"
+        if not is_rule(part.reward):
+            if what := model_problem(part.reward):
+                problems.append((where, what))
+            continue
+        try:
+            load_reward(part.reward)
+        except ValueError as error:
+            problems.append((where, str(error)))
+    return problems
+
+
+def _groups(data: dict[str, Any], spec: dict[str, Any]) -> list[Problem]:
+    """Whole groups of answers in a batch, where the recipe alone decides it."""
+    training, answers = data.get("training") or {}, spec.get("num_generations", 8)
+    if not isinstance(training, dict) or {"generation_batch_size", "steps_per_generation"} & training.keys():
+        return []
+    batch = training.get("per_device_train_batch_size", 8)
+    accumulated = training.get("gradient_accumulation_steps", 1)
+    sizes = (batch, accumulated, answers)
+    if not all(isinstance(size, int) and size > 0 for size in sizes) or batch * accumulated % answers == 0:
+        return []
+    what = f"{batch} (times {accumulated} accumulated) answers are no whole groups of grpo.num_generations, {answers}"
+    return [("training.per_device_train_batch_size", what)]
 
 
 def _reward(data: dict[str, Any]) -> list[Problem]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, get_type_hints
 
 from .explain import Problem, nearest, type_problem, unknown_name
+from .schema import WITHOUT_LOSSES
 
 LISTING = "align recipes methods"
 
@@ -37,7 +38,7 @@ def with_implied_method(recipe: dict[str, Any]) -> dict[str, Any]:
 
 def fill_losses(recipe: dict[str, Any]) -> None:
     """Write the settings that the user left to the table into a recipe without problems, in place."""
-    if recipe.get("method") not in (None, "sft"):
+    if recipe.get("method") not in (None, *WITHOUT_LOSSES):
         recipe["loss"] = _settings(recipe["method"], recipe.get("loss") or {})
     for term in recipe.get("losses") or []:
         given = {key: value for key, value in term.items() if key not in ("name", "weight")}
@@ -47,11 +48,11 @@ def fill_losses(recipe: dict[str, Any]) -> None:
 def _check_method(method: str, loss: Mapping[str, Any]) -> list[Problem]:
     from align.losses import LOSSES
 
-    if method == "sft":
-        return [(f"loss.{key}", "method sft has no such setting; remove it") for key in loss]
+    if method in WITHOUT_LOSSES:
+        return [(f"loss.{key}", f"method {method} has no such setting; remove it") for key in loss]
     if method not in LOSSES:
         trained = [name for name, info in LOSSES.items() if info.kind in ("pair", "thumbs")]
-        return [("method", unknown_name(method, [*trained, "sft"], "method", LISTING))]
+        return [("method", unknown_name(method, [*trained, *WITHOUT_LOSSES], "method", LISTING))]
     if what := _not_in_recipes(method):
         return [("method", what)]
     return _check_settings(method, loss, "loss")

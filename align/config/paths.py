@@ -20,7 +20,7 @@ def check_paths(recipe: Mapping[str, Any]) -> list[Problem]:
     for section, key, check in (
         ("data", "train", _data),
         ("data", "eval", _data),
-        ("model", "name", _model),
+        ("model", "name", model_problem),
         ("model", "adapter", _adapter),
     ):
         value = _get(recipe, section, key)
@@ -59,7 +59,8 @@ def _packaged_data(source: str) -> str | None:
     )
 
 
-def _model(name: str) -> str | None:
+def model_problem(name: str) -> str | None:
+    """Why a name leads to no model; None for a folder, a packaged name, and what may be a hub id."""
     path = Path(name).expanduser()
     if path.is_file():
         return f"'{name}' is a file; name the model's folder"

@@ -11,8 +11,10 @@ if TYPE_CHECKING:
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
-Eval = Literal["thumbs", "preference", "generation", "displacement"]
-EVALS: tuple[Eval, ...] = ("thumbs", "preference", "generation", "displacement")
+Eval = Literal["thumbs", "preference", "generation", "displacement", "goals"]
+EVALS: tuple[Eval, ...] = ("thumbs", "preference", "generation", "displacement", "goals")
+WITHOUT_LOSSES = ("sft", "grpo")
+"""Methods that are no loss of the table."""
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -141,10 +143,25 @@ class BcoSpec(Section):
     """Prompts of each thumb, at most, that the weights are fitted on."""
 
 
+class GrpoSpec(Section):
+    """What method grpo rewards, and how it draws the answers that it learns from."""
+
+    rewards: str | dict[str, Any]
+    """``module:function``, folder of a reward model, or an expression of several (``align.rewards.expression``)."""
+    num_generations: int = Field(default=8, ge=2)
+    """Answers to a prompt, which are compared with each other."""
+    max_completion_length: int = Field(default=256, ge=1)
+    """Longest answer, tokens."""
+    beta: float = Field(default=0.0, ge=0)
+    """Weight of the KL to the model before training; 0 leaves it out."""
+
+
 def data_kind(method: str | None) -> DataKind:
     """What a method learns from; pairs for losses that are not in the table."""
     if method == "sft":
         return "completions"
+    if method == "grpo":
+        return "prompts"
     if method is None:
         return "pairs"
     from align.losses import LOSSES  # torch: not for `align --help`
@@ -154,7 +171,7 @@ def data_kind(method: str | None) -> DataKind:
 
 def eval_applies(name: Eval, kind: DataKind) -> bool:
     """Whether an evaluation can run on held-out data of this kind."""
-    return name == "generation" or kind == {"thumbs": "thumbs"}.get(name, "pairs")
+    return name == "generation" or kind == {"thumbs": "thumbs", "goals": "prompts"}.get(name, "pairs")
 
 
 def _evals_of(fields: dict[str, Any]) -> list[Eval]:
@@ -170,7 +187,7 @@ class Recipe(Section):
     """One run. ``align.config.load.load_recipe`` reads it and makes the checks that cross sections."""
 
     method: str | None = None
-    """Loss of the table by name (``align recipes methods``), or ``sft``. Exactly one of method and losses."""
+    """Loss of the table by name (``align recipes methods``), ``sft`` or ``grpo``. Exactly one of method and losses."""
     losses: list[LossTerm] | None = Field(default=None, min_length=1)
     """A weighted sum of losses, in place of method."""
     model: ModelSpec
@@ -181,13 +198,16 @@ class Recipe(Section):
     """Settings of method's loss, such as beta."""
     bco: BcoSpec | None = None
     """State and weights of method bco; its defaults when not given."""
+    grpo: GrpoSpec | None = None
+    """Rewards and sampling of method grpo."""
     training: dict[str, Any] = Field(default_factory=dict)
-    """Fields of TRL's DPOConfig, such as learning_rate and max_steps (SFTConfig for sft, KTOConfig for bco, kto)."""
+    """Fields of TRL's DPOConfig, such as learning_rate and max_steps (SFTConfig for sft, KTOConfig for bco, kto,
+    GRPOConfig for grpo)."""
     generation: GenerationSpec = Field(default_factory=GenerationSpec)
     """Settings of the generation evaluation."""
     evals: list[Eval] = Field(default_factory=_evals_of)
     """Evaluations before and after training. When not given, all that apply: none without data.eval, generation with
-    generation.reward, thumbs for bco and kto, preference and displacement for pairs."""
+    generation.reward, thumbs for bco and kto, goals for grpo, preference and displacement for pairs."""
     tracking: TrackingSpec = Field(default_factory=TrackingSpec)
     """Where metrics go."""
     output: Text
@@ -202,9 +222,9 @@ class Recipe(Section):
 
     @property
     def terms(self) -> list[LossTerm]:
-        """The losses of the run: those of ``losses``, or ``method`` as the only one; none for method sft."""
+        """The losses of the run: those of ``losses``, or ``method`` as the only one; none for sft and grpo."""
         if self.losses is not None:
             return list(self.losses)
-        if self.method is None or self.method == "sft":
+        if self.method is None or self.method in WITHOUT_LOSSES:
             return []
         return [LossTerm(name=self.method, **self.loss)]

@@ -1,6 +1,7 @@
 """The ``training:`` section against the fields of TRL's configs.
 
-The fields pass through to ``trl.DPOConfig`` (``trl.SFTConfig`` for sft, ``trl.KTOConfig`` for bco and kto), whose own
+The fields pass through to ``trl.DPOConfig`` (``trl.SFTConfig`` for sft, ``trl.KTOConfig`` for bco and kto,
+``trl.GRPOConfig`` for grpo), whose own
 checks come late or never: a dataclass takes any type. So each value is held against its field's annotation here,
 before anything is loaded.
 """
@@ -71,6 +72,18 @@ ELSEWHERE = {
     "do_eval": "set evals",
     "do_predict": "set evals",
 }
+# The same for grpo, where TRL's loss is its own; None is a field that it does read.
+GRPO_ELSEWHERE: dict[str, str | None] = {
+    "beta": "set it as grpo.beta",
+    "num_generations": "set it as grpo.num_generations",
+    "max_completion_length": "set it as grpo.max_completion_length",
+    "reward_weights": "set grpo.rewards, with weighted or raw_sum",
+    "multi_objective_aggregation": "grpo.rewards says how rewards are put together; remove it",
+    "chat_template_kwargs": "it belongs to the tokenizer's chat template; set it there",
+    "log_completions_hub_repo": "set tracking",
+    "loss_type": None,
+    "pad_to_multiple_of": None,
+}
 # Keys of older releases of TRL and transformers.
 RETIRED = {
     "max_prompt_length": "gone from TRL; data.max_length limits a prompt and its answer together",
@@ -117,16 +130,21 @@ def training_fields(method: str | None) -> dict[str, Any]:
     return _fields(_config_name(method))
 
 
+def _elsewhere(name: str) -> dict[str, str | None]:
+    return {**RETIRED, **ELSEWHERE, **(GRPO_ELSEWHERE if name == "GRPOConfig" else {})}
+
+
 @cache
 def _fields(name: str) -> dict[str, Any]:
     import trl
 
     config = getattr(trl, name)
     hints = get_type_hints(config)
+    elsewhere = _elsewhere(name)
     return {
         field.name: RANGES.get(field.name, _narrow(hints[field.name], field))
         for field in dataclasses.fields(config)
-        if field.init and field.name not in ELSEWHERE
+        if field.init and elsewhere.get(field.name) is None
     }
 
 
@@ -134,10 +152,10 @@ def check_training(training: Mapping[str, Any], method: str | None) -> list[Prob
     """Problems of the ``training:`` section."""
     if not training:
         return []
-    fields = training_fields(method)
+    fields, elsewhere = training_fields(method), _elsewhere(_config_name(method))
     problems = []
     for key, value in training.items():
-        if what := ELSEWHERE.get(key) or RETIRED.get(key):
+        if what := elsewhere.get(key):
             problems.append((f"training.{key}", what))
         elif key not in fields:
             near = nearest(key, fields)
@@ -149,7 +167,8 @@ def check_training(training: Mapping[str, Any], method: str | None) -> list[Prob
 
 
 def _config_name(method: str | None) -> str:
-    return {"completions": "SFTConfig", "thumbs": "KTOConfig", "pairs": "DPOConfig"}[data_kind(method)]
+    configs = {"completions": "SFTConfig", "thumbs": "KTOConfig", "pairs": "DPOConfig", "prompts": "GRPOConfig"}
+    return configs[data_kind(method)]
 
 
 def _narrow(hint: Any, field: dataclasses.Field[Any]) -> Any:

@@ -1,0 +1,159 @@
+"""Prompts alone, which a model in training answers itself (``method: grpo``).
+
+Kinds of rows:
+
+- ``prompt``, and the columns with reference rewards that the recipe names, a number each.
+- pairs (``[prompt,] chosen, rejected``), whose prompt alone is read.
+
+The same prompt again is counted and left out: each is answered several times as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .fields import FieldError, collecting, content, required
+from .load import read_rows
+from .pairs import compared
+from .rows import CompletionRow, CompletionTable, Content, Fault, bad_rows, row_id
+from .tokenize import TokenizedCompletion, TokenizedCompletions, encode_prompt
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+_WANTED = "prompt; or [prompt,] chosen, rejected"
+
+
+@dataclass(frozen=True)
+class PromptRow(CompletionRow):
+    """One prompt. ``completion`` is empty; ``references`` are reference rewards by column."""
+
+    references: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class PromptTable(CompletionTable):
+    """The prompts of one source.
+
+    Attributes:
+        counts: ``rows`` (read), ``prompts``, ``set_aside`` (rows), ``duplicates`` (left out).
+    """
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the prompts and their references, in order."""
+        references = [getattr(row, "references", {}) for row in self.rows]
+        lines = [f"{row.row_id} {values!r}" for row, values in zip(self.rows, references, strict=True)]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt(TokenizedCompletion):
+    """A prompt with the ids from which answers are generated; nothing of it is learnt."""
+
+    prompt: Content
+    references: dict[str, float]
+
+
+class TokenizedPrompts(TokenizedCompletions):
+    """Prompts that leave room for an answer. ``counts``: ``prompts``, ``set_aside``."""
+
+    def dataset(self) -> Dataset:
+        """Columns prompt, row_id, and the references."""
+        from datasets import Dataset
+
+        rows = [row for row in self.rows if isinstance(row, TokenizedPrompt)]
+        return Dataset.from_list([{"prompt": row.prompt, "row_id": row.row_id, **row.references} for row in rows])
+
+
+def read_prompts(source: str, references: Sequence[str] = ()) -> PromptTable:
+    """Read and validate every row of ``source`` once (see ``load.read_rows`` for what a source may be).
+
+    Args:
+        references: columns that each row must have a finite number in; a row without one is a Fault.
+
+    Raises:
+        AlignError: the source is missing, empty or unreadable as a whole. A bad row raises nothing: it is a Fault.
+    """
+    table = PromptTable([], [], dict.fromkeys(("rows", "prompts", "set_aside", "duplicates"), 0), source)
+    unused: Counter[str] = Counter()
+    seen: set[str] = set()
+    for file, number, row in read_rows(source):
+        table.counts["rows"] += 1
+        if isinstance(row, Fault):
+            table.faults.append(row)
+            continue
+        problems: list[FieldError] = []
+        prompt = _prompt(row, problems)
+        values = _references(row, references, problems)
+        table.faults += [Fault(file, number, problem.field, problem.reason, row) for problem in problems]
+        unused.update(row.keys() - {"prompt", *references})
+        if problems or prompt is None:
+            continue
+        name = row_id(prompt)
+        if name in seen:
+            table.counts["duplicates"] += 1
+            continue
+        seen.add(name)
+        table.rows.append(PromptRow(name, file, number, prompt, "", values))
+    table.counts["prompts"] = len(table.rows)
+    table.counts["set_aside"] = bad_rows(table.faults)
+    table.unused = dict(unused)
+    return table
+
+
+def tokenize_prompts(
+    rows: Sequence[CompletionRow], tokenizer: PreTrainedTokenizerBase, max_length: int | None, *, answer: int = 1
+) -> TokenizedPrompts:
+    """Prompts as token ids; one that leaves less than ``answer`` tokens of ``max_length`` is a Fault.
+
+    Raises:
+        AlignError: prompts are messages and the tokenizer has no chat template.
+    """
+    found = TokenizedPrompts([], [], {"prompts": 0, "set_aside": 0})
+    room = None if max_length is None else max_length - answer
+    for row in rows:
+        ids = encode_prompt(row.prompt, tokenizer)
+        if room is not None and len(ids) > room:
+            reason = (
+                f"{len(ids):,} tokens, over {room:,}: data.max_length {max_length:,} less {answer:,} for the answer"
+            )
+            found.faults.append(Fault(row.source, row.row, "prompt", reason, {"prompt": row.prompt}))
+            continue
+        references = row.references if isinstance(row, PromptRow) else {}
+        found.rows.append(TokenizedPrompt(ids, [0] * len(ids), row.row_id, row.prompt, references))
+    found.counts.update(prompts=len(found.rows), set_aside=bad_rows(found.faults))
+    return found
+
+
+def _prompt(row: dict[str, Any], problems: list[FieldError]) -> Content | None:
+    if "chosen" in row and "rejected" in row:
+        return next((pair.prompt for pair in compared(row, problems)), None)
+    with collecting(problems):
+        prompt = content("prompt", required("prompt", row, _WANTED))
+        if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+            raise FieldError("prompt", "empty prompt: an answer needs something before it")
+        if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+            raise FieldError("prompt", "ends in an assistant turn: there is nothing left to answer")
+        return prompt
+    return None
+
+
+def _references(row: dict[str, Any], columns: Sequence[str], problems: list[FieldError]) -> dict[str, float]:
+    found = {}
+    for column in columns:
+        with collecting(problems):
+            value = required(column, row, "the reference reward that the recipe names")
+            try:
+                number = float(value)
+            except (TypeError, ValueError):
+                raise FieldError(column, "the reference reward is not a number") from None
+            if isinstance(value, bool) or not math.isfinite(number):
+                raise FieldError(column, "the reference reward is not a finite number")
+            found[column] = number
+    return found

@@ -1,0 +1,186 @@
+"""Rewards as GRPO calls them: rules, models and expressions alike, and no reference taken as 0."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from align.rewards.expression import ExpressionError, SampledReference, parse_expression
+from align.rewards.functions import RewardFunction, load_scorer, rule_scorer
+from align.rewards.models import RewardModel
+
+RULE = "align.rewards.rules:everyday_answer"
+
+
+def length(prompts, completions):
+    return [len(text) for text in completions]
+
+
+def vowels(prompts, completions):
+    return [sum(letter in "aeiou" for letter in text) for text in completions]
+
+
+SCORERS = {"m:length": rule_scorer(length), "m:vowels": rule_scorer(vowels)}
+CHAT = [{"role": "user", "content": "Say it"}]
+
+
+def answer(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def test_all_of_two_rules():
+    """The word banana has length 6 and 3 vowels: log sigmoid((6-4)/2) + log sigmoid(3-2) = 2 * -0.31326168751822286."""
+    reward = RewardFunction.of(
+        {
+            "all_of": [
+                {"lsc": {"reward": "m:length", "reference": 4, "temperature": 2.0}},
+                {"lsc": {"reward": "m:vowels", "reference": "usual"}},
+            ]
+        },
+        scorers=SCORERS,
+    )
+    logged = {}
+    found = reward(
+        ["p", "p"],
+        ["banana", "xyz"],
+        completion_ids=[[1], [2]],
+        usual=[2, 2.0],
+        trainer_state=None,
+        log_metric=lambda name, value: logged.update({name: value}),
+    )
+    assert found[0] == pytest.approx(2 * -0.31326168751822286)
+    assert found[1] == pytest.approx(math.log(1 / (1 + math.exp(0.5))) + math.log(1 / (1 + math.exp(2))))
+    assert logged == {
+        "rewards/length": 4.5,
+        "rewards/vowels": 1.5,
+        "good/length": 0.5,
+        "good/vowels": 0.5,
+        "good/all": 0.5,
+    }
+    assert reward.__name__ == "combined"
+    assert reward.expression.data_columns == ("usual",)
+
+
+def test_raw_sum_adds_rewards_and_its_references_judge_alone():
+    given = [{"reward": "m:length", "weight": 0.5, "reference": 4}, "m:vowels"]
+    reward = RewardFunction.of({"raw_sum": given}, scorers=SCORERS)
+    assert reward(["p"], ["banana"]) == [6.0]
+    columns = reward.columns(["p"], ["banana"], {})
+    assert {name: good.tolist() for name, good in reward.good(columns).items()} == {"length": [True]}
+
+
+def test_a_name_alone_is_that_reward_as_text_and_as_messages():
+    reward = RewardFunction.of(RULE)
+    prompt, text = "What is a shadow? One sentence is enough.", "A shadow is a dark shape where light is blocked."
+    as_messages = reward([[{"role": "user", "content": prompt}]], [answer(text)])
+    assert reward([prompt], [text]) == as_messages
+    assert 0 < as_messages[0] <= 1
+    assert reward.__name__ == "everyday_answer"
+
+
+def test_or_not_and_weights():
+    """With p = 1/2 at the reference: OR of two is 3/4, NOT is 1/2, weight 2 is twice log 1/2."""
+    lsc = {"lsc": {"reward": "m:length", "reference": 3}}
+    other = {"lsc": {"reward": "m:vowels", "reference": 1}}
+    call = lambda given: RewardFunction.of(given, scorers=SCORERS)(["p"], ["cat"])[0]  # noqa: E731
+    assert call({"any_of": [lsc, other]}) == pytest.approx(math.log(3 / 4))
+    assert call({"not": lsc}) == pytest.approx(math.log(1 / 2))
+    assert call({"weighted": [{"weight": 2, **lsc}, {"weight": 0.5, **other}]}) == pytest.approx(2.5 * math.log(1 / 2))
+
+
+@pytest.mark.parametrize("columns", [{}, {"usual": [None]}, {"usual": [float("nan")]}])
+def test_a_missing_reference_is_an_error(columns):
+    reward = RewardFunction.of({"lsc": {"reward": "m:length", "reference": "usual"}}, scorers=SCORERS)
+    with pytest.raises(ValueError, match="usual"):
+        reward(["p"], ["cat"], **columns)
+
+
+def test_a_sampled_reference_that_nobody_sampled_is_an_error():
+    reward = RewardFunction.of(
+        {"lsc": {"reward": "m:length", "reference": {"quantile": 0.5, "samples": 4}}}, scorers=SCORERS
+    )
+    assert reward.expression.parts[0].reference == SampledReference(0.5, 4)
+    assert reward.expression.data_columns == ()
+    with pytest.raises(ValueError, match=r"length_reference.*sampled before training"):
+        reward(["p"], ["cat"])
+    assert reward(["p"], ["cat"], length_reference=[3.0]) == pytest.approx([math.log(0.5)])
+
+
+def test_rewards_that_are_no_numbers():
+    reward = RewardFunction.of("m:bad", scorers={"m:bad": rule_scorer(lambda p, c: [math.nan] * len(p))})
+    with pytest.raises(ValueError, match="m:bad"):
+        reward(["p"], ["cat"])
+    reward = RewardFunction.of("m:bad", scorers={"m:bad": rule_scorer(lambda p, c: [1.0])})
+    with pytest.raises(ValueError, match=r"shape \(1,\) for 2 answers"):
+        reward(["p", "p"], ["cat", "dog"])
+
+
+def test_a_reward_model_stands_where_a_rule_stands(backbone_dir, tmp_path):
+    torch.manual_seed(0)
+    model = RewardModel.create(backbone_dir("llama"))
+    model.save_pretrained(tmp_path / "model")
+    prompts, answers = [CHAT] * 2, [answer("banana"), answer("")]
+    expected = model.rewards(prompts, [answer("banana"), answer("...")]).double()
+    found = RewardFunction.of(str(tmp_path / "model"))(prompts, answers)
+    assert found == pytest.approx(expected.tolist(), abs=1e-6)
+    goal = RewardFunction.of({"lsc": {"reward": str(tmp_path / "model"), "reference": 0.1}})
+    centred = torch.nn.functional.logsigmoid(expected - 0.1)
+    assert goal(prompts, answers) == pytest.approx(centred.tolist(), abs=1e-6)
+
+
+def test_a_preference_model_rewards_an_answer_among_those_of_its_prompt(backbone_dir):
+    """Three answers to one prompt, two to the next: each reward is the mean log-odds against the others of its own."""
+    torch.manual_seed(0)
+    model = RewardModel.create(backbone_dir("llama"), kind="gpm", dimension=4, tau=0.5)
+    other = [{"role": "user", "content": "Say more"}]
+    prompts = [CHAT, CHAT, CHAT, other, other]
+    answers = [answer(text) for text in ("one", "two", "three", "four", "five")]
+    reward = RewardFunction.of("gpm", scorers={"gpm": load_scorer_of(model)})
+    found = reward(prompts, answers)
+    first, second = model.score_groups([CHAT, other], [answers[:3], answers[3:]])
+    assert found[0] == pytest.approx(float((first[0, 1] + first[0, 2]) / 2 / 0.5), abs=1e-6)
+    assert found[3] == pytest.approx(float(second[0, 1] / 0.5), abs=1e-6)
+    assert sum(found[:3]) == pytest.approx(0, abs=1e-5)
+    with pytest.raises(ValueError, match="row 0: one answer to its prompt"):
+        reward([CHAT], [answer("one")])
+
+
+def load_scorer_of(model):
+    from align.rewards.functions import model_scorer
+
+    return model_scorer(model)
+
+
+def test_names_that_lead_nowhere(tmp_path):
+    with pytest.raises(ValueError, match="no module"):
+        load_scorer("no_such_module_here:reward")
+    with pytest.raises(OSError, match="nowhere"):
+        load_scorer(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("given", "where", "problem"),
+    [
+        ({"all_off": []}, "all_off", "did you mean all_of?"),
+        ({"all_of": []}, "all_of", "not a list of one or more"),
+        ({"all_of": [{"raw_sum": ["m:f"]}]}, "all_of.0.raw_sum", "at the top alone"),
+        ({"lsc": {"reward": "m:f"}}, "lsc.reference", "is missing"),
+        ({"lsc": {"reference": 1}}, "lsc.reward", "is missing"),
+        ({"lsc": {"reward": "m:f", "reference": 1, "temprature": 2}}, "lsc.temprature", "did you mean temperature?"),
+        ({"lsc": {"reward": "m:f", "reference": 1, "temperature": 0}}, "lsc", "must be positive"),
+        ({"lsc": {"reward": "m:f", "reference": float("nan")}}, "lsc.reference", "finite"),
+        ({"lsc": {"reward": "m:f", "reference": {"quantile": 1.0}}}, "lsc.reference.quantile", "between 0 and 1"),
+        ({"lsc": {"reward": "m:f", "reference": {"samples": 1}}}, "lsc.reference.samples", "2 answers"),
+        ({"weighted": [{"lsc": {"reward": "m:f", "reference": 1}}]}, "weighted.0", "no weight"),
+        ({"weighted": [{"weight": -1, "lsc": {"reward": "m:f", "reference": 1}}]}, "weighted", "must not be negative"),
+        ({"raw_sum": ["m:f", "n:f"]}, "raw_sum.1", "is the name of raw_sum.0 too"),
+        ({"lsc": {"reward": "m:f", "reference": "f"}}, "lsc", "name of a reference column"),
+        (3, "", "is not one of lsc"),
+    ],
+)
+def test_expressions_that_say_nothing(given, where, problem):
+    with pytest.raises(ExpressionError, match=problem) as caught:
+        parse_expression(given)
+    assert caught.value.where == where
