@@ -128,8 +128,6 @@ class RewardModel(nn.Module):
         Raises:
             ValueError: settings that do not fit the kind, both lora and frozen, or a tokenizer without an end token.
         """
-        if lora is not None and frozen:
-            raise ValueError("frozen leaves the backbone as it is and lora trains it: give one")
         tokenizer = with_padding(tokenizer or AutoTokenizer.from_pretrained(str(backbone)), str(backbone))
         config = RewardConfig.of(
             kind=kind,
@@ -139,7 +137,6 @@ class RewardModel(nn.Module):
             tau=tau,
             unit_norm=unit_norm,
             gate=gate,
-            training="frozen" if frozen else "full" if lora is None else "lora",
             max_length=max_length,
             over_long=over_long,
             eos_token_id=int(tokenizer.eos_token_id),
@@ -155,9 +152,7 @@ class RewardModel(nn.Module):
         nn.init.normal_(model.carrier.score.weight, std=(model.hidden_size + 1) ** -0.5)
         if model.bias is not None:
             nn.init.constant_(model.bias, bias)
-        if lora is not None:
-            model._set_backbone(with_lora(model._backbone, lora))
-        return model.eval()
+        return model.train_backbone(lora=lora, frozen=frozen).eval()
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **options: Any) -> RewardModel:
@@ -219,6 +214,29 @@ class RewardModel(nn.Module):
         self.tokenizer.save_pretrained(folder)
         save_file({k: v.detach().cpu().contiguous() for k, v in self._own_weights().items()}, folder / WEIGHTS_FILE)
         (folder / CONFIG_FILE).write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
+
+    def train_backbone(self, *, lora: Any = None, frozen: bool = False) -> RewardModel:
+        """Choose what training changes besides the head, and return the model.
+
+        Args:
+            lora: a peft ``LoraConfig``: new adapters alone, and the backbone stays as it is.
+            frozen: nothing. With neither, the whole backbone; of a model with an adapter, the adapter.
+
+        Raises:
+            ValueError: both, or either for a model that has an adapter.
+        """
+        if lora is not None and frozen:
+            raise ValueError("frozen leaves the backbone as it is and lora trains it: give one")
+        if self.config.training == "lora":
+            if lora is not None or frozen:
+                raise ValueError("this model has an adapter: save it with merge=True, and load what that wrote")
+            return self
+        if lora is not None:
+            self._set_backbone(with_lora(self._backbone, lora))
+        else:
+            self._backbone.requires_grad_(not frozen)
+        self.config = replace(self.config, training="frozen" if frozen else "full" if lora is None else "lora")
+        return self
 
     def make_scalar(self) -> RewardModel:
         """Turn a model of attributes into the scalar model that ranks as it does, and return it.

@@ -1,0 +1,355 @@
+"""Training reward and preference models, in TRL's RewardTrainer.
+
+What is TRL's: arguments, checkpoints, logging, the loop. What is ours: the model (``align.rewards.models``, whose head
+may be wider than one number), the rows, the loss and its metrics. ``tests/align/trainers/test_trl_contract.py`` names
+every private attribute of TRL that is used here.
+
+A loss says by the names of its arguments which model and which labels it takes: ``chosen, rejected`` are scores of a
+scalar model, ``chosen_embedding`` vectors of a gpm, ``predictions`` those of a model of attributes; ``margin``,
+``strength`` and ``preference`` are columns of the data. A pair with a preference of 0.5 is a tie, half of a vote for
+either answer; a loss that takes no soft labels is averaged over both ways round.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from trl import RewardConfig
+from trl import RewardTrainer as TrlRewardTrainer
+
+from align.data.report import fault_report
+from align.data.rewards import RewardRules, rating_table, reward_pairs, tokenize_ratings, tokenize_reward_pairs
+from align.errors import AlignError
+from align.losses import Loss, LossOutput
+from align.losses.catalogue import LossFunction
+from align.losses.preference import MASKED, centering
+from align.losses.soft_labels import expected
+from align.rewards.batches import padded
+from align.rewards.models import RewardModel, RewardOutput
+
+from .host import Hosted, refuse_what_would_be_dropped
+
+logger = logging.getLogger(__name__)
+
+TRAINED = "trained.safetensors"  # in a checkpoint: the weights that training changes
+_PAIR, _RATED = ("prompt_ids", "chosen_ids", "rejected_ids"), ("prompt_ids", "completion_ids", "ratings")
+
+# RewardConfig's own settings that would be dropped here: (field, value that means "off", what to do instead).
+_NOT_TAKEN: list[tuple[str, Any, str]] = [
+    ("center_rewards_coefficient", None, "give RewardTrainer(centering=...)"),
+    ("pad_to_multiple_of", None, "rows are padded to the widest of their batch"),
+]
+
+
+class RewardTrainer(Hosted, TrlRewardTrainer):  # type: ignore[misc]
+    """TRL's RewardTrainer for the library's reward models and losses.
+
+    Rows are pairs, or rated answers for ``regression`` (``align.data.rewards``). Rows that are over the limit are cut
+    or set aside, and never dropped without a word.
+
+    Args:
+        model: from ``RewardModel.create`` or ``from_pretrained``: its backbone is trained whole, by adapters, or not
+            at all, as it says.
+        args: TRL's ``RewardConfig``. ``max_length`` counts where it is below the model's own.
+        loss: ``"bradley_terry"``, ``"margin_bradley_terry"``, ``"scaled_bradley_terry"`` (scalar models),
+            ``"regression"`` (attributes), ``"gpm"``, or a reward loss of your own. A gpm is trained with the tau that
+            it scores with. With ``normalize_weights``, strengths are divided by their mean over the training data:
+            the same number in every batch and process.
+        centering: weight of ``(r_w + r_l)^2``, which pins the constant that pairs leave free; scalar models alone.
+        rules: how rows of text are read; tokenised rows stay as they are.
+        kwargs: as in TRL's ``RewardTrainer``, without ``peft_config``: adapters belong to the model.
+
+    Raises:
+        ValueError: an argument that this trainer would have to drop, or a loss that does not fit the model.
+    """
+
+    needs_reference = False
+    starts_at_reference = False
+
+    def __init__(
+        self,
+        model: RewardModel,
+        args: RewardConfig | None = None,
+        *,
+        loss: str | LossFunction | Loss = "bradley_terry",
+        centering: float = 0.0,
+        rules: RewardRules | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = RewardConfig("tmp_trainer") if args is None else copy.copy(args)
+        refuse_what_would_be_dropped(args, _NOT_TAKEN, "RewardTrainer")
+        for name, instead in (("peft_config", "RewardModel.create(lora=...)"), ("data_collator", "leave it out")):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name}: {instead}")
+        self.reward = model
+        self.loss, self.normalize_weights = _fitting(loss, model)
+        if centering and model.config.kind != "scalar":
+            raise ValueError(f"centering is for scalar models, and this one is {model.config.kind}")
+        if not centering >= 0:
+            raise ValueError(f"centering is {centering}: it must not be negative")
+        self.centering = centering
+        takes = inspect.signature(self.loss.info.function).parameters
+        self.rules = replace(rules or RewardRules(attributes=model.config.attributes), needs_margin="margin" in takes)
+        self.mean_strength = 1.0
+        kwargs.setdefault("processing_class", model.tokenizer)
+        super().__init__(model=_Host(model), args=args, **kwargs)
+        self.data_collator = RewardCollator(int(model.tokenizer.pad_token_id))
+
+    # --- data ---------------------------------------------------------------------------------------------------
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: RewardConfig, dataset_name: str) -> Dataset:
+        """Rows of text or messages to token ids, by the rules of ``align.data``; tokenised rows as they are."""
+        if not isinstance(dataset, Dataset):
+            raise ValueError(f"{dataset_name}: a map-style datasets.Dataset is needed, not {type(dataset).__name__}")
+        rated = self.reward.config.kind == "attributes"
+        if not set(_RATED if rated else _PAIR) <= set(dataset.column_names):
+            dataset = self._tokenized(dataset, processing_class, args, dataset_name, rated)
+        if self.rules.needs_margin:
+            margins = dataset["margin"] if "margin" in dataset.column_names else [None] * len(dataset)
+            if without := sum(margin is None for margin in margins):
+                raise AlignError(
+                    f"{dataset_name}: {without:,} pairs have no margin, and {self.loss.info.name} asks for it"
+                )
+        if dataset_name == "train" and self.normalize_weights:
+            self.mean_strength = sum(dataset["strength"]) / len(dataset)
+            if not self.mean_strength > 0:
+                raise AlignError(f"{dataset_name}: all strengths are 0: there is no weight to normalise")
+        return dataset
+
+    def _tokenized(self, dataset: Dataset, tokenizer: Any, args: RewardConfig, name: str, rated: bool) -> Dataset:
+        limits = [limit for limit in (args.max_length, self.reward.config.max_length) if limit is not None]
+        limit, over_long = min(limits, default=None), self.rules.over_long
+        rows = ((name, number, row) for number, row in enumerate(dataset, 1))
+        table: Any
+        tokenized: Any
+        if rated:
+            table = rating_table(rows, name, self.reward.config.attributes)
+            tokenized = tokenize_ratings(table.rows, tokenizer, limit, over_long)
+        else:
+            table = reward_pairs(rows, name, self.rules)
+            tokenized = tokenize_reward_pairs(table.rows, tokenizer, limit, over_long)
+        faults = [*table.faults, *tokenized.faults]
+        if faults:
+            logger.warning("%s", fault_report(faults, len(dataset)))
+        if cut := sum(count for key, count in tokenized.counts.items() if key.startswith("truncated_")):
+            logger.warning("%s: %d answers were cut at %d tokens with their prompts", name, cut, limit)
+        if not tokenized.rows:
+            raise AlignError(f"{name}: no row can be used")
+        found: Dataset = tokenized.dataset()
+        return found
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = [*_PAIR, "strength", "margin", "preference", *_RATED[1:]]
+
+    # --- loss ---------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        found: RewardOutput = model(inputs["input_ids"], inputs["attention_mask"], inputs["prompt_length"])
+        labels = dict(inputs)
+        if "strength" in labels:
+            labels["strength"] = labels["strength"] / self.mean_strength
+        output = reward_output(self.loss, found, labels)
+        loss = output.loss
+        if self.centering:
+            loss = loss + self.centering * centering(*found.values.chunk(2)).loss
+        self._record(inputs, output)
+        mean = self.loss.weight * loss.mean()
+        return (mean, (mean, found.values)) if return_outputs else mean
+
+    # --- metrics ------------------------------------------------------------------------------------------------
+
+    def _record(self, inputs: Mapping[str, Tensor], output: LossOutput) -> None:
+        """Metrics of a batch, summed over processes in one reduction."""
+        rated = "ratings" in inputs
+        sums = self._rating_sums(inputs, output) if rated else _pair_sums(inputs, output)
+        sums["seen"] = inputs["attention_mask"].sum().to(torch.float32)
+        reduced = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="sum").tolist()
+        total = dict(zip(sums, reduced, strict=True))
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        if self.model.training:
+            self._total_train_tokens += int(total.pop("seen"))
+        metrics["num_tokens"] = [self._total_train_tokens]
+        counts = {name.removeprefix("n "): value for name, value in total.items() if name.startswith("n ")}
+        for name, count in counts.items():
+            if count:
+                metrics[name].append(total[name] / count)
+
+    def _rating_sums(self, inputs: Mapping[str, Tensor], output: LossOutput) -> dict[str, Tensor]:
+        labels = inputs["ratings"]
+        rated = labels != MASKED
+        squares = torch.where(rated, (output.rewards - labels) ** 2, 0.0).sum(0).float()
+        sums: dict[str, Tensor] = {}
+        for place, name in enumerate(self.reward.config.attributes):
+            sums[f"ratings/mse_{name}"] = squares[place]
+            sums[f"n ratings/mse_{name}"] = rated[:, place].sum().float()
+        return sums
+
+    # --- checkpoints --------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """The weights that training changes: not a frozen backbone, which the model's folder has."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.detach().cpu().contiguous() for k, v in self._trained().items()}, folder / TRAINED)
+        self.reward.tokenizer.save_pretrained(folder)
+        torch.save(self.args, folder / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        path = Path(resume_from_checkpoint) / TRAINED
+        try:
+            weights = load_file(path)
+        except (OSError, RuntimeError) as error:
+            raise AlignError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
+        trained = self._trained()
+        if set(weights) != set(trained):
+            raise AlignError(f"{path}: other weights than this run trains: go on with the settings that it began with")
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(weights[name])
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: weight for name, weight in self.reward.named_parameters() if weight.requires_grad}
+
+
+class _Host(nn.Module):
+    """What transformers' Trainer asks of a model, around a RewardModel."""
+
+    def __init__(self, reward: RewardModel) -> None:
+        super().__init__()
+        self.reward = reward
+        self.config = copy.deepcopy(reward.carrier.config)
+        self.config.num_labels = 1  # TRL insists; the head is as wide as it is
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, prompt_length: Tensor) -> RewardOutput:
+        output: RewardOutput = self.reward(input_ids, attention_mask, prompt_length)
+        return output
+
+    def add_model_tags(self, tags: Any) -> None:
+        """Nothing: the tags are TRL's, and a run writes its own card."""
+
+    def gradient_checkpointing_enable(self, **settings: Any) -> None:
+        self.reward.carrier.gradient_checkpointing_enable(**settings)
+        if self.reward.config.training == "lora":
+            self.reward.carrier.enable_input_require_grads()  # or nothing before the first adapter asks for gradients
+
+
+@dataclass(frozen=True)
+class RewardCollator:
+    """Rows of a tokenised data set to the tensors of one forward pass, one row an answer, padded on the right.
+
+    Args:
+        pad_token_id: fills rows.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Pairs: all chosen answers, then all rejected ones, with the labels that any row has. Rated answers: as is.
+
+        A pair without strength counts 1, one without preference is sure.
+        """
+        rated = "ratings" in examples[0]
+        sides = ("completion_ids",) if rated else ("chosen_ids", "rejected_ids")
+        rows = [[*example["prompt_ids"], *example[side]] for side in sides for example in examples]
+        ids, mask = padded(rows, self.pad_token_id)
+        lengths = torch.tensor([len(example["prompt_ids"]) for example in examples] * len(sides))
+        batch = {"input_ids": ids, "attention_mask": mask, "prompt_length": lengths}
+        if rated:
+            return {
+                **batch,
+                "ratings": torch.tensor([example["ratings"] for example in examples], dtype=torch.float32),
+            }
+        batch["strength"] = torch.tensor([float(example.get("strength", 1.0)) for example in examples])
+        for name, missing in (("preference", 1.0), ("margin", 0.0)):
+            values = [example.get(name) for example in examples]
+            if any(value is not None for value in values):
+                batch[name] = torch.tensor([missing if value is None else float(value) for value in values])
+        return batch
+
+
+def reward_output(loss: Loss, found: RewardOutput, labels: Mapping[str, Tensor]) -> LossOutput:
+    """A reward loss of what a model says of a batch (chosen answers first), with the labels that it takes.
+
+    Raises:
+        ValueError: as the loss itself.
+    """
+    takes = inspect.signature(loss.info.function).parameters
+    function, settings = loss.info.function, loss.settings
+    if "predictions" in takes:
+        return function(found.values, labels["ratings"], **settings)
+    chosen, rejected = found.values.chunk(2)
+    given = {name: labels[name] for name in ("margin", "strength", "preference") if name in takes and name in labels}
+    if "scale" in takes and found.scale is not None:
+        given["scale"] = sum(found.scale.chunk(2)) / 2  # both rows have one prompt, and two roundings of it
+    output = function(chosen, rejected, **given, **settings)
+    if "preference" in takes or "preference" not in labels:
+        return output
+    exchanged = function(rejected, chosen, **given, **settings)
+    return replace(output, loss=expected(output.loss, exchanged.loss, labels["preference"]))
+
+
+def start_at_mean_ratings(model: RewardModel, dataset: Dataset) -> None:
+    """Let a new model of attributes begin at the mean of each: from 0, training would first have to climb there."""
+    labels = torch.tensor(dataset["ratings"])
+    rated = labels != MASKED
+    means = torch.where(rated, labels, 0.0).sum(0) / rated.sum(0).clamp(min=1)
+    assert model.bias is not None
+    with torch.no_grad():
+        model.bias.copy_(means)
+
+
+def _fitting(given: str | LossFunction | Loss, model: RewardModel) -> tuple[Loss, bool]:
+    """The loss for this model, and whether strengths are to be divided by their mean."""
+    loss = Loss.of(given)
+    takes = inspect.signature(loss.info.function).parameters
+    kinds = {"predictions": "attributes", "chosen_embedding": "gpm", "chosen": "scalar"}
+    wanted = next((kind for name, kind in kinds.items() if name in takes), None)
+    if loss.info.kind != "reward" or wanted is None or not (loss.info.ranks or wanted == "attributes"):
+        raise ValueError(f"{loss.info.name} trains no reward model from pairs or ratings")
+    if wanted != model.config.kind:
+        raise ValueError(f"{loss.info.name} is for models of kind {wanted}, and this one is {model.config.kind}")
+    settings = dict(loss.settings)
+    if "tau" in takes:
+        if not isinstance(given, Loss):
+            settings["tau"] = model.config.tau
+        elif settings.get("tau", takes["tau"].default) != model.config.tau:
+            raise ValueError(
+                f"tau is {settings.get('tau', takes['tau'].default)} in the loss and {model.config.tau} in the model: "
+                "train with the tau that scores"
+            )
+    normalize = bool(settings.pop("normalize_weights", False))
+    return replace(loss, settings=settings), normalize
+
+
+def _pair_sums(inputs: Mapping[str, Tensor], output: LossOutput) -> dict[str, Tensor]:
+    chosen, rejected = output.chosen_rewards.float(), output.rejected_rewards.float()
+    margins = chosen - rejected
+    preference = inputs.get("preference", torch.ones_like(margins))
+    decided = preference != 0.5
+    # As in TRL: a tie of the model is not a win. A tie of the label can be neither right nor wrong.
+    right = torch.where(preference > 0.5, margins > 0, margins < 0) & decided
+    pairs = margins.new_tensor(len(margins))
+    sums = {
+        "rewards/chosen": chosen.sum(),
+        "rewards/rejected": rejected.sum(),
+        "rewards/margins": margins.sum(),
+        "rewards/accuracies": right.float().sum(),
+    }
+    counts = {f"n {name}": pairs for name in sums}
+    return {**sums, **counts, "n rewards/accuracies": decided.float().sum()}
