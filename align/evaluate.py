@@ -22,7 +22,8 @@ from align.data.splits import Split
 from align.data.tokenize import encode_prompt
 from align.evals.displacement import displacement_suite
 from align.evals.generation import compare
-from align.evals.kl import log_ratios
+from align.evals.goals import goals_suite
+from align.evals.kl import LogRatios, log_ratios
 from align.evals.preference import preference_suite
 from align.evals.sampling import Sample, sample
 from align.evals.thumbs import thumbs_suite
@@ -36,6 +37,7 @@ from align.rewards.named import load_reward
 from align.tracking.files import write_json, write_text
 from align.tracking.progress import progress
 from align.trainers.build import Built, losses_of
+from align.trainers.grpo import as_answer, with_sampled_references
 from align.trainers.thumbs import ThumbsTrainer, thumbs_output
 
 SAMPLES_SHOWN = 20
@@ -58,6 +60,7 @@ def evaluate(
         "preference": pairs.preference,
         "displacement": pairs.displacement,
         "generation": lambda: _generation(recipe, built, tokenizer, held_out, run),
+        "goals": lambda: _goals(recipe, built, tokenizer, held_out, run),
     }
     results: dict[str, dict[str, Any]] = {}
     for name in recipe.evals:
@@ -183,19 +186,72 @@ def _generation(
         before = answers.of("untrained", untrained, spec.temperature)
     pad = int(tokenizer.pad_token_id)
 
-    def reference_logps(p: Sequence[Sequence[int]], a: Sequence[Sequence[int]]) -> SequenceLogps:
-        with built.untrained() as untrained:
-            return sequence_logps(untrained, p, a, pad_token_id=pad)
-
-    kl = log_ratios(
-        ids, drawn, lambda p, a: sequence_logps(model, p, a, pad_token_id=pad), reference_logps, temperature=1.0
-    )
+    kl = _kl(ids, drawn, built, pad)
     assert spec.reward is not None  # the recipe's check: this suite has a reward
     settings = {**spec.model_dump(), "prompts": len(prompts)}
     result = compare([_last(p) for p in prompts], before, after, load_reward(spec.reward), kl=kl, settings=settings)
     lines = [json.dumps(row, ensure_ascii=False) for row in result["rows"][:SAMPLES_SHOWN]]
     write_text(run / "samples.jsonl", "\n".join(lines) + "\n")
     return result
+
+
+def _kl(ids: Sequence[Sequence[int]], drawn: Sequence[Sample], built: Built, pad: int) -> LogRatios:
+    """Log-ratios of answers that the trained model drew at temperature 1."""
+
+    def policy_logps(p: Sequence[Sequence[int]], a: Sequence[Sequence[int]]) -> SequenceLogps:
+        return sequence_logps(built.trainer.model, p, a, pad_token_id=pad)
+
+    def reference_logps(p: Sequence[Sequence[int]], a: Sequence[Sequence[int]]) -> SequenceLogps:
+        with built.untrained() as untrained:
+            return sequence_logps(untrained, p, a, pad_token_id=pad)
+
+    return log_ratios(ids, drawn, policy_logps, reference_logps, temperature=1.0)
+
+
+def _goals(
+    recipe: Recipe, built: Built, tokenizer: PreTrainedTokenizerBase, held_out: Split, run: Path
+) -> dict[str, Any]:
+    """Each reward of ``grpo.rewards`` on answers of both models to the first held-out prompts, at temperature 1.
+
+    The two answers to a prompt are scored side by side: a preference model then says by how much one is better.
+    """
+    assert recipe.grpo is not None
+    spec, reward, pad = recipe.grpo, built.trainer.reward, int(tokenizer.pad_token_id)
+    data = held_out.tokenized.dataset().select(range(min(recipe.generation.prompts, len(held_out.tokenized.rows))))
+    ids = [encode_prompt(prompt, tokenizer) for prompt in data["prompt"]]
+    answers = _Answers(run / "eval" / "answers.jsonl", tokenizer, ids, recipe)
+    model, longest = built.trainer.model, spec.max_completion_length
+    after = answers.of("trained, for the goals", model, 1.0, longest)
+    with built.untrained() as untrained:
+        before = answers.of("untrained, for the goals", untrained, 1.0, longest)
+        data = with_sampled_references(
+            data,
+            reward,
+            untrained,
+            tokenizer,
+            run / "references.jsonl",
+            max_new_tokens=longest,
+            seed=int(built.trainer.args.seed),
+        )
+    kl = _kl(ids, after, built, pad)
+    prompts = [prompt for prompt in data["prompt"] for _ in range(2)]
+    texts = [
+        as_answer(prompt, answer.text)
+        for prompt, *both in zip(data["prompt"], before, after, strict=True)
+        for answer in both
+    ]
+    given = {name: [value for value in data[name] for _ in range(2)] for name in data.column_names}
+    columns = reward.columns(prompts, texts, given)
+    rewards = {part.name: columns[part.name] for part in reward.expression.parts}
+    return goals_suite(
+        [_last(prompt) for prompt in data["prompt"]],
+        before,
+        after,
+        {name: (values[::2].numpy(), values[1::2].numpy()) for name, values in rewards.items()},
+        {name: (values[::2].numpy(), values[1::2].numpy()) for name, values in reward.good(columns).items()},
+        kl=kl,
+        settings={**spec.model_dump(), "prompts": len(ids), "temperature": 1.0},
+    )
 
 
 def _last(prompt: Content) -> str:
@@ -219,7 +275,7 @@ class _Answers:
                     continue  # the line that a kill has torn; its answer is drawn again
                 self.kept[entry["of"], entry["row"]] = Sample(entry["tokens"], entry["text"], entry["finished"])
 
-    def of(self, name: str, model: Any, temperature: float) -> list[Sample]:
+    def of(self, name: str, model: Any, temperature: float, max_new_tokens: int | None = None) -> list[Sample]:
         """One answer a prompt. Each has its own random stream, so that it is the same in whatever batch."""
         missing = [row for row in range(len(self.prompts)) if (name, row) not in self.kept]
         with progress(f"answers, {name}", len(missing)) as advance, self.path.open("a", encoding="utf-8") as file:
@@ -238,7 +294,7 @@ class _Answers:
                 self.tokenizer,
                 [self.prompts[row] for row in missing],
                 eos_ids=end_tokens(model, self.tokenizer),
-                max_new_tokens=self.spec.max_new_tokens,
+                max_new_tokens=max_new_tokens or self.spec.max_new_tokens,
                 temperature=temperature,
                 seed=self.spec.seed,
                 batch_size=BATCH,

@@ -153,6 +153,9 @@ def show_plan(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def _row_lengths(recipe: Recipe, split: Split) -> list[int]:
     """Tokens of each row as it is laid out: the prompt once where it is shared."""
+    if recipe.grpo is not None:
+        answers, longest = recipe.grpo.num_generations, recipe.grpo.max_completion_length
+        return [len(row.input_ids) + longest for row in split.tokenized.rows for _ in range(answers)]
     if isinstance(split.tokenized, TokenizedCompletions):
         return [len(row.input_ids) for row in split.tokenized.rows]
     prompts = 1 if recipe.data.shared_prompt else 2
@@ -170,7 +173,10 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, run: Path | 
     spec = recipe.data
     sources = {"train": spec.train, **({"eval": spec.eval} if spec.eval else {})}
     kind = recipe.data_kind
-    splits = {name: read_split(path, tokenizer, spec.max_length, kind=kind) for name, path in sources.items()}
+    splits = {
+        name: read_split(path, tokenizer, spec.max_length, kind=kind, rules=recipe.data_rules)
+        for name, path in sources.items()
+    }
     faults = [fault for split in splits.values() for fault in split.faults]
     kept_in = run / "rejected_rows.jsonl" if run is not None else None
     if kept_in is not None:

@@ -1,8 +1,10 @@
-"""A reward that can be read: ``everyday_answer`` says how well a short everyday request was answered.
+"""Rewards that can be read: ``everyday_answer`` says how well a short everyday request was answered.
 
 Nine criteria, each a small function of the request and the answer with a value in [0, 1]; the reward is their
 product, so that no strength hides a fault. Plain Python, English only, no model. It judges manner and fit, not truth:
 a fluent mistake passes, and a right answer that shares no word with the request is under-rated.
+
+``informative`` and ``brief`` are two simple rewards that pull against each other, to see how a combination settles it.
 """
 
 from __future__ import annotations
@@ -100,11 +102,26 @@ def everyday_answer(prompts: Sequence[Text], completions: Sequence[Text]) -> lis
 def everyday_breakdown(prompts: Sequence[Text], completions: Sequence[Text]) -> list[dict[str, float]]:
     """Per answer, the value of each criterion by name, and their product as ``reward``."""
     found = []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        request, answer = _last(prompt, "user"), _last(completion, "assistant").strip()
+    for request, answer in _turns(prompts, completions):
         values = {name: criterion(request, answer) for name, criterion in CRITERIA.items()}
         found.append({**values, "reward": math.prod(values.values())})
     return found
+
+
+def informative(prompts: Sequence[Text], completions: Sequence[Text]) -> list[float]:
+    """How much each answer brings: different words with a meaning of their own that the request has not, up to 40.
+
+    It is easily had by writing more, and so conflicts with ``brief``.
+    """
+    return [
+        float(min(40, len(set(content_words(answer)) - set(content_words(request)))))
+        for request, answer in _turns(prompts, completions)
+    ]
+
+
+def brief(prompts: Sequence[Text], completions: Sequence[Text]) -> list[float]:
+    """Minus the number of words of each answer; an answer that says nothing has the most, 0."""
+    return [-float(len(words(answer))) for _, answer in _turns(prompts, completions)]
 
 
 def direct(request: str, answer: str) -> float:
@@ -250,6 +267,12 @@ CRITERIA: dict[str, Criterion] = {
 def ramp(value: float, low: float, high: float) -> float:
     """0 up to ``low``, 1 from ``high`` on, a straight line between."""
     return min(1.0, max(0.0, (value - low) / (high - low)))
+
+
+def _turns(prompts: Sequence[Text], completions: Sequence[Text]) -> list[tuple[str, str]]:
+    """Request and answer of each row."""
+    rows = zip(prompts, completions, strict=True)
+    return [(_last(prompt, "user"), _last(completion, "assistant").strip()) for prompt, completion in rows]
 
 
 def _last(text: Text, role: str) -> str:

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
+    from align.data.prompts import PromptRules
+    from align.data.rewards import RewardRules
     from align.data.splits import DataKind
+    from align.rewards.kinds import Kind
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
-Eval = Literal["thumbs", "preference", "generation", "displacement", "goals"]
-EVALS: tuple[Eval, ...] = ("thumbs", "preference", "generation", "displacement", "goals")
+Eval = Literal["thumbs", "preference", "generation", "displacement", "goals", "reward"]
+EVALS: tuple[Eval, ...] = ("thumbs", "preference", "generation", "displacement", "goals", "reward")
 WITHOUT_LOSSES = ("sft", "grpo")
 """Methods that are no loss of the table."""
 Text = Annotated[str, Field(min_length=1)]
@@ -143,6 +146,30 @@ class BcoSpec(Section):
     """Prompts of each thumb, at most, that the weights are fitted on."""
 
 
+class RewardSpec(Section):
+    """The reward model that methods bradley_terry, margin_bradley_terry, scaled_bradley_terry, regression, gpm train."""
+
+    frozen: bool = False
+    """Train the head alone; without it and without model.lora, the whole backbone."""
+    over_long: Literal["cut", "set_aside"] = "cut"
+    """Answers over data.max_length: keep their first tokens and the end token, or set their rows aside, counted."""
+    gap_of: Text | None = None
+    """NAME of a judge whose scores stand beside both answers (chosen_NAME, rejected_NAME): their difference is the
+    margin, and over the largest of the data the strength."""
+    centering: float = Field(default=0.0, ge=0)
+    """Weight of (r_w + r_l)^2, which pins the constant that pairs leave free; 0.01 is usual. Scalar models alone."""
+    dimension: int | None = Field(default=None, ge=2)
+    """gpm: numbers of an embedding, even; 2 when not given."""
+    unit_norm: bool = True
+    """gpm: embeddings of length 1, so that scores lie in [-1, 1] without a gate."""
+    gate: bool = False
+    """gpm: weigh the planes of the form by the prompt."""
+    attributes: list[Text] = Field(default_factory=list)
+    """regression: the columns of ratings."""
+    ranking: str | dict[str, float] | None = None
+    """regression: the attribute that ranks answers, or weights by name; not needed where there is one attribute."""
+
+
 class GrpoSpec(Section):
     """What method grpo rewards, and how it draws the answers that it learns from."""
 
@@ -166,11 +193,26 @@ def data_kind(method: str | None) -> DataKind:
         return "pairs"
     from align.losses import LOSSES  # torch: not for `align --help`
 
+    if reward_kind(method) == "attributes":
+        return "ratings"
     return "thumbs" if method in LOSSES and LOSSES[method].kind == "thumbs" else "pairs"
 
 
-def eval_applies(name: Eval, kind: DataKind) -> bool:
-    """Whether an evaluation can run on held-out data of this kind."""
+def reward_kind(method: str | None) -> Kind | None:
+    """The kind of reward model that a method trains; None for a method that trains a policy."""
+    if method is None or method in WITHOUT_LOSSES:
+        return None
+    from align.losses import LOSSES
+    from align.rewards.kinds import kind_trained_by
+
+    return kind_trained_by(LOSSES[method]) if method in LOSSES else None
+
+
+def eval_applies(name: Eval, method: str | None) -> bool:
+    """Whether an evaluation can run on what a method trains, with held-out data of its kind."""
+    if name == "reward" or reward_kind(method) is not None:
+        return name == "reward" and reward_kind(method) is not None
+    kind = data_kind(method)
     return name == "generation" or kind == {"thumbs": "thumbs", "goals": "prompts"}.get(name, "pairs")
 
 
@@ -179,8 +221,7 @@ def _evals_of(fields: dict[str, Any]) -> list[Eval]:
     if data is None or not data.eval:
         return []
     scored = generation is not None and generation.reward is not None
-    kind = data_kind(fields.get("method"))
-    return [name for name in EVALS if eval_applies(name, kind) and (scored or name != "generation")]
+    return [name for name in EVALS if eval_applies(name, fields.get("method")) and (scored or name != "generation")]
 
 
 class Recipe(Section):
@@ -198,16 +239,19 @@ class Recipe(Section):
     """Settings of method's loss, such as beta."""
     bco: BcoSpec | None = None
     """State and weights of method bco; its defaults when not given."""
+    reward: RewardSpec | None = None
+    """The model of a method that trains a reward model; its defaults when not given."""
     grpo: GrpoSpec | None = None
     """Rewards and sampling of method grpo."""
     training: dict[str, Any] = Field(default_factory=dict)
     """Fields of TRL's DPOConfig, such as learning_rate and max_steps (SFTConfig for sft, KTOConfig for bco, kto,
-    GRPOConfig for grpo)."""
+    GRPOConfig for grpo, RewardConfig for reward models)."""
     generation: GenerationSpec = Field(default_factory=GenerationSpec)
     """Settings of the generation evaluation."""
     evals: list[Eval] = Field(default_factory=_evals_of)
     """Evaluations before and after training. When not given, all that apply: none without data.eval, generation with
-    generation.reward, thumbs for bco and kto, goals for grpo, preference and displacement for pairs."""
+    generation.reward, thumbs for bco and kto, goals for grpo, reward for reward models, preference and displacement
+    for other pairs."""
     tracking: TrackingSpec = Field(default_factory=TrackingSpec)
     """Where metrics go."""
     output: Text
@@ -219,6 +263,25 @@ class Recipe(Section):
     def data_kind(self) -> DataKind:
         """What the run learns from."""
         return data_kind(self.method)
+
+    @property
+    def data_rules(self) -> PromptRules | RewardRules | None:
+        """What it asks of prompts, for method grpo, or of pairs and ratings, for a reward model."""
+        if self.reward is not None:
+            from align.data.rewards import RewardRules
+
+            return RewardRules(
+                attributes=tuple(self.reward.attributes),
+                gap_of=self.reward.gap_of,
+                needs_margin=self.method == "margin_bradley_terry",
+                over_long=self.reward.over_long,
+            )
+        if self.grpo is None:
+            return None
+        from align.data.prompts import PromptRules
+        from align.rewards.expression import parse_expression
+
+        return PromptRules(parse_expression(self.grpo.rewards).data_columns, self.grpo.max_completion_length)
 
     @property
     def terms(self) -> list[LossTerm]:

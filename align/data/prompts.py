@@ -31,6 +31,19 @@ _WANTED = "prompt; or [prompt,] chosen, rejected"
 
 
 @dataclass(frozen=True)
+class PromptRules:
+    """What a recipe asks of prompts.
+
+    Args:
+        references: columns that each row must have a finite number in.
+        answer: tokens to leave for the answer.
+    """
+
+    references: tuple[str, ...]
+    answer: int
+
+
+@dataclass(frozen=True)
 class PromptRow(CompletionRow):
     """One prompt. ``completion`` is empty; ``references`` are reference rewards by column."""
 

@@ -293,6 +293,8 @@ def show_masks(tokenized: Tokenized, tokenizer: PreTrainedTokenizerBase, n: int 
 def _parts(row: TokenizedPair | TokenizedCompletion) -> dict[str, list[int]]:
     if isinstance(row, TokenizedPair):
         return {"prompt": row.prompt_ids, "chosen": row.chosen_ids, "rejected": row.rejected_ids}
+    if not any(row.completion_mask):
+        return {"prompt": row.input_ids}  # the answers are still to be drawn
     start = row.completion_mask.index(1)
     return {"prompt": row.input_ids[:start], "completion": row.input_ids[start:]}
 

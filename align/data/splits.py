@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .completions import read_completions
 from .pairs import read_pairs
+from .prompts import PromptRules, read_prompts, tokenize_prompts
 from .report import check_fraction
 from .rewards import RewardRules, read_ratings, read_reward_pairs, tokenize_ratings, tokenize_reward_pairs
 from .rows import CompletionRow, CompletionTable, Fault, PairRow, PairTable, bad_rows
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-DataKind = Literal["pairs", "completions", "thumbs", "ratings"]
-"""What a method learns from: comparisons, answers to imitate, answers with a thumb up or down, or rated answers."""
+DataKind = Literal["pairs", "completions", "thumbs", "ratings", "prompts"]
+"""What a method learns from: comparisons, answers to imitate, answers with a thumb up or down, rated answers, or
+prompts that the model answers itself."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,16 @@ def read_split(
     max_length: int | None,
     *,
     kind: DataKind,
-    rules: RewardRules | None = None,
+    rules: RewardRules | PromptRules | None = None,
 ) -> Split:
-    """Read and tokenise a source; by ``rules`` where a reward model is to read it.
+    """Read and tokenise a source; by ``rules`` where a reward model is to read it, or a policy to answer it.
 
     Raises:
         AlignError: the source cannot be read at all, or the tokenizer cannot serve it.
     """
+    if isinstance(rules, PromptRules):
+        prompts = read_prompts(source, rules.references)
+        return Split(prompts, tokenize_prompts(prompts.rows, tokenizer, max_length, answer=rules.answer))
     if rules is not None and kind == "ratings":
         ratings = read_ratings(source, rules.attributes)
         return Split(ratings, tokenize_ratings(ratings.rows, tokenizer, max_length, rules.over_long))

@@ -13,6 +13,9 @@ from align.losses import LOSSES
 from .record import RunRecord
 
 SFT_FORMULA = "-log pi(answer | prompt), mean per token"
+GRPO_FORMULA = "-mean of A pi / pi_old + beta KL(pi || pi_ref), A: the reward less the mean of its group"
+GRPO_PURPOSE = "raises answers of its own that are rewarded above the others to their prompt"
+GRPO_PAPER = "arXiv:2402.03300"
 NOTATION = (
     "w: the chosen answer, l: the rejected one; S: its log-prob under the policy, R: under the reference (nats); "
     "r = S - R; n: tokens; sigma: the logistic function."
@@ -41,6 +44,12 @@ METRICS: dict[str, tuple[str, str]] = {
     "generation/distinct_after": ("Different 2-grams over all answers, after", PERCENT),
     "generation/kl_to_reference": ("KL to the reference, per answer", NATS),
     "generation/kl_to_reference_per_token": ("KL to the reference, per token", NATS),
+    "goals/good_all_before": ("Answers that are good in every reward, before", PERCENT),
+    "goals/good_all_after": ("Answers that are good in every reward, after", PERCENT),
+    "goals/good_all_change": ("Change of the share of answers that are good in every reward", PERCENT),
+    "goals/length_before": ("Answer length at temperature 1, before", TOKENS),
+    "goals/length_after": ("Answer length at temperature 1, after", TOKENS),
+    "goals/kl_to_reference": ("KL to the model before training, per answer", NATS),
     "thumbs/auc": ("Thumbs up told from thumbs down, held-out (AUC)", PERCENT),
     "thumbs/accuracy": ("Held-out answers on the right side of the reward's threshold", PERCENT),
     "thumbs/reward_up": ("Implicit reward of thumbs up", POINTS),
@@ -105,6 +114,8 @@ def terms(recipe: Mapping[str, Any]) -> list[Term]:
     """The losses of a resolved recipe, with what the table says of them."""
     if recipe.get("method") == "sft":
         return [Term("sft", 1.0, {}, SFT_FORMULA, "imitates the answers of the data", "", "")]
+    if recipe.get("method") == "grpo":
+        return [Term("grpo", 1.0, {}, GRPO_FORMULA, GRPO_PURPOSE, GRPO_PAPER, "https://arxiv.org/abs/2402.03300")]
     if recipe.get("losses"):
         raw = [dict(term) for term in recipe["losses"]]
     elif recipe.get("method"):
@@ -148,7 +159,7 @@ def notation(recipe: Mapping[str, Any]) -> str:
     found = terms(recipe)
     if any(term.name in LOSSES and LOSSES[term.name].kind == "thumbs" for term in found):
         return THUMBS_NOTATION
-    return NOTATION if any(term.paper for term in found) else ""
+    return NOTATION if any(term.name in LOSSES and term.paper for term in found) else ""
 
 
 def commands(record: RunRecord) -> list[tuple[str, str]]:
@@ -198,6 +209,7 @@ def headline(record: RunRecord) -> list[Measure]:
     names = (
         "generation/win_rate",
         "thumbs/auc",
+        "goals/good_all_after",
         "preference/accuracy",
         "displacement/chosen_delta_per_token",
         "generation/kl_to_reference",
@@ -266,7 +278,12 @@ def _interval(entry: Mapping[str, Any], kind: str) -> str:
 def _note(name: str, entry: Mapping[str, Any]) -> str:
     """What the interval says about the value that means nothing happened."""
     even = dict.fromkeys(("generation/win_rate", "thumbs/auc", "preference/accuracy"), (0.5, "50 %"))
-    zero = ("generation/reward_change", "displacement/chosen_delta_per_token", "displacement/chosen_delta")
+    zero = (
+        "generation/reward_change",
+        "goals/good_all_change",
+        "displacement/chosen_delta_per_token",
+        "displacement/chosen_delta",
+    )
     point, words = even.get(name, (0.0, "0") if name in zero else (None, ""))
     low, high = entry.get("low"), entry.get("high")
     if point is None or low is None or high is None:

@@ -147,6 +147,8 @@ def _summary(logs: Mapping[str, Any]) -> str:
     parts = []
     if (loss := logs.get(f"{prefix}loss")) is not None:
         parts.append(f"loss {loss:.3f}")
+    if (reward := logs.get(f"{prefix}reward")) is not None:
+        parts.append(f"reward {reward:.3f}")
     accuracy = logs.get(f"{prefix}rewards/accuracies", logs.get(f"{prefix}thumbs/accuracy"))
     if accuracy is not None:
         parts.append(f"accuracy {100 * accuracy:.0f} %")

@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedTokenizerBase, Trainer
-from trl import DPOConfig, KTOConfig, SFTConfig, SFTTrainer
+from trl import DPOConfig, GRPOConfig, KTOConfig, SFTConfig, SFTTrainer
 from trl.trainer.utils import use_adapter
 
 from align.config.schema import BcoSpec, LoraSpec, ModelSpec, Recipe
@@ -25,6 +25,7 @@ from align.models.load import load_model
 from align.models.packaged import PUBLISHED
 from align.models.scoring import attach_scoring
 
+from .grpo import GroupTrainer, reward_function, with_sampled_references
 from .memory import ReleaseFreed
 from .pair import PairTrainer
 from .thumbs import ThumbsTrainer
@@ -84,6 +85,8 @@ def build(
     try:
         if recipe.data_kind == "thumbs":
             trainer: Trainer = _thumbs_trainer(recipe, losses[0], common)
+        elif recipe.data_kind == "prompts":
+            trainer = _group_trainer(recipe, common, output)
         elif losses:
             trainer = PairTrainer(loss=losses, shared_prompt=recipe.data.shared_prompt, **common)
         else:
@@ -118,9 +121,31 @@ def _thumbs_trainer(recipe: Recipe, loss: Loss, common: dict[str, Any]) -> Thumb
     )
 
 
+def _group_trainer(recipe: Recipe, common: dict[str, Any], output: Path) -> GroupTrainer:
+    assert recipe.grpo is not None  # the recipe's check: method grpo has its section
+    reward, arguments, model = reward_function(recipe.grpo.rewards), common["args"], common["model"]
+    if arguments.eval_strategy == "no":
+        common = {**common, "eval_dataset": None}
+    model.to(arguments.device)
+    prompts = {
+        name: common[name]
+        and with_sampled_references(
+            common[name],
+            reward,
+            model,
+            common["processing_class"],
+            output / "references.jsonl",
+            max_new_tokens=recipe.grpo.max_completion_length,
+            seed=arguments.seed,
+        )
+        for name in DATASETS
+    }
+    return GroupTrainer(reward=reward, **{**common, **prompts})
+
+
 def training_arguments(
     recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase
-) -> DPOConfig | KTOConfig | SFTConfig:
+) -> DPOConfig | GRPOConfig | KTOConfig | SFTConfig:
     """``training:`` with what the rest of the recipe decides, and defaults that suit a run folder."""
     compute, _ = resolve_dtype(recipe.model.dtype)
     accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
@@ -141,6 +166,10 @@ def training_arguments(
         "save_total_limit": 2,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
+    if recipe.grpo is not None:
+        del decided["max_length"]  # the limit of prompts is applied where they are read
+        decided |= recipe.grpo.model_dump(include={"num_generations", "max_completion_length", "beta"})
+        return GRPOConfig(**{**defaults, **recipe.training, **decided})
     if recipe.data_kind == "thumbs":
         # KTO's rows keep their order; without its mismatched answers they need not.
         order = "sequential" if recipe.method == "kto" else "random"

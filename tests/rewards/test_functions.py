@@ -31,7 +31,7 @@ def answer(text):
 
 
 def test_all_of_two_rules():
-    """The word banana has length 6 and 3 vowels: log sigmoid((6-4)/2) + log sigmoid(3-2) = 2 * -0.31326168751822286."""
+    """Length 6 and 3 vowels: log sigmoid((6 - 4) / 2) + log sigmoid(3 - 2) = 2 * -0.31326168751822286."""
     reward = RewardFunction.of(
         {
             "all_of": [

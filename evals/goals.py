@@ -1,0 +1,91 @@
+"""Goals suite: what became of each reward of a combination, and how many answers are good in all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .kl import LogRatios
+from .result import suite_result
+from .sampling import Sample
+from .statistics import Estimate, bootstrap_interval
+
+Sides = tuple[ArrayLike, ArrayLike]
+"""Before and after, one value a prompt each."""
+
+
+def goals_suite(
+    prompts: Sequence[str],
+    before: Sequence[Sample],
+    after: Sequence[Sample],
+    rewards: Mapping[str, Sides],
+    good: Mapping[str, Sides],
+    *,
+    kl: LogRatios | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What changed in the answers to N prompts, reward by reward.
+
+    A large mean can hide answers that are bad in one reward: the share that is good in all of them cannot.
+
+    Args:
+        prompts: as they are to be shown.
+        before, after: answers of the reference and of the policy, drawn with the same seed and settings.
+        rewards: by name, of the answers before and after, (N,) each.
+        good: by name, whether they reach that reward's reference, (N,) each; ``all``: whether they reach every one.
+        kl: log-ratios of ``after``, drawn at temperature 1; see :mod:`align.evals.kl`.
+
+    Returns:
+        Metrics, intervals by prompt: ``NAME_before``, ``NAME_after`` and ``NAME_change`` (paired) of each reward;
+        ``good_NAME_*`` (shares of answers); ``length_*`` (tokens); ``kl_to_reference`` (nats an answer).
+        Rows ``{prompt, before, after, kl}``, answers as ``{text, tokens, finished, rewards, good}``.
+
+    Raises:
+        ValueError: counts that differ, or a reward that is not finite.
+    """
+    if not len(prompts) == len(before) == len(after):
+        raise ValueError(
+            f"{len(prompts)} prompts, {len(before)} answers before, {len(after)} after: one each per prompt"
+        )
+    metrics: dict[str, Estimate] = {}
+    for name, sides in good.items():
+        metrics |= _sides(f"good_{name}", sides, len(prompts))
+    for name, sides in rewards.items():
+        metrics |= _sides(name, sides, len(prompts))
+    metrics["length_before"], metrics["length_after"] = (
+        bootstrap_interval([len(answer.tokens) for answer in answers]) for answers in (before, after)
+    )
+    if kl is not None:
+        metrics["kl_to_reference"] = bootstrap_interval(kl.nats)
+    rows = [
+        {
+            "prompt": prompt,
+            **{
+                name: {
+                    "text": answers[row].text,
+                    "tokens": len(answers[row].tokens),
+                    "finished": answers[row].finished,
+                    "rewards": {key: float(np.asarray(sides[side])[row]) for key, sides in rewards.items()},
+                    "good": {key: bool(np.asarray(sides[side])[row]) for key, sides in good.items()},
+                }
+                for side, (name, answers) in enumerate((("before", before), ("after", after)))
+            },
+            "kl": None if kl is None else kl.nats[row],
+        }
+        for row, prompt in enumerate(prompts)
+    ]
+    return suite_result("goals", metrics, rows, settings)
+
+
+def _sides(name: str, sides: Sides, count: int) -> dict[str, Estimate]:
+    old, new = (np.asarray(side, dtype=np.float64) for side in sides)
+    if not len(old) == len(new) == count:
+        raise ValueError(f"{name}: {len(old)} values before and {len(new)} after, for {count} prompts")
+    return {
+        f"{name}_before": bootstrap_interval(old),
+        f"{name}_after": bootstrap_interval(new),
+        f"{name}_change": bootstrap_interval(new - old),
+    }

@@ -1,0 +1,180 @@
+"""Whole runs of method grpo on a tiny model: combined rewards, references of every kind, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from align.config.load import load_recipe
+from align.errors import AlignError
+from align.run import train
+
+RULES = """
+def longer(prompts, completions):
+    return [float(len(text)) for text in completions]
+
+def spaces(prompts, completions):
+    return [float(text.count(" ")) for text in completions]
+"""
+GRPO = {"num_generations": 4, "max_completion_length": 12, "beta": 0.01}
+BOTH = {
+    "all_of": [
+        {"lsc": {"reward": "users_rules:longer", "reference": 20, "temperature": 5}},
+        {"lsc": {"reward": "users_rules:spaces", "reference": 2.5}},
+    ]
+}
+
+
+def run(source: Path) -> Path:
+    recipe = load_recipe(str(source), [])
+    return train(recipe, source=str(source), command=["align", "train", str(source)])
+
+
+def metrics(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "loss" in row]
+
+
+@pytest.fixture
+def grpo_recipe(write_recipe, tmp_path):
+    (tmp_path / "users_rules.py").write_text(RULES)
+
+    def write(rewards=BOTH, **changes):
+        settings = {
+            "method": "grpo",
+            "loss": None,
+            "grpo": {**GRPO, "rewards": rewards},
+            "training": {"max_steps": 3, "per_device_train_batch_size": 8, "save_steps": 1},
+            "generation": None,
+            "evals": ["goals"],
+        }
+        return write_recipe(changes.pop("name", "recipe.yaml"), **{**settings, **changes})
+
+    return write
+
+
+def test_a_combined_reward_from_recipe_to_report(grpo_recipe):
+    folder = run(grpo_recipe(generation={"prompts": 6}))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["status"] == "finished"
+    assert manifest["data"]["train"]["prompts"] == 24
+    log = metrics(folder)
+    assert [row["step"] for row in log] == [1, 2, 3]
+    for row in log:
+        assert row["reward"] == pytest.approx(row["rewards/combined/mean"])
+        assert row["reward"] < 0
+        assert 0 <= row["good/all"] <= min(row["good/longer"], row["good/spaces"])
+        assert row["perf/tokens_per_s"] > 0
+    goals = json.loads((folder / "eval" / "goals.json").read_text())
+    assert goals["n"] == 6
+    assert {"longer_before", "spaces_after", "good_all_change", "kl_to_reference"} <= goals["metrics"].keys()
+    row = goals["rows"][0]["after"]
+    assert row["rewards"]["longer"] == len(row["text"])
+    assert row["good"]["all"] == (row["good"]["longer"] and row["good"]["spaces"])
+    page = (folder / "report.html").read_text()
+    assert "Answers that are good in every reward, after" in page
+    assert (folder / "merged" / "model.safetensors").exists()
+
+
+def test_references_from_a_column_and_from_the_model_s_own_answers(grpo_recipe, tmp_path):
+    rows = [{"prompt": f"say {number}", "usual": 10.0 + number} for number in range(6)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rewards = {
+        "all_of": [
+            {"lsc": {"reward": "users_rules:longer", "reference": "usual"}},
+            {"lsc": {"reward": "users_rules:spaces", "reference": {"quantile": 0.5, "samples": 3}}},
+        ]
+    }
+    data = {"train": str(tmp_path / "prompts.jsonl"), "eval": None}
+    folder = run(grpo_recipe(rewards, data=data, evals=[]))
+    kept = [json.loads(line) for line in (folder / "references.jsonl").read_text().splitlines()]
+    assert len(kept) == 6
+    assert all(len(row["rewards"]["users_rules:spaces"]) == 3 for row in kept)
+    assert len(metrics(folder)) == 3
+
+
+def test_a_row_without_its_reference_stops_the_run(grpo_recipe, tmp_path):
+    rows = [{"prompt": f"say {number}", "usual": None if number else 10.0} for number in range(6)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rewards = {"lsc": {"reward": "users_rules:longer", "reference": "usual"}}
+    with pytest.raises(AlignError, match=r"5 of 6 rows cannot be used[\s\S]*usual +null"):
+        run(grpo_recipe(rewards, data={"train": str(tmp_path / "prompts.jsonl"), "eval": None}, evals=[]))
+
+
+def test_prompts_that_leave_no_room_are_set_aside(grpo_recipe, tmp_path):
+    rows = [{"prompt": "say"}, {"prompt": "say " * 40}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": str(tmp_path / "prompts.jsonl"), "eval": None, "max_length": 40}
+    with pytest.raises(AlignError, match=r"over 28: data\.max_length 40 less 12 for the answer"):
+        run(grpo_recipe(data=data, evals=[]))
+
+
+def test_interrupted_and_gone_on_equals_uninterrupted(grpo_recipe, tmp_path, monkeypatch):
+    """A run that stops after its second step draws the third step's answers as the whole run did."""
+    from align import run as module
+
+    whole = run(grpo_recipe(name="w.yaml", evals=[], output=str(tmp_path / "whole")))
+    path = grpo_recipe(name="k.yaml", evals=[], output=str(tmp_path / "stopped"))
+    real = module.build
+
+    def stopping(*args, **kwargs):
+        from transformers import TrainerCallback
+
+        class Stop(TrainerCallback):
+            def on_step_begin(self, args, state, control, **_):
+                if state.global_step == 2:
+                    raise KeyboardInterrupt
+
+        built = real(*args, **kwargs)
+        built.trainer.add_callback(Stop())
+        return built
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "build", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(path)
+    stopped = run(path)
+    timed = ("seconds", "perf/tokens_per_s", "perf/peak_rss_gb", "step_time")
+    one, other = ([{k: v for k, v in row.items() if k not in timed} for row in metrics(f)] for f in (whole, stopped))
+    assert one == other
+
+
+def test_dry_run(grpo_recipe, tmp_path, capsys):
+    train(load_recipe(str(grpo_recipe()), []), source="r", command=[], dry_run=True)
+    shown = capsys.readouterr().out
+    assert "24 rows · 3 steps of 8 (0.25 epochs)" in shown
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "where", "what"),
+    [
+        ({"grpo": None}, "grpo.rewards", "is missing"),
+        ({"method": "dpo", "evals": ["preference"]}, "grpo", "belongs to method: grpo; remove it"),
+        (
+            {"grpo": {"rewards": {"all_off": []}}},
+            "grpo.rewards.all_off",
+            "is no way to combine rewards; did you mean all",
+        ),
+        ({"grpo": {"rewards": "users_rules:longr"}}, "grpo.rewards.raw_sum.0.reward", "reward 'users_rules:longr'"),
+        ({"grpo": {"rewards": "./no/such/folder"}}, "grpo.rewards.raw_sum.0.reward", "no such folder"),
+        ({"grpo": {"num_generation": 4}}, "grpo.num_generation", "unknown key; did you mean grpo.num_generations?"),
+        (
+            {"grpo": {"num_generations": 3, "rewards": "users_rules:longer"}},
+            "training.per_device_train_batch_size",
+            "8 (times 1 accumulated) answers are no",
+        ),
+        ({"evals": ["preference"]}, "evals.0", "preference compares pairs, and method: grpo reads prompts"),
+        ({"training": {"beta": 0.1}}, "training.beta", "set it as grpo.beta"),
+        ({"training": {"epsilon": "x"}}, "training.epsilon", "'x' is not a number"),
+        ({"training": {"max_prompt_length": 3}}, "training.max_prompt_length", "gone from TRL"),
+        ({"loss": {"beta": 0.1}}, "loss.beta", "method grpo has no such setting"),
+    ],
+)
+def test_recipes_that_do_not_fit(grpo_recipe, changes, where, what):
+    with pytest.raises(AlignError) as caught:
+        load_recipe(str(grpo_recipe(**changes)), [])
+    found = dict(caught.value.problems)
+    assert found.get(where, f"not among {found}").startswith(what)
