@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 from align.losses.catalogue import LossInfo
 
 from .explain import STRICT
-from .schema import WITHOUT_LOSSES, Recipe
+from .schema import WITHOUT_LOSSES, Recipe, reward_kind
 from .training import training_fields
 
 
@@ -20,7 +20,7 @@ def recipe_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     properties, sections = schema["properties"], schema["$defs"]
-    trained = {name: info for name, info in LOSSES.items() if info.kind in ("pair", "thumbs")}
+    trained = {name: info for name, info in LOSSES.items() if info.kind in ("pair", "thumbs") or reward_kind(name)}
     settings = {key: kind for info in trained.values() for key, kind in _settings(info).items()}
     properties["base"] = {"type": "string", "description": "Recipe that gives every key that this one does not set."}
     properties["method"] = {"enum": [*trained, *WITHOUT_LOSSES], "description": properties["method"]["description"]}
@@ -41,6 +41,6 @@ def _settings(info: LossInfo) -> dict[str, Any]:
 
 
 def _training() -> dict[str, Any]:
-    methods = ("grpo", "kto", "sft", "dpo")
+    methods = ("grpo", "bradley_terry", "kto", "sft", "dpo")
     fields = {name: hint for method in methods for name, hint in training_fields(method).items()}
     return {name: TypeAdapter(hint, config=STRICT).json_schema() for name, hint in sorted(fields.items())}

@@ -20,7 +20,8 @@ from .explain import Problem, leaves, model_problems, nearest
 from .losses import check_losses, fill_losses, with_implied_method
 from .paths import check_paths, model_problem
 from .read import parse_mapping, parse_yaml
-from .schema import EVALS, Recipe, data_kind, eval_applies
+from .reward import check_reward_model
+from .schema import EVALS, Recipe, data_kind, eval_applies, reward_kind
 from .training import check_training, training_fields
 
 # What does not change the result of a run.
@@ -65,6 +66,8 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     fill_losses(data)
     if data.get("method") == "bco":
         data.setdefault("bco", {})
+    if reward_kind(data.get("method")) is not None:
+        data.setdefault("reward", {})
     return Recipe.model_validate(data)
 
 
@@ -179,26 +182,29 @@ def _across(data: dict[str, Any]) -> list[Problem]:
         problems.append(("data.eval", "the same as data.train; held-out data must be other data"))
     if isinstance(evals := data.get("evals"), list):
         problems += _unfit_evals(data.get("method"), evals)
-    return problems + _thumbs(data) + _grpo(data) + _reward(data)
+    return problems + _thumbs(data) + _grpo(data) + check_reward_model(data) + _reward(data)
 
 
 def _unfit_evals(method: Any, evals: list[Any]) -> list[Problem]:
     """Evaluations of another kind of data than the method's."""
-    kind = data_kind(method if isinstance(method, str) else None)
+    method = method if isinstance(method, str) else None
     wants = {
         "thumbs": "tells thumbs up from thumbs down",
         "preference": "compares pairs",
         "displacement": "compares pairs",
         "goals": "judges answers by grpo.rewards",
+        "reward": "judges a reward model",
+        "generation": "judges answers that the model writes",
     }
     reads = {"pairs": "the losses read pairs", "thumbs": f"method: {method} reads single answers with a thumb"}
     reads["completions"] = "method: sft reads single answers"
     reads["prompts"] = "method: grpo reads prompts"
-    fitting = ", ".join(name for name in EVALS if eval_applies(name, kind))
+    trains = reads[data_kind(method)] if reward_kind(method) is None else f"method: {method} trains a reward model"
+    fitting = ", ".join(name for name in EVALS if eval_applies(name, method))
     return [
-        (f"evals.{index}", f"{name} {wants[name]}, and {reads[kind]}; leave {fitting}")
+        (f"evals.{index}", f"{name} {wants[name]}, and {trains}; leave {fitting}")
         for index, name in enumerate(evals)
-        if name in EVALS and not eval_applies(name, kind)
+        if name in EVALS and not eval_applies(name, method)
     ]
 
 

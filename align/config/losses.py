@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, get_type_hints
+from inspect import signature
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from .explain import Problem, nearest, type_problem, unknown_name
-from .schema import WITHOUT_LOSSES
+from .schema import WITHOUT_LOSSES, reward_kind
+
+if TYPE_CHECKING:
+    from align.losses import Loss
 
 LISTING = "align recipes methods"
 
@@ -51,7 +55,7 @@ def _check_method(method: str, loss: Mapping[str, Any]) -> list[Problem]:
     if method in WITHOUT_LOSSES:
         return [(f"loss.{key}", f"method {method} has no such setting; remove it") for key in loss]
     if method not in LOSSES:
-        trained = [name for name, info in LOSSES.items() if info.kind in ("pair", "thumbs")]
+        trained = [name for name, info in LOSSES.items() if info.kind in ("pair", "thumbs") or reward_kind(name)]
         return [("method", unknown_name(method, [*trained, *WITHOUT_LOSSES], "method", LISTING))]
     if what := _not_in_recipes(method):
         return [("method", what)]
@@ -64,6 +68,8 @@ def _check_term(term: Mapping[str, Any], where: str) -> list[Problem]:
     if term["name"] not in LOSSES:
         pairs = [name for name, info in LOSSES.items() if info.kind == "pair"]
         return [(f"{where}.name", unknown_name(term["name"], pairs, "loss", LISTING))]
+    if reward_kind(term["name"]) is not None:
+        return []  # told with section reward
     if what := _not_in_recipes(term["name"]):
         return [(f"{where}.name", what)]
     settings = {key: value for key, value in term.items() if key not in ("name", "weight")}
@@ -77,9 +83,9 @@ def _not_in_recipes(name: str) -> str | None:
     used = {
         "ranking": "reads K ranked answers to a prompt, and recipes train on pairs or thumbs; call it from Python",
         "selfplay": "is for online training, on answers that the policy gives as it learns; call it from Python",
-        "reward": "trains a reward or preference model, and recipes train policies; call it from Python",
+        "reward": "is a part of training a reward or preference model, and no method by itself; call it from Python",
     }
-    what = used.get(LOSSES[name].kind)
+    what = used.get(LOSSES[name].kind) if reward_kind(name) is None else None
     return what and f"{name} {what} (align.losses.{name})"
 
 
@@ -117,6 +123,8 @@ def _out_of_range(name: str, settings: Mapping[str, Any], where: str) -> list[Pr
         if loss.info.kind == "pair":
             pair = PairLogps(chosen=one, rejected=one)
             loss(pair, pair)
+        elif loss.info.kind == "reward":
+            _ask_reward_loss(loss)
         else:  # thumbs: the third argument is the shift or KL that the trainer keeps
             loss.info.function(UnpairedLogps(one, torch.tensor([True])), one, torch.zeros(()), **loss.settings)
     except FormulaError as error:
@@ -124,6 +132,18 @@ def _out_of_range(name: str, settings: Mapping[str, Any], where: str) -> list[Pr
     except ValueError as error:
         return [(where, str(error))]
     return []
+
+
+def _ask_reward_loss(loss: Loss) -> None:
+    import torch
+
+    one, takes = torch.ones(1), signature(loss.info.function).parameters
+    columns = one[:, None].expand(1, 2)
+    if "chosen" in takes:
+        labels = {name: one for name in ("margin", "strength") if name in takes}
+        loss.info.function(one, one, **labels, **loss.settings)
+    else:
+        loss.info.function(columns, columns, **loss.settings)
 
 
 def _settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:

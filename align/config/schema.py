@@ -147,7 +147,7 @@ class BcoSpec(Section):
 
 
 class RewardSpec(Section):
-    """The reward model that methods bradley_terry, margin_bradley_terry, scaled_bradley_terry, regression, gpm train."""
+    """The model of bradley_terry, margin_bradley_terry, scaled_bradley_terry, regression and gpm."""
 
     frozen: bool = False
     """Train the head alone; without it and without model.lora, the whole backbone."""

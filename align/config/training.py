@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from pydantic import AfterValidator, Field
 
 from .explain import Problem, nearest, type_problem
-from .schema import data_kind
+from .schema import data_kind, reward_kind
 
 # Keys of TRL that another key of the recipe sets.
 ELSEWHERE = {
@@ -32,6 +32,7 @@ ELSEWHERE = {
     "f_divergence_type": "TRL's own losses read it; choose a loss of the table with method",
     "f_alpha_divergence_coef": "TRL's own losses read it; choose a loss of the table with method",
     "discopop_tau": "TRL's own losses read it; choose a loss of the table with method",
+    "center_rewards_coefficient": "set it as reward.centering",
     "use_weighting": "TRL's own losses read it; give strength in the data to weigh pairs",
     "output_dir": "set output",
     "max_length": "set data.max_length",
@@ -167,6 +168,8 @@ def check_training(training: Mapping[str, Any], method: str | None) -> list[Prob
 
 
 def _config_name(method: str | None) -> str:
+    if reward_kind(method) is not None:
+        return "RewardConfig"
     configs = {"completions": "SFTConfig", "thumbs": "KTOConfig", "pairs": "DPOConfig", "prompts": "GRPOConfig"}
     return configs[data_kind(method)]
 

@@ -35,6 +35,7 @@ from align.losses.catalogue import LossFunction
 from align.losses.preference import MASKED, centering
 from align.losses.soft_labels import expected
 from align.rewards.batches import padded
+from align.rewards.kinds import kind_trained_by
 from align.rewards.models import RewardModel, RewardOutput
 
 from .host import Hosted, refuse_what_would_be_dropped
@@ -318,9 +319,8 @@ def _fitting(given: str | LossFunction | Loss, model: RewardModel) -> tuple[Loss
     """The loss for this model, and whether strengths are to be divided by their mean."""
     loss = Loss.of(given)
     takes = inspect.signature(loss.info.function).parameters
-    kinds = {"predictions": "attributes", "chosen_embedding": "gpm", "chosen": "scalar"}
-    wanted = next((kind for name, kind in kinds.items() if name in takes), None)
-    if loss.info.kind != "reward" or wanted is None or not (loss.info.ranks or wanted == "attributes"):
+    wanted = kind_trained_by(loss.info)
+    if wanted is None:
         raise ValueError(f"{loss.info.name} trains no reward model from pairs or ratings")
     if wanted != model.config.kind:
         raise ValueError(f"{loss.info.name} is for models of kind {wanted}, and this one is {model.config.kind}")
