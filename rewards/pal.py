@@ -39,7 +39,9 @@ MAX_SCALE = 100.0
 
 
 class Projector(nn.Module):
-    """Residual MLP from R^H to R^d: ``h = W x``, then ``h + act(W_l h)`` for each of ``depth`` layers.
+    """Residual MLP from R^H to R^d: ``h = W z``, then ``h + act(W_l h)`` for each of ``depth`` layers.
+
+    ``z = (x - center) / spread``, 0 and 1 until ``calibrate`` is called.
 
     Args:
         width: H.
@@ -53,10 +55,14 @@ class Projector(nn.Module):
         self.enter = nn.Linear(width, dimension)
         self.layers = nn.ModuleList(nn.Linear(dimension, dimension) for _ in range(depth))
         self.activation: Callable[[Tensor], Tensor] = F.gelu if activation == "gelu" else F.relu
+        self.center: Tensor
+        self.spread: Tensor
+        self.register_buffer("center", torch.zeros(width))
+        self.register_buffer("spread", torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., H) to (..., d)."""
-        h: Tensor = self.enter(x)
+        h: Tensor = self.enter((x - self.center) / self.spread)
         for layer in self.layers:
             h = h + self.activation(layer(h))
         return h
@@ -96,6 +102,8 @@ class Pal(nn.Module):
         self._index = {user: index for index, user in enumerate(users)}
         self.projector: nn.Module = Projector(width, dimension, depth=depth, activation=self.activation)
         self.logits = nn.Embedding(len(users), groups)
+        # Nearly alike at the start, so that judgements assign users to prototypes and not the first draw.
+        nn.init.normal_(self.logits.weight, std=0.1)
 
     def ideals(self, weights: Tensor, prompts: Tensor | None) -> Tensor:
         """What users of these weights (N, K) want, (N, d)."""
@@ -104,6 +112,30 @@ class Pal(nn.Module):
     def match(self, points: Tensor, ideals: Tensor) -> Tensor:
         """Rewards (N,) of projected answers (N, d) for users that want ``ideals`` (N, d)."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def calibrate(self, answers: Tensor, prompts: Tensor | None = None) -> None:
+        """Take mean and deviation of each coordinate from the embeddings of training data, once, before training.
+
+        Hidden states have a few coordinates far larger than the others, on which training would spend itself.
+
+        Args:
+            answers: (N, H), N at least 2.
+            prompts: (N, H), where the model reads them.
+        """
+        self._calibrate(self.projector, self._checked("answers", answers))
+
+    @staticmethod
+    def _calibrate(projector: nn.Module, values: Tensor) -> None:
+        if not isinstance(projector, Projector):
+            raise ValueError("calibrate is for the model's own projector, and it has been replaced")
+        if len(values) < 2:
+            raise ValueError(f"{len(values)} embeddings: a deviation takes two or more")
+        spread = values.std(0)
+        # A coordinate that hardly moves in training must not be the loudest on other data.
+        floor = 0.05 * spread.mean()
+        projector.center.copy_(values.mean(0))
+        projector.spread.copy_(spread.clamp(min=float(floor)) if floor > 0 else torch.ones_like(spread))
 
     def weights(self, users: Sequence[str], *, unknown: Unknown = "error") -> Tensor:
         """Weights of users, (N, K); rows are on the simplex.
@@ -282,6 +314,13 @@ class PalA(Pal):
         start = torch.randn(groups, width if self.projected else dimension)
         self.prototypes = nn.Parameter(F.normalize(start, dim=-1))
 
+    @torch.no_grad()
+    def calibrate(self, answers: Tensor, prompts: Tensor | None = None) -> None:
+        """As of any Pal; projected prototypes move to where the answers are."""
+        super().calibrate(answers, prompts)
+        if self.projected and isinstance(self.projector, Projector):
+            self.prototypes.mul_(self.projector.spread).add_(self.projector.center)
+
     def ideals(self, weights: Tensor, prompts: Tensor | None) -> Tensor:
         mixed = weights @ self.prototypes
         return self.projector(mixed) if self.projected else mixed
@@ -302,6 +341,16 @@ class PalB(Pal):
             Projector(width, dimension, depth=depth, activation=self.activation) for _ in range(groups)
         )
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    @torch.no_grad()
+    def calibrate(self, answers: Tensor, prompts: Tensor | None = None) -> None:
+        """As of any Pal, and for the prompts."""
+        super().calibrate(answers, prompts)
+        if prompts is None:
+            raise ValueError("PalB reads the prompt: give the prompts' embeddings")
+        values = self._checked("prompts", prompts)
+        for prompt_map in self.prompt_maps:
+            self._calibrate(prompt_map, values)
 
     def ideals(self, weights: Tensor, prompts: Tensor | None) -> Tensor:
         if prompts is None:

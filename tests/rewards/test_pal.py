@@ -288,3 +288,27 @@ def test_rows_that_cannot_be_used():
         angle(x, x, USERS[:2])
     with pytest.raises(ValueError, match="label"):
         model.fit_user(x, x, torch.tensor([0, 1]))
+
+
+def test_calibration_reads_embeddings_as_if_they_were_standardised():
+    """A calibrated model on 3 x + 5 is the uncalibrated one on standardised x; saved and loaded it stays so."""
+    for model in models():
+        x = torch.randn(50, 6)
+        z = (x - x.mean(0)) / x.std(0)
+        plain = copy.deepcopy(model)
+        model.calibrate(3 * x + 5, 3 * x + 5)
+        weights = model.weights(["user 0"] * 50)
+        torch.testing.assert_close(model.reward(3 * x + 5, weights, 3 * x + 5), plain.reward(z, weights, z))
+
+
+def test_a_coordinate_that_never_moved_is_not_the_loudest():
+    """One coordinate is constant in training: a change of 1 in it counts 20 times the mean deviation, not a million."""
+    model = models()[0]
+    x = torch.randn(500, 6)
+    x[:, 0] = 0
+    model.calibrate(x)
+    assert float(model.projector.spread[0]) == pytest.approx(0.05 * float(x.std(0).mean()))
+    model.calibrate(torch.ones(3, 6))
+    assert torch.equal(model.projector.spread, torch.ones(6))
+    with pytest.raises(ValueError, match="1 embeddings"):
+        model.calibrate(torch.ones(1, 6))
