@@ -18,6 +18,7 @@ from align.errors import ConfigError
 
 from .explain import Problem, leaves, model_problems, nearest
 from .losses import check_losses, fill_losses, with_implied_method
+from .pal import check_pal
 from .paths import check_paths, model_problem
 from .read import parse_mapping, parse_yaml
 from .reward import check_reward_model
@@ -64,8 +65,8 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
         first_of_each = {where: (where, what) for where, what in reversed(problems)}
         raise ConfigError(source, [*first_of_each.values()][::-1])
     fill_losses(data)
-    if data.get("method") == "bco":
-        data.setdefault("bco", {})
+    if data.get("method") in ("bco", "pal"):
+        data.setdefault(data["method"], {})
     if reward_kind(data.get("method")) is not None:
         data.setdefault("reward", {})
     return Recipe.model_validate(data)
@@ -182,7 +183,7 @@ def _across(data: dict[str, Any]) -> list[Problem]:
         problems.append(("data.eval", "the same as data.train; held-out data must be other data"))
     if isinstance(evals := data.get("evals"), list):
         problems += _unfit_evals(data.get("method"), evals)
-    return problems + _thumbs(data) + _grpo(data) + check_reward_model(data) + _reward(data)
+    return problems + _thumbs(data) + _grpo(data) + check_reward_model(data) + check_pal(data) + _reward(data)
 
 
 def _unfit_evals(method: Any, evals: list[Any]) -> list[Problem]:
@@ -194,11 +195,13 @@ def _unfit_evals(method: Any, evals: list[Any]) -> list[Problem]:
         "displacement": "compares pairs",
         "goals": "judges answers by grpo.rewards",
         "reward": "judges a reward model",
+        "pal": "judges the rewards of annotators",
         "generation": "judges answers that the model writes",
     }
     reads = {"pairs": "the losses read pairs", "thumbs": f"method: {method} reads single answers with a thumb"}
     reads["completions"] = "method: sft reads single answers"
     reads["prompts"] = "method: grpo reads prompts"
+    reads["judgements"] = "method: pal trains a reward an annotator"
     trains = reads[data_kind(method)] if reward_kind(method) is None else f"method: {method} trains a reward model"
     fitting = ", ".join(name for name in EVALS if eval_applies(name, method))
     return [

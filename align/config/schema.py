@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
-Eval = Literal["thumbs", "preference", "generation", "displacement", "goals", "reward"]
-EVALS: tuple[Eval, ...] = ("thumbs", "preference", "generation", "displacement", "goals", "reward")
-WITHOUT_LOSSES = ("sft", "grpo")
+Eval = Literal["thumbs", "preference", "generation", "displacement", "goals", "reward", "pal"]
+EVALS: tuple[Eval, ...] = ("thumbs", "preference", "generation", "displacement", "goals", "reward", "pal")
+WITHOUT_LOSSES = ("sft", "grpo", "pal")
 """Methods that are no loss of the table."""
 Text = Annotated[str, Field(min_length=1)]
 
@@ -183,12 +183,48 @@ class GrpoSpec(Section):
     """Weight of the KL to the model before training; 0 leaves it out."""
 
 
+def _counts(value: list[int]) -> list[int]:
+    if not value or min(value) < 1 or sorted(set(value)) != value:
+        raise ValueError(f"is {value}; it must be whole numbers from 1, each larger than the one before")
+    return value
+
+
+class PalSpec(Section):
+    """The model of method pal, a reward an annotator, on embeddings of the frozen model; and its training."""
+
+    variant: Literal["a", "b"] = "a"
+    """a: ideal points, whatever the prompt; b: directions that depend on the prompt, which takes many prompts."""
+    groups: int = Field(default=2, ge=1)
+    """Prototypes that all annotators share; what each has of their own is this many weights."""
+    dimension: int = Field(default=64, ge=1)
+    """Of the space in which answers meet what an annotator wants."""
+    depth: int = Field(default=2, ge=0)
+    """Layers of the maps into it; 0 is a linear map."""
+    loss: Literal["logistic", "hinge"] = "logistic"
+    """On the difference of two answers' rewards."""
+    epochs: int = Field(default=20, ge=1)
+    """Passes over the judgements."""
+    batch_size: int = Field(default=256, ge=1)
+    """Judgements a step."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Of the maps."""
+    users_learning_rate: float = Field(default=5e-2, gt=0)
+    """Of annotators' weights and of prototypes."""
+    shots: Annotated[list[int], AfterValidator(_counts)] = Field(default=[2, 5, 10])
+    """Judgements of a new annotator that their weights are fitted to, for the report; new are those of data.eval who
+    are not in data.train. Those who judged no more than the largest count are left out; the others' rest is tested."""
+    cache: Text | None = None
+    """Folder that keeps embeddings; when not given, one in Align's cache that all runs share."""
+
+
 def data_kind(method: str | None) -> DataKind:
     """What a method learns from; pairs for losses that are not in the table."""
     if method == "sft":
         return "completions"
     if method == "grpo":
         return "prompts"
+    if method == "pal":
+        return "judgements"
     if method is None:
         return "pairs"
     from align.losses import LOSSES  # torch: not for `align --help`
@@ -213,6 +249,8 @@ def eval_applies(name: Eval, method: str | None) -> bool:
     if name == "reward" or reward_kind(method) is not None:
         return name == "reward" and reward_kind(method) is not None
     kind = data_kind(method)
+    if name == "pal" or kind == "judgements":
+        return name == "pal" and kind == "judgements"
     return name == "generation" or kind == {"thumbs": "thumbs", "goals": "prompts"}.get(name, "pairs")
 
 
@@ -228,7 +266,8 @@ class Recipe(Section):
     """One run. ``align.config.load.load_recipe`` reads it and makes the checks that cross sections."""
 
     method: str | None = None
-    """Loss of the table by name (``align recipes methods``), ``sft`` or ``grpo``. Exactly one of method and losses."""
+    """Loss of the table by name (``align recipes methods``), ``sft``, ``grpo`` or ``pal``. Exactly one of method
+    and losses."""
     losses: list[LossTerm] | None = Field(default=None, min_length=1)
     """A weighted sum of losses, in place of method."""
     model: ModelSpec
@@ -243,15 +282,17 @@ class Recipe(Section):
     """The model of a method that trains a reward model; its defaults when not given."""
     grpo: GrpoSpec | None = None
     """Rewards and sampling of method grpo."""
+    pal: PalSpec | None = None
+    """The model of method pal and its training; its defaults when not given."""
     training: dict[str, Any] = Field(default_factory=dict)
     """Fields of TRL's DPOConfig, such as learning_rate and max_steps (SFTConfig for sft, KTOConfig for bco, kto,
-    GRPOConfig for grpo, RewardConfig for reward models)."""
+    GRPOConfig for grpo, RewardConfig for reward models); of pal the seed alone."""
     generation: GenerationSpec = Field(default_factory=GenerationSpec)
     """Settings of the generation evaluation."""
     evals: list[Eval] = Field(default_factory=_evals_of)
     """Evaluations before and after training. When not given, all that apply: none without data.eval, generation with
-    generation.reward, thumbs for bco and kto, goals for grpo, reward for reward models, preference and displacement
-    for other pairs."""
+    generation.reward, thumbs for bco and kto, goals for grpo, reward for reward models, pal for pal, preference
+    and displacement for other pairs."""
     tracking: TrackingSpec = Field(default_factory=TrackingSpec)
     """Where metrics go."""
     output: Text
@@ -285,7 +326,7 @@ class Recipe(Section):
 
     @property
     def terms(self) -> list[LossTerm]:
-        """The losses of the run: those of ``losses``, or ``method`` as the only one; none for sft and grpo."""
+        """The losses of the run: those of ``losses``, or ``method`` as the only one; none for sft, grpo and pal."""
         if self.losses is not None:
             return list(self.losses)
         if self.method is None or self.method in WITHOUT_LOSSES:

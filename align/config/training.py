@@ -151,7 +151,7 @@ def _fields(name: str) -> dict[str, Any]:
 
 def check_training(training: Mapping[str, Any], method: str | None) -> list[Problem]:
     """Problems of the ``training:`` section."""
-    if not training:
+    if not training or (method == "pal" and training.keys() <= {"seed"}):
         return []
     fields, elsewhere = training_fields(method), _elsewhere(_config_name(method))
     problems = []
@@ -171,6 +171,7 @@ def _config_name(method: str | None) -> str:
     if reward_kind(method) is not None:
         return "RewardConfig"
     configs = {"completions": "SFTConfig", "thumbs": "KTOConfig", "pairs": "DPOConfig", "prompts": "GRPOConfig"}
+    configs["judgements"] = "DPOConfig"  # whose seed alone is read
     return configs[data_kind(method)]
 
 

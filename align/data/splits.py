@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from .completions import read_completions
+from .judgements import read_judgements
 from .pairs import read_pairs
 from .prompts import PromptRules, read_prompts, tokenize_prompts
 from .report import check_fraction
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-DataKind = Literal["pairs", "completions", "thumbs", "ratings", "prompts"]
-"""What a method learns from: comparisons, answers to imitate, answers with a thumb up or down, rated answers, or
-prompts that the model answers itself."""
+DataKind = Literal["pairs", "completions", "thumbs", "ratings", "prompts", "judgements"]
+"""What a method learns from: comparisons, answers to imitate, answers with a thumb up or down, rated answers,
+prompts that the model answers itself, or comparisons by annotators."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,9 @@ def read_split(
     if kind == "pairs":
         table = read_pairs(source)
         return Split(table, tokenize_pairs(table.rows, tokenizer, max_length))
+    if kind == "judgements":
+        judged = read_judgements(source)
+        return Split(judged, tokenize_pairs(judged.rows, tokenizer, max_length))
     if kind == "thumbs":
         thumbs = read_thumbs(source)
         return Split(thumbs, tokenize_thumbs(thumbs.rows, tokenizer, max_length))

@@ -302,7 +302,7 @@ def test_calibration_reads_embeddings_as_if_they_were_standardised():
 
 
 def test_a_coordinate_that_never_moved_is_not_the_loudest():
-    """One coordinate is constant in training: a change of 1 in it counts 20 times the mean deviation, not a million."""
+    """One coordinate is constant in training: a change of 1 in it counts 20 mean deviations."""
     model = models()[0]
     x = torch.randn(500, 6)
     x[:, 0] = 0

@@ -26,7 +26,7 @@ def test_every_shipped_recipe_loads(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.model.name == "smollm2-135m-instruct"
     assert recipe.output == f"runs/{name}"
-    of_kind = {"completions": ["generation"], "thumbs": ["thumbs", "generation"]}
+    of_kind = {"completions": ["generation"], "thumbs": ["thumbs", "generation"], "judgements": ["pal"]}
     assert recipe.evals == of_kind.get(recipe.data_kind, ["preference", "generation", "displacement"])
     assert recipe.generation.reward == "align.rewards.rules:everyday_answer"
 

@@ -1,0 +1,50 @@
+"""Recipes with method pal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from align.config.load import load_recipe, resolved_yaml
+from align.errors import ConfigError
+
+
+def test_the_shipped_recipe():
+    recipe = load_recipe("pal")
+    assert recipe.pal is not None
+    assert (recipe.data_kind, recipe.evals, recipe.terms, recipe.pal.groups) == ("judgements", ["pal"], [], 2)
+
+
+def test_the_section_has_defaults(tmp_path: Path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("method: pal\nmodel: smollm2-135m-instruct\ndata: {train: align:annotators/train}\noutput: x\n")
+    recipe = load_recipe(str(path))
+    assert recipe.pal is not None
+    assert recipe.pal.variant == "a"
+    assert recipe.evals == []
+    path.write_text(resolved_yaml(recipe))
+    assert load_recipe(str(path)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "where", "what"),
+    [
+        ("training.learning_rate=1.0e-4", "training.learning_rate", "those of section pal"),
+        ("model.lora.r=4", "model.lora", "reads a frozen one"),
+        ("evals=[preference]", "evals.0", "leave pal"),
+        ("pal.shots=[5, 2]", "pal.shots", "larger than the one before"),
+        ("pal.groups=0", "pal.groups", "1"),
+        ("pal.group=2", "pal.group", "pal.groups"),
+        ("method=dpo", "pal", "belongs to method: pal"),
+    ],
+)
+def test_what_does_not_go_together(override: str, where: str, what: str):
+    with pytest.raises(ConfigError) as error:
+        load_recipe("pal", [override])
+    problems = dict(error.value.problems)
+    assert what in problems[where]
+
+
+def test_the_seed_alone_is_taken_from_training():
+    assert load_recipe("pal", ["training.seed=3"]).training == {"seed": 3}
