@@ -14,21 +14,29 @@ LINE_EVERY = 10.0  # seconds
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show how far ``total`` rows of ``what`` are, on standard error; yields a function of rows done since."""
+def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Show how far ``total`` rows of ``what`` are, on standard error; yields a function of rows done since.
+
+    Args:
+        done: rows that an earlier run has done; they do not count for the speed.
+    """
     if sys.stderr.isatty():
         columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("left"))
         with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(what, total=total)
+            task = bar.add_task(what, total=total, completed=done)
             yield lambda rows: bar.advance(task, rows)
         return
-    done, said = 0, time.monotonic()
+    began = said = time.monotonic()
+    before = done
 
     def advance(rows: int) -> None:
         nonlocal done, said
         done += rows
-        if done == total or time.monotonic() - said > LINE_EVERY:
-            said = time.monotonic()
-            print(f"{what}: {done:,}/{total:,}", file=sys.stderr, flush=True)
+        now = time.monotonic()
+        if done == total or now - said > LINE_EVERY:
+            said = now
+            left = (now - began) / (done - before) * (total - done) if done > before else 0.0
+            when = f" · {int(left // 60)}:{int(left % 60):02} left" if done < total else ""
+            print(f"{what}: {done:,}/{total:,}{when}", file=sys.stderr, flush=True)
 
     yield advance

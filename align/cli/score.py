@@ -1,0 +1,146 @@
+"""``align score``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from align.errors import ConfigError
+
+from .disk import writing_to
+
+if TYPE_CHECKING:
+    from align.score.references import Draws
+    from align.score.run import Outcome
+    from align.score.scorers import Policy, Scorer
+
+
+def score(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="DATA", help="JSONL, JSON, CSV, Parquet, a folder, a hub id, or align:NAME/SPLIT."),
+    ],
+    specs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with",
+            metavar="[NAME=]SPEC",
+            help="A rule (module:function), a reward model (its folder, its run, a hub id), or logps; "
+            "several with commas, or by giving the option again.",
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="What to write: .jsonl or .parquet.")] = Path(
+        "scored.jsonl"
+    ),
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Policy, for logps and reference answers: run, folder, name or hub id."),
+    ] = None,
+    quantile: Annotated[
+        float | None,
+        typer.Option(
+            "--reference-quantile",
+            metavar="Q",
+            help="Add NAME_reference: this quantile of the rewards of the model's own answers to the prompt.",
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=2, help="Reference answers a prompt.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reference answer, tokens.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the reference answers.")] = 0,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Limit of prompt and answer under --model, tokens; else its own.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of one forward pass.")] = 16,
+    dtype: Annotated[str, typer.Option(help="Of all models: auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Add columns of rewards and log-probs to a data set.
+
+    A pair gets NAME_chosen and NAME_rejected, a single answer NAME_completion. Rows that cannot be scored are set
+    aside with the reason. The same command goes on with what was interrupted.
+
+        align score pairs.jsonl --with align.rewards.rules:everyday_answer,runs/reward_bt -o scored.jsonl
+    """
+    _check_options(source, output, dtype, quantile)
+    from align.score.references import Draws
+    from align.score.run import processes, score_data
+    from align.score.scorers import OF_THE_MODEL, Policy, named_specs
+
+    named = named_specs([part for given in specs or [] for part in given.split(",") if part])
+    draws = None if quantile is None else Draws(quantile, samples, max_new_tokens, seed)
+    needy = [spec for spec in named.values() if spec in OF_THE_MODEL] + ["--reference-quantile"] * (draws is not None)
+    if needy and model is None:
+        raise ConfigError("align score", [("--model", f"is missing: {needy[0]} needs it")])
+    policy = None
+    if model is not None and needy:
+        device = processes().device
+        policy = Policy.load(model, dtype=dtype, max_length=max_length, batch_size=batch_size, device=device)
+    scorers = _scorers(named, policy, draws, dtype, batch_size)
+    try:
+        with writing_to(output):
+            outcome = score_data(source, scorers, output, batch_size=batch_size)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted: whole shards are kept; the same command goes on") from None
+    if outcome is not None:
+        _show(outcome)
+
+
+def _check_options(source: str, output: Path, dtype: str, quantile: float | None) -> None:
+    problems = []
+    if dtype not in (known := ("auto", "float32", "bfloat16", "float16")):
+        problems.append(("--dtype", f"{dtype!r} is none of {', '.join(known)}"))
+    if quantile is not None and not 0 < quantile < 1:
+        problems.append(("--reference-quantile", f"{quantile} is not between 0 and 1, without the ends"))
+    if output.suffix not in (".jsonl", ".parquet"):
+        problems.append(("--output", f"{output}: end it in .jsonl or .parquet"))
+    if Path(source).absolute() == output.absolute():
+        problems.append(("--output", f"{output} is the data itself; name another file"))
+    if problems:
+        raise ConfigError("align score", problems)
+
+
+def _scorers(
+    named: dict[str, str], policy: Policy | None, draws: Draws | None, dtype: str, batch_size: int
+) -> list[Scorer]:
+    from align.score.references import ReferenceScorer
+    from align.score.run import processes
+    from align.score.scorers import OF_THE_MODEL, AnswerScorer, ModelScorer, RuleScorer, reward_folder
+
+    scorers: list[Scorer] = []
+    rewards: list[AnswerScorer] = []
+    for name, spec in named.items():
+        if spec in OF_THE_MODEL:
+            assert policy is not None  # checked above: the word needs a model
+            scorers.append(OF_THE_MODEL[spec](name, policy))
+            continue
+        folder = reward_folder(spec)
+        reward: RuleScorer | ModelScorer
+        if folder is None:
+            reward = RuleScorer(name, spec)
+        else:
+            device = processes().device
+            reward = ModelScorer(name, folder, dtype=dtype, batch_size=batch_size, device=device)
+        scorers.append(reward)
+        if isinstance(reward, RuleScorer) or reward.model.config.kind != "gpm":
+            rewards.append(reward)
+    if draws is not None and policy is not None:
+        if not rewards:
+            what = "no reward in --with of which a reference can be taken (a gpm and log-probs have none)"
+            raise ConfigError("align score", [("--reference-quantile", what)])
+        scorers.append(ReferenceScorer(rewards, policy, draws))
+    return scorers
+
+
+def _show(outcome: Outcome) -> None:
+    from align.data.report import fault_report
+
+    counts = outcome.counts
+    cut = f" · {counts['cut']:,} answers cut to fit" if counts["cut"] else ""
+    print(f"{counts['scored']:,} of {counts['rows']:,} rows scored · {counts['set_aside']:,} set aside{cut}")
+    width = max((len(name) for name in outcome.columns), default=0)
+    for name, found in outcome.columns.items():
+        print(f"  {name:<{width}}  mean {found['mean']:.4g}  ({found['min']:.4g} to {found['max']:.4g})")
+    if outcome.faults:
+        print(fault_report(outcome.faults, counts["rows"], outcome.rejected))
+    print(outcome.output)

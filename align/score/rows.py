@@ -1,0 +1,110 @@
+"""A row as scorers see it: an id, a prompt, and answers by field.
+
+Kinds of rows:
+
+- ``[prompt,] chosen, rejected``, checked as pairs for training are.
+- ``prompt, completions``: several answers; a column then holds a list.
+- ``prompt, completion``, or ``messages``, whose last assistant turn is the completion.
+- ``prompt`` alone, which has reference columns and no others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from align.data.fields import FieldError, collecting, content, required, resolve
+from align.data.pairs import compared
+from align.data.rows import Content, row_id
+
+LISTED = "completions"
+_WANTED = "[prompt,] chosen, rejected; or prompt and completion, completions or nothing more; or messages"
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """What is scored of one row.
+
+    Attributes:
+        row_id: hash of prompt and answers; of a pair, the id that training gives it.
+        prompt: text or messages.
+        answers: by field, ``chosen`` and ``rejected``, ``completion`` or ``completions``: one answer each, and one or
+            more for ``completions``; empty for a prompt alone.
+        fields: all that the row has, so that no column of its own is written over.
+    """
+
+    row_id: str
+    prompt: Content
+    answers: Mapping[str, Sequence[Content]]
+    fields: frozenset[str]
+
+    @property
+    def each(self) -> list[Content]:
+        """All answers, in the order of the fields."""
+        return [answer for several in self.answers.values() for answer in several]
+
+    @property
+    def size(self) -> int:
+        """Characters of prompt and answers, by which rows of like length meet in a batch."""
+        return sum(len(part) if isinstance(part, str) else _size(part) for part in (self.prompt, *self.each))
+
+
+def _size(messages: Sequence[Mapping[str, str]]) -> int:
+    return sum(len(message["content"]) for message in messages)
+
+
+def score_row(row: dict[str, Any], problems: list[FieldError]) -> ScoreRow | None:
+    """What is scored of ``row``; None where ``problems`` grew."""
+    prompt: Content = ""
+    answers: dict[str, list[Content]] = {}
+    if {"chosen", "rejected"} & row.keys():
+        for pair in compared(row, problems):
+            prompt, answers = pair.prompt, {"chosen": [pair.chosen], "rejected": [pair.rejected]}
+    else:
+        with collecting(problems):
+            prompt, answers = _answers(row, problems)
+    if problems:
+        return None
+    every = [answer for several in answers.values() for answer in several]
+    return ScoreRow(row_id(prompt, *every), prompt, answers, frozenset(row))
+
+
+def _answers(row: dict[str, Any], problems: list[FieldError]) -> tuple[Content, dict[str, list[Content]]]:
+    if "messages" in row and "completion" not in row and LISTED not in row:
+        talk = content("messages", required("messages", row, _WANTED))
+        if isinstance(talk, str) or len(talk) < 2:
+            raise FieldError("messages", "not a conversation: wanted a prompt and an assistant turn at least")
+        prompt, resolved = resolve(None, {"messages": talk})
+        return prompt, {"completion": [resolved["messages"]]}
+    prompt = content("prompt", required("prompt", row, _WANTED))
+    if not {"completion", LISTED} & row.keys():
+        if not prompt:
+            raise FieldError("prompt", "empty")
+        return prompt, {}
+    named = _named(row, problems)
+    if problems:
+        return prompt, {}
+    prompt, resolved = resolve(prompt, named)
+    return prompt, {LISTED if LISTED in row else "completion": list(resolved.values())}
+
+
+def _named(row: dict[str, Any], problems: list[FieldError]) -> dict[str, Content]:
+    if LISTED not in row:
+        return {"completion": content("completion", required("completion", row, _WANTED))}
+    values = required(LISTED, row, _WANTED)
+    if not isinstance(values, list) or not values:
+        raise FieldError(LISTED, "not a list of answers (CSV holds none: use JSONL or Parquet)")
+    named = {}
+    for number, value in enumerate(values, start=1):
+        with collecting(problems):
+            named[f"{LISTED} {number}"] = content(f"{LISTED} {number}", value)
+    return named
+
+
+def plain(part: Content, role: str) -> str:
+    """What a rule reads: text as it is; of messages, the last turn of this role, else the last one."""
+    if isinstance(part, str):
+        return part
+    turns = [message["content"] for message in part if message["role"] == role]
+    return turns[-1] if turns else part[-1]["content"]

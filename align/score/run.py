@@ -1,0 +1,309 @@
+"""One pass over a data set: rows in, columns made, a file out.
+
+The input is read as a stream, in shards of consecutive rows. Within a shard, rows are scored in batches of like
+length; a row that a scorer refuses is set aside with the reason, and the others are scored without it. A shard that is
+on disk is not scored again, so a run that was killed loses the shard in flight and nothing else, and ends in the same
+file.
+Started by ``accelerate launch`` or ``torchrun``, each process takes every n-th shard, and the first writes the file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from jinja2 import TemplateError
+
+from align.data.fields import FieldError
+from align.data.load import Row, read_rows
+from align.data.report import write_rejected
+from align.data.rows import Fault
+from align.errors import AlignError
+from align.tracking.files import write_json
+from align.tracking.progress import progress
+
+from .output import check_suffix, write_rows
+from .rows import ScoreRow, score_row
+from .scorers import Columns, Scorer
+from .shards import Line, Shards, check_same
+
+SHARD_ROWS = 256
+
+
+@dataclass
+class Outcome:
+    """What came of a pass.
+
+    Attributes:
+        output: the file.
+        counts: ``rows`` (read), ``scored``, ``set_aside``, ``cut`` (answers that were too long for a scorer).
+        columns: of each new column of numbers: ``n``, ``mean``, ``min``, ``max``; of lists, over their entries.
+        faults: why rows were set aside, of a file that holds them.
+        rejected: that file; None where there are no faults.
+    """
+
+    output: Path
+    counts: dict[str, int]
+    columns: dict[str, dict[str, float]]
+    faults: list[Fault]
+    rejected: Path | None
+
+
+def processes() -> PartialState:
+    """Which process we are of those that were launched together; the only one where nothing was launched."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def score_data(
+    source: str, scorers: Sequence[Scorer], output: Path, *, batch_size: int = 16, shard_rows: int = SHARD_ROWS
+) -> Outcome | None:
+    """Write the rows of ``source`` with ``row_id`` and the scorers' columns to ``output``.
+
+    Beside it stand ``NAME.score.json``, what made the columns, and, if rows were set aside,
+    ``NAME.rejected_rows.jsonl``.
+
+    Args:
+        source: what ``align.data.load.read_rows`` takes.
+        scorers: they work one after the other; a row that one of them refuses does not go to the next.
+        output: ``.jsonl`` or ``.parquet``; where it is there and complete, it is left as it is.
+        batch_size: rows that a scorer is given at once.
+        shard_rows: rows of the input that a kill can lose.
+
+    Returns:
+        The outcome; None in a process that is not the first one.
+
+    Raises:
+        AlignError: the output holds something else, no row can be scored, or a new column has the name of one that the
+            data has.
+    """
+    check_suffix(output)
+    state = processes()
+    made_by = {scorer.name: dict(scorer.identity) for scorer in scorers}
+    identity = {"source": source, "scorers": made_by, "batch_size": batch_size, "shard_rows": shard_rows}
+    about = output.with_suffix(".score.json")
+    total = sum(1 for _ in read_rows(source))
+    done = _finished(output, about, identity, total)
+    if not done:
+        with state.main_process_first():
+            shards = Shards(output, identity)
+        _score_shards(source, scorers, shards, total, batch_size, shard_rows)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            _write(source, shards, output, about, math.ceil(total / shard_rows))
+    return _outcome(output, about) if state.is_main_process else None
+
+
+def _finished(output: Path, about: Path, identity: Mapping[str, Any], total: int) -> bool:
+    """Whether the output is there and is what this run would make.
+
+    Raises:
+        AlignError: it is something else.
+    """
+    if not output.exists():
+        return False
+    try:
+        found = json.loads(about.read_text(encoding="utf-8"))
+        check_same(output, found["identity"] | {"rows": found["counts"]["rows"]}, {**identity, "rows": total})
+    except (FileNotFoundError, ValueError, KeyError):
+        raise AlignError(f"{output} is there already and was not made by align score; name another output") from None
+    return True
+
+
+def _score_shards(
+    source: str, scorers: Sequence[Scorer], shards: Shards, total: int, batch_size: int, shard_rows: int
+) -> None:
+    state = processes()
+    mine = range(state.process_index, math.ceil(total / shard_rows), state.num_processes)
+    here = {number for number in mine if shards.read(number) is not None}
+    sizes = {number: min(shard_rows, total - number * shard_rows) for number in mine}
+    which = "" if state.num_processes == 1 else f" (process {state.process_index + 1} of {state.num_processes})"
+    done = sum(sizes[number] for number in here)
+    with progress(f"scoring{which}", sum(sizes.values()), done) as advance, _each_warning_once():
+        rows = enumerate(read_rows(source), start=1)
+        for number in range(math.ceil(total / shard_rows)):
+            part = list(islice(rows, shard_rows))
+            if number not in mine:
+                continue
+            if number in here:
+                _check_unchanged(shards, shards.read(number) or [], part)
+                continue
+            shards.write(number, _score_shard(scorers, part, batch_size))
+            advance(len(part))
+
+
+def _check_unchanged(shards: Shards, lines: Sequence[Line], part: Sequence[tuple[int, Row]]) -> None:
+    now = [(number, _read(row)) for number, row in part]
+    ids = [(number, row.row_id if isinstance(row, ScoreRow) else None) for number, row in now]
+    if len(ids) != len(lines) or any(
+        line["row"] != number or (name is None and "columns" in line) or line.get("row_id", name) != name
+        for line, (number, name) in zip(lines, ids, strict=True)
+    ):
+        raise AlignError(
+            f"{shards.folder}: the data has changed since this was begun, in rows {lines[0]['row']:,} to "
+            f"{lines[-1]['row']:,}; delete it to begin anew, or name another output"
+        )
+
+
+def _read(row: Row) -> ScoreRow | list[FieldError]:
+    content = row[2]
+    if isinstance(content, Fault):
+        return [FieldError(content.field, content.reason)]
+    problems: list[FieldError] = []
+    found = score_row(content, problems)
+    return problems if found is None else found
+
+
+def _score_shard(scorers: Sequence[Scorer], part: Sequence[tuple[int, Row]], batch_size: int) -> list[Line]:
+    lines: dict[int, Line] = {}
+    rows: dict[int, ScoreRow] = {}
+    for number, row in part:
+        found = _read(row)
+        if isinstance(found, ScoreRow):
+            _check_id(found, row)
+            rows[number] = found
+            lines[number] = {"row": number, "row_id": found.row_id, "columns": {}, "cut": 0}
+        else:
+            lines[number] = _set_aside(number, found)
+    for scorer in scorers:
+        numbers = sorted((n for n in rows if "columns" in lines[n]), key=lambda n: (-rows[n].size, n))
+        for start in range(0, len(numbers), batch_size):
+            batch = numbers[start : start + batch_size]
+            found_each, cut = _score_batch(scorer, [rows[number] for number in batch])
+            lines[batch[0]]["cut"] = lines[batch[0]].get("cut", 0) + cut
+            for number, columns in zip(batch, found_each, strict=True):
+                if isinstance(columns, FieldError):
+                    lines[number] = _set_aside(number, [columns]) | {"cut": lines[number]["cut"]}
+                else:
+                    _check_new(columns, lines[number]["columns"], rows[number])
+                    lines[number]["columns"] |= columns
+    return [lines[number] for number, _ in part]
+
+
+def _check_id(found: ScoreRow, row: Row) -> None:
+    file, line, content = row
+    own = content.get("row_id") if isinstance(content, dict) else None
+    if own not in (None, found.row_id):
+        raise AlignError(
+            f"{file}: row {line}: the data has a column row_id of its own ({own!r}), as ours is called; rename it"
+        )
+
+
+def _set_aside(number: int, problems: Sequence[FieldError]) -> Line:
+    return {"row": number, "faults": [{"field": p.field, "reason": p.reason} for p in problems]}
+
+
+def _score_batch(scorer: Scorer, rows: Sequence[ScoreRow]) -> tuple[list[Columns | FieldError], int]:
+    """Columns of each row, or why it has none. Where a batch is refused, each of its rows is tried alone."""
+    try:
+        scored = scorer.score(rows)
+    except (ValueError, TemplateError) as error:
+        if len(rows) > 1:
+            alone = [_score_batch(scorer, [row]) for row in rows]
+            return [columns for found, _ in alone for columns in found], sum(cut for _, cut in alone)
+        reason = str(error).removeprefix("row 0: ")
+        return [error if isinstance(error, FieldError) else FieldError(scorer.name, reason)], 0
+    return list(scored.columns), scored.cut
+
+
+def _check_new(columns: Columns, others: Columns, row: ScoreRow) -> None:
+    taken = columns.keys() & (row.fields | others.keys() | {"row_id"})
+    if taken:
+        name = min(taken)
+        raise AlignError(f"there is a column {name} already: give the new one another name, --with NAME=SPEC")
+
+
+@contextmanager
+def _each_warning_once() -> Iterator[None]:
+    """A warning of every batch is one warning: which rows it concerns is counted, or stands with the row."""
+    seen: set[str] = set()
+
+    def first(record: logging.LogRecord) -> bool:
+        known = record.msg in seen
+        seen.add(str(record.msg))
+        return not known
+
+    loggers = [logging.getLogger(name) for name in ("align.data.tokenize", "align.rewards.batches")]
+    for logger in loggers:
+        logger.addFilter(first)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(first)
+
+
+def _write(source: str, shards: Shards, output: Path, about: Path, count: int) -> None:
+    faults: list[Fault] = []
+    statistics: dict[str, list[float]] = {}
+    counts = {"rows": 0, "scored": 0, "set_aside": 0, "cut": 0}
+    for line, (file, row, content) in zip(shards.lines(count), read_rows(source), strict=True):
+        counts["rows"] += 1
+        counts["cut"] += line.get("cut", 0)
+        if "columns" in line:
+            counts["scored"] += 1
+            _collect(statistics, line["columns"])
+            continue
+        counts["set_aside"] += 1
+        faults += [Fault(file, row, one["field"], one["reason"], _content(content)) for one in line["faults"]]
+    rejected = _rejected(output)
+    if faults:
+        write_rejected(rejected, faults)
+    if not counts["scored"]:
+        first = faults[0]
+        raise AlignError(
+            f"{source}: no row can be scored, the reasons are in {rejected}; the first, of row {first.row}: "
+            f"{first.field}: {first.reason}"
+        )
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for line, (_, _, content) in zip(shards.lines(count), read_rows(source), strict=True):
+            if "columns" in line and not isinstance(content, Fault):
+                yield {**content, "row_id": line["row_id"], **line["columns"]}
+
+    columns = {name: _summary(values) for name, values in statistics.items()}
+    # Before the output: where the output is, so is what made it, whenever a kill comes.
+    write_json(about, {"identity": shards.identity, "counts": counts, "columns": columns})
+    write_rows(output, rows)
+    shards.remove()
+
+
+def _content(content: Any) -> Any:
+    return content.content if isinstance(content, Fault) else content
+
+
+def _collect(statistics: dict[str, list[float]], columns: Mapping[str, Any]) -> None:
+    """Count, sum, smallest and largest, so that memory does not grow with rows."""
+    for name, value in columns.items():
+        for number in value if isinstance(value, list) else [value]:
+            if not isinstance(number, int | float):
+                continue
+            known = statistics.setdefault(name, [0, 0.0, number, number])
+            known[:] = [known[0] + 1, known[1] + number, min(known[2], number), max(known[3], number)]
+
+
+def _summary(known: Sequence[float]) -> dict[str, float]:
+    n, total, low, high = known
+    return {"n": n, "mean": total / n, "min": low, "max": high}
+
+
+def _rejected(output: Path) -> Path:
+    return output.with_suffix(".rejected_rows.jsonl")
+
+
+def _outcome(output: Path, about: Path) -> Outcome:
+    found = json.loads(about.read_text(encoding="utf-8"))
+    faults = []
+    rejected = _rejected(output)
+    if found["counts"]["set_aside"]:
+        text = rejected.read_text(encoding="utf-8")
+        faults = [Fault(**json.loads(line)) for line in text.split("\n")[:-1]]
+    return Outcome(output, found["counts"], found["columns"], faults, rejected if faults else None)

@@ -1,0 +1,362 @@
+"""What makes columns: a rule, a reward model, or a policy's log-probs.
+
+A further one is a class with ``name``, ``identity`` and ``score`` (see ``Scorer``), and, where a word stands for it in
+``--with``, an entry in ``OF_THE_MODEL``. ``score`` is given rows of like length, as many as one forward pass takes,
+and raises for a row that it cannot score: the pass then finds out which one it was, and sets that one aside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from align.data.fields import FieldError
+from align.data.rows import CompletionRow, PairRow
+from align.data.tokenize import tokenize_completions, tokenize_pairs
+from align.errors import AlignError, ConfigError
+from align.losses.rows import Rows, answer_rows, pair_rows
+from align.models.fingerprint import weights_hash
+from align.models.hardware import resolve_dtype
+from align.models.load import LOAD_ERRORS, LoadedModel, load_run
+from align.models.scoring import attach_scoring, score, why_not_shared_prompt
+from align.rewards.encoding import encode_answers
+from align.rewards.models import CONFIG_FILE, RewardModel
+from align.rewards.named import Reward, load_reward
+
+from .rows import LISTED, ScoreRow, plain
+
+Columns = dict[str, Any]
+
+
+class Scored(NamedTuple):
+    """Columns of rows.
+
+    Args:
+        columns: one mapping a row, from names to what JSON holds.
+        cut: answers that were too long, of which the beginning was scored.
+    """
+
+    columns: list[Columns]
+    cut: int = 0
+
+
+class Scorer(Protocol):
+    """What makes columns.
+
+    Attributes:
+        name: of its column; further ones begin with it.
+        identity: what decides its values, weights and code included, fit for JSON: a run goes on only where this is
+            the same.
+    """
+
+    name: str
+    identity: Mapping[str, Any]
+
+    def score(self, rows: Sequence[ScoreRow]) -> Scored:
+        """Columns of some rows; the values of a row do not depend on the others, but for rounding.
+
+        Raises:
+            ValueError: a row cannot be scored; of one row alone, the reason.
+        """
+
+
+class AnswerScorer(Scorer, Protocol):
+    """A scorer that gives one number to every answer, so that other answers to a prompt can be its reference."""
+
+    def rewards(self, row: ScoreRow) -> list[float]:
+        """One number for each answer of the row."""
+
+
+class RuleScorer:
+    """A function ``(prompts, completions) -> list of numbers``, as text: ``module:function``.
+
+    Of messages it sees the last user turn, and the last assistant turn of the answer.
+    """
+
+    def __init__(self, name: str, spec: str) -> None:
+        try:
+            self.rule: Reward = load_reward(spec)
+        except ValueError as error:
+            raise ConfigError("align score", [("--with", str(error))]) from error
+        self.name = name
+        self.identity = {"rule": spec, "code": _code(self.rule)}
+
+    def score(self, rows: Sequence[ScoreRow]) -> Scored:
+        return Scored(by_answer(rows, {self.name: self._values(rows)}))
+
+    def rewards(self, row: ScoreRow) -> list[float]:
+        return self._values([row])
+
+    def _values(self, rows: Sequence[ScoreRow]) -> list[float]:
+        prompts = [plain(row.prompt, "user") for row in rows for _ in row.each]
+        answers = [plain(answer, "assistant") for row in rows for answer in row.each]
+        try:
+            values = [float(value) for value in self.rule(prompts, answers)] if answers else []
+        except Exception as error:  # a rule is anyone's code; what it says of the row is the reason
+            raise FieldError(self.name, f"the rule fails: {type(error).__name__}: {error}") from error
+        if len(values) != len(answers):
+            raise FieldError(self.name, f"the rule gave {len(values)} numbers for {len(answers)} answers")
+        return _finite(self.name, values)
+
+
+def _code(rule: Callable[..., Any]) -> str | None:
+    """Hash of the file that the function stands in; None where there is no such file."""
+    try:
+        source = inspect.getsourcefile(rule)
+        return hashlib.sha256(Path(str(source)).read_bytes()).hexdigest()
+    except (TypeError, OSError):
+        return None
+
+
+class ModelScorer:
+    """A reward model: one column, and one an attribute where it has attributes.
+
+    A gpm compares: a pair gets how much better chosen is than rejected, and each of several answers its mean score
+    against the others.
+    """
+
+    def __init__(self, name: str, folder: str, *, dtype: str, batch_size: int, device: Any) -> None:
+        torch_dtype, _ = resolve_dtype(dtype)
+        try:
+            self.model = RewardModel.from_pretrained(folder, dtype=torch_dtype).to(device)
+        except LOAD_ERRORS as error:
+            reason = f"not a rule (module:function), and not a reward model: {str(error).partition(chr(10))[0]}"
+            raise AlignError(f"--with {folder}: {reason}") from error
+        self.name = name
+        self.batch_size = batch_size
+        weights = weights_hash(self.model.state_dict().items())
+        self.identity = {"reward_model": folder, "dtype": str(torch_dtype), "weights": weights}
+
+    def score(self, rows: Sequence[ScoreRow]) -> Scored:
+        prompts, answers, cut = self._encoded(rows)
+        config = self.model.config
+        if config.kind == "gpm":
+            return Scored(self._compared(rows), cut)
+        values = self.model.score_ids(prompts, answers, batch_size=self.batch_size)
+        named = {self.name: self.model.ranking(values).tolist()}
+        if config.kind == "attributes":
+            columns = values.T.tolist()
+            named |= {f"{self.name}_{key}": column for key, column in zip(config.attributes, columns, strict=True)}
+        return Scored(by_answer(rows, named), cut)
+
+    def rewards(self, row: ScoreRow) -> list[float]:
+        prompts, answers, _ = self._encoded([row])
+        values = self.model.score_ids(prompts, answers, batch_size=self.batch_size)
+        return list(self.model.ranking(values).tolist())
+
+    def _encoded(self, rows: Sequence[ScoreRow]) -> tuple[list[list[int]], list[list[int]], int]:
+        """Ids of the prompt and of the answer, for every answer, and how many are too long."""
+        prompts, answers = [], []
+        limit = self.model.config.max_length
+        for row in rows:
+            if not row.each:
+                continue
+            prompt, several = encode_answers(self.model.tokenizer, row.prompt, row.each)
+            prompts += [prompt] * len(several)
+            answers += several
+        cut = sum(limit is not None and len(p) + len(a) > limit for p, a in zip(prompts, answers, strict=True))
+        return prompts, answers, cut
+
+    def _compared(self, rows: Sequence[ScoreRow]) -> list[Columns]:
+        for row in rows:
+            if len(row.each) == 1:
+                raise FieldError(self.name, "a gpm compares answers to a prompt, and this row has one")
+        several = [row for row in rows if row.each]
+        matrices = iter(
+            self.model.score_groups(
+                [row.prompt for row in several], [row.each for row in several], batch_size=self.batch_size
+            )
+        )
+        columns: list[Columns] = []
+        for row in rows:
+            if not row.each:
+                columns.append({})
+            elif LISTED in row.answers:
+                against = next(matrices).sum(1) / (len(row.each) - 1)
+                columns.append({f"{self.name}_{LISTED}": against.tolist()})
+            else:
+                columns.append({self.name: float(next(matrices)[0, 1])})
+        return columns
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The model of ``--model``, and how it is to be used.
+
+    Args:
+        spec: its name.
+        loaded: the model and its tokenizer.
+        max_length: limit of prompt and answer, tokens; None is the model's own.
+        batch_size: rows of one forward pass.
+    """
+
+    spec: str
+    loaded: LoadedModel
+    max_length: int | None
+    batch_size: int
+
+    @classmethod
+    def load(cls, spec: str, *, dtype: str, max_length: int | None, batch_size: int, device: Any) -> Policy:
+        """Load it.
+
+        Raises:
+            AlignError: it cannot be found or loaded.
+        """
+        loaded = load_run(spec, dtype=dtype)
+        loaded.model.to(device)
+        limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+        return cls(spec, loaded, max_length or limit, batch_size)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides its log-probs."""
+        model = self.loaded.model
+        weights = weights_hash(model.state_dict().items())
+        return {"model": self.spec, "dtype": str(model.dtype), "weights": weights, "max_length": self.max_length}
+
+
+class LogpsScorer:
+    """``logps``: each answer's log-prob under the model, summed over its tokens, nats; ``logps_tokens``: how many.
+
+    Prompts, answers and their end tokens are those of training, and so is the limit: an answer that is too long keeps
+    its first tokens.
+    """
+
+    def __init__(self, name: str, policy: Policy) -> None:
+        self.name = name
+        self.policy = policy
+        model = policy.loaded.model
+        attach_scoring(model.get_base_model() if hasattr(model, "get_base_model") else model)
+        self.shared = why_not_shared_prompt(model) is None
+        self.identity = {"logps": policy.identity, "shared_prompt": self.shared}
+
+    def score(self, rows: Sequence[ScoreRow]) -> Scored:
+        laid, cut = self._lay_out(rows)
+        if laid is None:
+            return Scored([{} for _ in rows])
+        layout, order = laid
+        layout = layout.to(self.policy.loaded.model.device)
+        with torch.no_grad():
+            totals = layout.totals(score(self.policy.loaded.model, layout).logps).tolist()
+        lengths = layout.lengths().tolist()
+        named = {
+            self.name: _finite(self.name, [totals[place] for place in order]),
+            f"{self.name}_tokens": [lengths[place] for place in order],
+        }
+        return Scored(by_answer(rows, named), cut)
+
+    def _lay_out(self, rows: Sequence[ScoreRow]) -> tuple[tuple[Rows, list[int]] | None, int]:
+        """The rows of one forward pass, and where in them each answer is, in the order of ``ScoreRow.each``."""
+        tokenizer, limit = self.policy.loaded.tokenizer, self.policy.max_length
+        pad = int(tokenizer.pad_token_id)
+        if all("rejected" in row.answers for row in rows):
+            pairs = [PairRow(r.row_id, "", n, r.prompt, r.each[0], r.each[1]) for n, r in enumerate(rows)]
+            done = tokenize_pairs(pairs, tokenizer, limit)
+            _raise_fault(done.faults)
+            prompts = [pair.prompt_ids for pair in done.rows]
+            chosen, rejected = [p.chosen_ids for p in done.rows], [p.rejected_ids for p in done.rows]
+            layout = pair_rows(prompts, chosen, rejected, pad_token_id=pad, shared_prompt=self.shared)
+            cut = done.counts["truncated_chosen"] + done.counts["truncated_rejected"]
+            order = [place + half * len(rows) for place in range(len(rows)) for half in (0, 1)]
+            return (layout, order), cut
+        each = [CompletionRow(r.row_id, "", n, r.prompt, a) for n, r in enumerate(rows) for a in r.each]
+        if not each:
+            return None, 0
+        single = tokenize_completions(each, tokenizer, limit)
+        _raise_fault(single.faults)
+        starts = [row.completion_mask.index(1) for row in single.rows]
+        prompts = [row.input_ids[:start] for row, start in zip(single.rows, starts, strict=True)]
+        answers = [row.input_ids[start:] for row, start in zip(single.rows, starts, strict=True)]
+        layout = answer_rows(prompts, answers, pad_token_id=pad)
+        return (layout, list(range(len(each)))), single.counts["truncated_completion"]
+
+
+def _raise_fault(faults: Sequence[Any]) -> None:
+    if faults:
+        raise FieldError(faults[0].field, faults[0].reason.replace("data.max_length", "--max-length"))
+
+
+OF_THE_MODEL: dict[str, Callable[[str, Policy], Scorer]] = {"logps": LogpsScorer}
+"""Words of ``--with`` that stand for what the model of ``--model`` says."""
+
+
+def by_answer(rows: Sequence[ScoreRow], named: Mapping[str, Sequence[float]]) -> list[Columns]:
+    """Columns ``NAME_FIELD`` from values of all answers of all rows, in the order of ``ScoreRow.each``."""
+    found: list[Columns] = [{} for _ in rows]
+    for name, values in named.items():
+        rest = iter(values)
+        for row, columns in zip(rows, found, strict=True):
+            for field, several in row.answers.items():
+                taken = [next(rest) for _ in several]
+                columns[f"{name}_{field}"] = taken if field == LISTED else taken[0]
+    return found
+
+
+def _finite(name: str, values: list[float]) -> list[float]:
+    for value in values:
+        if not math.isfinite(value):
+            raise FieldError(name, f"{value}: not a finite number")
+    return values
+
+
+def named_specs(specs: Sequence[str]) -> dict[str, str]:
+    """Column name to spec, of ``SPEC`` or ``NAME=SPEC``.
+
+    The name of a rule is its function's, of a reward model its folder's (its run's, for ``RUN/model``).
+
+    Raises:
+        ConfigError: no spec, a name twice, or a name that is none.
+    """
+    found: dict[str, str] = {}
+    problems = [] if specs else [("--with", "name what is to be added: module:function, a reward model, logps")]
+    for given in specs:
+        name, equals, spec = given.partition("=")
+        if not equals:
+            name, spec = _default_name(given), given
+        if not name.replace("-", "_").isidentifier() or not spec:
+            problems.append(("--with", f"{given!r}: {name!r} is no name for a column; write NAME={spec or 'SPEC'}"))
+        elif name in found:
+            problems.append(("--with", f"{given!r}: there is a column {name} already; write NAME={spec}"))
+        found[name] = spec
+    if problems:
+        raise ConfigError("align score", problems)
+    return found
+
+
+def _default_name(spec: str) -> str:
+    if spec in OF_THE_MODEL:
+        return spec
+    if ":" in spec and not Path(spec).exists():
+        return spec.rpartition(":")[2]
+    path = Path(spec)
+    return path.parent.name if path.name == "model" and path.parent.name else path.name
+
+
+def reward_folder(spec: str) -> str | None:
+    """Where the reward model of ``spec`` is: the folder itself, a run's ``model`` folder, or a hub id; None: a rule.
+
+    Raises:
+        AlignError: a folder that holds none.
+    """
+    folder = Path(spec).expanduser()
+    if not folder.is_dir():
+        return None if ":" in spec else spec
+    for place in (folder, folder / "model"):
+        if (place / CONFIG_FILE).is_file() or _is_classifier(place / "config.json"):
+            return str(place)
+    raise AlignError(f"--with {spec}: no {CONFIG_FILE} in this folder, so it holds no reward model")
+
+
+def _is_classifier(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    names = json.loads(path.read_text(encoding="utf-8")).get("architectures") or [""]
+    return str(names[0]).endswith("ForSequenceClassification")
