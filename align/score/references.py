@@ -7,9 +7,8 @@ prompt are drawn at temperature 1, scored by each reward that is asked for, and 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -105,5 +104,5 @@ class ReferenceScorer:
         return [text if isinstance(row.prompt, str) else [_assistant(text)] for text in texts]
 
 
-def _assistant(text: str) -> Mapping[str, Any]:
+def _assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}

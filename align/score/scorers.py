@@ -57,8 +57,11 @@ class Scorer(Protocol):
             the same.
     """
 
-    name: str
-    identity: Mapping[str, Any]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def identity(self) -> Mapping[str, Any]: ...
 
     def score(self, rows: Sequence[ScoreRow]) -> Scored:
         """Columns of some rows; the values of a row do not depend on the others, but for rounding.
