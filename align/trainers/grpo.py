@@ -20,6 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 from align.data.tokenize import encode_prompt
 from align.errors import AlignError
 from align.evals.sampling import sample
+from align.losses.logprobs import TokenLogps
 from align.models.ends import end_tokens
 from align.models.memory import release_freed
 from align.rewards.expression import SampledReference
@@ -43,6 +44,7 @@ class GroupTrainer(Hosted, GRPOTrainer):  # type: ignore[misc]
 
     needs_reference = False  # TRL keeps its own, for the KL
     starts_at_reference = False
+    samples = True
 
     def __init__(self, model: Any, reward: RewardFunction, args: GRPOConfig | None = None, **kwargs: Any) -> None:
         self.reward = reward
@@ -54,6 +56,66 @@ class GroupTrainer(Hosted, GRPOTrainer):  # type: ignore[misc]
         loss = super().training_step(*args, **kwargs)
         self._total_train_tokens = int(self.state.num_input_tokens_seen)
         return loss
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **images: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """TRL's, by the library's own head: of completion tokens alone, where TRL on a CPU scores prompts and padding.
+
+        TRL's own where a temperature, images, an entropy bonus or experts want more than log-probs.
+        """
+        if images_given(images) or compute_aux_loss or self.temperature != 1.0 or self._entropy_bonus_enabled:
+            found: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+            found = super()._get_per_token_logps_and_entropies(
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                batch_size,
+                compute_entropy,
+                compute_aux_loss,
+                **images,
+            )
+            return found
+        size = batch_size or len(input_ids)
+        parts = [
+            self._score_completions(model, input_ids[at : at + size], attention_mask[at : at + size], logits_to_keep)
+            for at in range(0, len(input_ids), size)
+        ]
+        logps, entropies = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        return logps, entropies if compute_entropy else None, None
+
+    def _score_completions(
+        self, model: Any, ids: torch.Tensor, mask: torch.Tensor, kept: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies of the last ``kept`` tokens, (B, kept), 0 on padding."""
+        width = ids.shape[1]
+        rows, columns = mask[:, -kept:].nonzero(as_tuple=True)
+        positions = columns + width - kept
+        with self.accelerator.autocast():
+            tokens = TokenLogps(
+                *model(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    score_source=rows * width + positions - 1,
+                    score_target=ids[rows, positions],
+                )
+            )
+        empty = tokens.logps.new_zeros(len(ids), kept)
+        return empty.index_put((rows, columns), tokens.logps), empty.index_put((rows, columns), tokens.entropy)
+
+
+def images_given(images: dict[str, Any]) -> bool:
+    """Whether TRL gave anything of images."""
+    return any(value is not None for value in images.values())
 
 
 def with_sampled_references(

@@ -37,10 +37,12 @@ class Hosted(Trainer):  # type: ignore[misc]
     Attributes:
         needs_reference: whether the policy is compared with a reference. Set before ``super().__init__``.
         starts_at_reference: whether both are the same model at the first step, which is then checked. Set likewise.
+        samples: answers are drawn within a training step, which TRL does outside autocast.
     """
 
     needs_reference: bool
     starts_at_reference: bool
+    samples = False
     # Set by TRL's trainer.
     _signature_columns: list[str] | None
     _total_train_tokens: int
@@ -129,7 +131,7 @@ class Hosted(Trainer):  # type: ignore[misc]
             self._clock = (time.perf_counter(), self._total_train_tokens)
         # Under autocast an adapter's float32 weights meet bf16 inputs anyway; peft would first copy those to float32.
         autocast = self.accelerator.mixed_precision in ("bf16", "fp16")
-        with disable_input_dtype_casting(self.model, active=autocast):
+        with disable_input_dtype_casting(self.model, active=autocast and not self.samples):
             loss: torch.Tensor = super().training_step(*args, **kwargs)
         return loss
 
