@@ -30,8 +30,9 @@ from align.models.load import load_tokenizer
 from align.models.scoring import sequence_logps
 from align.reports.card import write_card
 from align.reports.report import render_report
+from align.run_pal import run_pal
 from align.tracking.callback import tracked
-from align.tracking.files import write_text
+from align.tracking.files import write_json, write_text
 from align.tracking.manifest import run_facts
 from align.tracking.run_folder import RunFolder
 from align.tracking.telemetry import disable_telemetry
@@ -92,6 +93,9 @@ def _run(
         shutil.rmtree(run.path / "eval", ignore_errors=True)  # of weights that are gone
     else:
         _same_data(run, splits)
+    if recipe.pal is not None:
+        _run_pal(recipe, splits, run, source, command)
+        return
     held_out = splits.get("eval")
     built = build(
         recipe,
@@ -119,6 +123,33 @@ def _run(
     _save(recipe, trainer, tokenizer, run)
     timings = {"set_up": ready - began, "train": trained - ready, "eval": evaluated - trained}
     timings["total"] = time.monotonic() - began
+    _finish(run, mirror, timings, results)
+
+
+def _run_pal(recipe: Recipe, splits: dict[str, Split], run: RunFolder, source: str, command: Sequence[str]) -> None:
+    """Method pal, which no trainer of transformers runs and which needs no checkpoints: its embeddings are kept."""
+    began = time.monotonic()
+    facts = run_facts(command, int(recipe.training.get("seed", 42)))
+    run.update_manifest(**facts, recipe=source, data={name: split.facts for name, split in splits.items()})
+    mirror = _mirror(recipe, run)
+
+    def log(step: int, values: dict[str, float]) -> None:
+        run.log(step, values)
+        if mirror is not None:
+            mirror.log(step, values)
+
+    done = run_pal(recipe, splits, log)
+    run.update_manifest(**done.facts)
+    results = {} if done.result is None else {"pal": done.result}
+    for name, result in results.items():
+        (run.path / "eval").mkdir(exist_ok=True)
+        write_json(run.path / "eval" / f"{name}.json", result)
+    _write_folder(run.path / "model", done.model)
+    _finish(run, mirror, {**done.seconds, "total": time.monotonic() - began}, results)
+
+
+def _finish(run: RunFolder, mirror: WandbMirror | None, timings: dict[str, float], results: dict[str, Any]) -> None:
+    """Timings, status, card, report and mirror of a run that has trained and evaluated."""
     run.update_manifest(timings={f"{name}_seconds": round(value, 1) for name, value in timings.items()})
     run.end("finished")
     write_card(run.path)
@@ -136,9 +167,15 @@ def _run(
 def show_plan(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
     """Eight rows with their masks, the steps, and the memory that they would need; nothing is written."""
     split = read_splits(recipe, tokenizer, None)["train"]
-    arguments = training_arguments(recipe, Path(recipe.output), tokenizer)
     out = Console()
     out.print(show_masks(split.tokenized, tokenizer))
+    if recipe.pal is not None:
+        people = f"{split.table.counts['annotators']:,} annotators"
+        out.print(
+            f"{len(split.tokenized.rows):,} judgements of {people} · {recipe.pal.epochs} epochs", highlight=False
+        )
+        return
+    arguments = training_arguments(recipe, Path(recipe.output), tokenizer)
     planned = plan(recipe, arguments, _row_lengths(recipe, split))
     out.print(
         f"{len(split.tokenized.rows):,} rows · {planned.steps:,} steps of {planned.pairs_per_step} "
@@ -259,14 +296,15 @@ def _probe(model: Any, trainer: Trainer, tokenizer: PreTrainedTokenizerBase) -> 
         return sequence_logps(model, rows["prompt_ids"], rows[answers], pad_token_id=int(tokenizer.pad_token_id))
 
 
-def _write_folder(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase, **options: Any) -> None:
-    """Model and tokenizer, written aside and then named: a kill leaves no half of it."""
+def _write_folder(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase | None = None, **options: Any) -> None:
+    """Model and, if given, tokenizer, written aside and then named: a kill leaves no half of it."""
     aside = folder.with_name(f".{folder.name}.partial")
     for leftover in (aside, folder):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         model.save_pretrained(aside, **options)
-        tokenizer.save_pretrained(aside)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(aside)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise

@@ -206,7 +206,7 @@ class PalSpec(Section):
     """Passes over the judgements."""
     batch_size: int = Field(default=256, ge=1)
     """Judgements a step."""
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: float = Field(default=3e-4, gt=0)
     """Of the maps."""
     users_learning_rate: float = Field(default=5e-2, gt=0)
     """Of annotators' weights and of prototypes."""

@@ -73,7 +73,7 @@ def train_pal(
     epochs: int = 10,
     batch_size: int = 256,
     loss: Literal["logistic", "hinge"] = "logistic",
-    projectors: float = 1e-3,
+    projectors: float = 3e-4,
     users: float = 5e-2,
     scale: float = 1e-1,
     seed: int = 0,
