@@ -1,6 +1,6 @@
 """Evals: what a model, a reward or a decoder is worth. Every number comes with its n and its interval.
 
-Four suites compare an aligned model (after, the policy) with the model it came from (before, the reference) on
+Suites compare an aligned model (after, the policy) with the model it came from (before, the reference) on
 held-out data. Each returns one JSON-able dict: ``suite, schema, n, metrics, rows, settings``, where a metric is
 ``{value, low, high, n}`` and ``rows`` keep what it was computed from.
 
@@ -8,13 +8,13 @@ held-out data. Each returns one JSON-able dict: ``suite, schema, n, metrics, row
 - ``thumbs``        does the implicit reward tell thumbs up from thumbs down? AUC, accuracy, mean reward of each.
 - ``displacement``  what happened to the log-probs of the held-out pairs: did the chosen answers fall too?
 - ``generation``    answers before and after, judged by a reward: win rate, length, repetition, KL to the reference.
+- ``goals``         several rewards at once: each before and after, and the share of answers that are good in all.
 
 What they stand on:
 
 - ``statistics``    percentile bootstrap, by row or by prompt; exactly invariant to the order of the rows.
 - ``sampling``      answers that depend on the prompt and the seed, not on the batch they were drawn in.
 - ``kl``            log-ratios of sampled answers, and what they do and do not estimate.
-- ``reward_spec``   ``module:function`` to a callable reward.
 
 Before and after with a LoRA, the reference being the same model with its adapters off::
 

@@ -3,6 +3,9 @@
 - ``align.rewards.rules``  plain-Python rewards, readable line by line; ``everyday_answer`` labels the quickstart data
   and judges its win rate.
 - ``align.rewards.text``   words, sentences and lists of English text, as the rules count them.
+- ``align.rewards.named``  ``module:function`` to a rule.
+- ``align.rewards.expression``  several rewards put together, as a recipe writes it: ``all_of``, ``lsc``, ...
+- ``align.rewards.functions``  any of them, rule or model, as a reward function of TRL's GRPO.
 - ``align.rewards.density``  not a reward but a weight: how much likelier a prompt is among the thumbs up than among
   the thumbs down (BCO's underlying distribution matching).
 

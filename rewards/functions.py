@@ -128,16 +128,18 @@ class RewardFunction:
 
 
 def load_scorer(name: str, *, batch_size: int = 16) -> Scorer:
-    """What ``name`` says: ``module:function`` is a rule, anything else the folder or hub id of a reward model.
+    """What ``name`` says: a rule (``module:function``), or a reward model (its folder, its run or a hub id).
 
     Raises:
         ValueError: no such rule; OSError: no such model.
     """
     if is_rule(name):
         return rule_scorer(load_reward(name))
-    from .models import RewardModel  # transformers: not for rules
+    from .models import CONFIG_FILE, RewardModel  # transformers: not for rules
 
-    return model_scorer(RewardModel.from_pretrained(name), batch_size=batch_size)
+    trained = Path(name).expanduser() / "model"  # in a run's folder
+    found = trained if (trained / CONFIG_FILE).is_file() else name
+    return model_scorer(RewardModel.from_pretrained(found), batch_size=batch_size)
 
 
 def is_rule(name: str) -> bool:

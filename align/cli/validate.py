@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from align.config.schema import DataSpec
+    from align.data.prompts import PromptRules
+    from align.data.rewards import RewardRules
     from align.data.rows import CompletionTable, Fault, PairTable
     from align.data.splits import DataKind
 
@@ -53,7 +55,7 @@ def _validate_recipe(source: str) -> None:
     tokenizer = load_tokenizer(recipe.model.name, trust_remote_code=recipe.model.trust_remote_code)
     for data in filter(None, (recipe.data.train, recipe.data.eval)):
         print()
-        _show_tokenized(data, tokenizer, recipe.data, recipe.data_kind)
+        _show_tokenized(data, tokenizer, recipe.data, recipe.data_kind, recipe.data_rules)
 
 
 def _validate_data(source: str, model: str | None) -> None:
@@ -89,10 +91,16 @@ def _kind_of(source: str) -> DataKind:
     return "thumbs" if {"completion", "label"} <= first.keys() else "completions"
 
 
-def _show_tokenized(source: str, tokenizer: PreTrainedTokenizerBase, spec: DataSpec, kind: DataKind) -> None:
+def _show_tokenized(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: DataSpec,
+    kind: DataKind,
+    rules: PromptRules | RewardRules | None = None,
+) -> None:
     from align.data.splits import read_split
 
-    split = read_split(source, tokenizer, spec.max_length, kind=kind)
+    split = read_split(source, tokenizer, spec.max_length, kind=kind, rules=rules)
     print(_described(split.table, tokenizer, spec.max_length))
     _check(split.faults, split.table.counts["rows"], spec.max_bad_fraction)
     split.check(spec.max_bad_fraction)
@@ -103,9 +111,12 @@ def _described(
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int | None = None,
 ) -> str:
+    from align.data.prompts import PromptTable, describe_prompts
     from align.data.report import describe
     from align.data.thumbs import ThumbTable, describe_thumbs
 
+    if isinstance(table, PromptTable):
+        return describe_prompts(table, tokenizer)
     if isinstance(table, ThumbTable):
         return describe_thumbs(table, tokenizer, max_length)
     return describe(table, tokenizer, max_length)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from .fields import FieldError, collecting, content, required
 from .load import read_rows
 from .pairs import compared
+from .report import fault_report
 from .rows import CompletionRow, CompletionTable, Content, Fault, bad_rows, row_id
 from .tokenize import TokenizedCompletion, TokenizedCompletions, encode_prompt
 
@@ -142,6 +143,29 @@ def tokenize_prompts(
         found.rows.append(TokenizedPrompt(ids, [0] * len(ids), row.row_id, row.prompt, references))
     found.counts.update(prompts=len(found.rows), set_aside=bad_rows(found.faults))
     return found
+
+
+def describe_prompts(table: PromptTable, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
+    """The picture of one source: prompts, repeats, references, lengths in tokens, faults."""
+    counts = table.counts
+    lines = [f"{table.source}: {counts['rows']:,} rows, {counts['prompts']:,} prompts"]
+    lines.append(f"  {'duplicates':<15} {counts['duplicates']:,}, left out")
+    rows = [row for row in table.rows if isinstance(row, PromptRow)]
+    for column in rows[0].references if rows else ():
+        lines.append(f"  {column:<15} {_spread([row.references[column] for row in rows])}")
+    if tokenizer is not None and rows:
+        lengths = [float(len(encode_prompt(row.prompt, tokenizer))) for row in rows]
+        lines.append(f"  {'prompt tokens':<15} {_spread(lengths)}")
+    if table.unused:
+        lines.append(f"  {'not read':<15} columns " + ", ".join(f"{name} ({n:,})" for name, n in table.unused.items()))
+    if table.faults:
+        lines += ["", fault_report(table.faults, counts["rows"])]
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    ordered = sorted(values)
+    return f"{ordered[0]:g} to {ordered[-1]:g}, median {ordered[len(ordered) // 2]:g}"
 
 
 def _prompt(row: dict[str, Any], problems: list[FieldError]) -> Content | None:

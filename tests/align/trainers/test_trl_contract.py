@@ -8,7 +8,7 @@ from importlib.metadata import version
 import pytest
 from packaging.version import Version
 from transformers import Trainer
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOTrainer, KTOConfig, KTOTrainer
 from trl.trainer import utils
 
 HOSTS = (DPOTrainer, KTOTrainer)
@@ -140,3 +140,25 @@ def test_a_checkpoint_is_written_where_the_shift_is_and_its_state_last():
 
 def test_adapter_context():
     assert list(inspect.signature(utils.use_adapter).parameters) == ["model", "adapter_name"]
+
+
+def test_the_log_probs_of_grpo_come_from_the_method_that_we_override():
+    """Called by name for the policy and the reference alike; the first arguments are those that we read."""
+    names = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
+    kept = ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy"]
+    assert names[:8] == [*kept, "compute_aux_loss"]
+    for method in (GRPOTrainer._compute_loss, GRPOTrainer._generate_and_score_completions):
+        assert "self._get_per_token_logps_and_entropies(" in inspect.getsource(method)
+    source = inspect.getsource(GRPOTrainer.__init__)
+    assert [
+        name
+        for name in ("_metrics", "_tokenizer", "_entropy_bonus_enabled", "_total_train_tokens", "ref_model")
+        if f"self.{name} =" not in source
+    ] == []
+    assert "num_input_tokens_seen" in inspect.getsource(GRPOTrainer._generate)
+
+
+def test_what_grpo_gives_reward_functions():
+    source = inspect.getsource(GRPOTrainer._calculate_rewards)
+    assert 'reward_kwargs["log_metric"] = self._log_metric' in source
+    assert "prompts=prompts, completions=completions, completion_ids=completion_ids_list, **reward_kwargs" in source
