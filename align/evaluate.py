@@ -25,23 +25,28 @@ from align.evals.generation import compare
 from align.evals.goals import goals_suite
 from align.evals.kl import LogRatios, log_ratios
 from align.evals.preference import preference_suite
+from align.evals.reward import ratings_suite, reward_suite
 from align.evals.sampling import Sample, sample
 from align.evals.thumbs import thumbs_suite
 from align.losses import PairLogps, SequenceLogps, combine
+from align.losses.general_preference import gpm_score
 from align.losses.rows import Rows, answer_rows, pair_rows
 from align.losses.types import UnpairedLogps
 from align.models.ends import end_tokens
 from align.models.memory import release_freed
 from align.models.scoring import score, sequence_logps
+from align.rewards.models import RewardOutput
 from align.rewards.named import load_reward
 from align.tracking.files import write_json, write_text
 from align.tracking.progress import progress
 from align.trainers.build import Built, losses_of
 from align.trainers.grpo import as_answer, with_sampled_references
+from align.trainers.reward import RewardTrainer
 from align.trainers.thumbs import ThumbsTrainer, thumbs_output
 
 SAMPLES_SHOWN = 20
 BATCH = 16
+ANSWERS = ("chosen_ids", "rejected_ids", "completion_ids")
 
 
 def evaluate(
@@ -60,6 +65,7 @@ def evaluate(
         "preference": pairs.preference,
         "displacement": pairs.displacement,
         "generation": lambda: _generation(recipe, built, tokenizer, held_out, run),
+        "reward": lambda: _reward(recipe, built, held_out),
         "goals": lambda: _goals(recipe, built, tokenizer, held_out, run),
     }
     results: dict[str, dict[str, Any]] = {}
@@ -168,6 +174,50 @@ def _thumbs(recipe: Recipe, built: Built, tokenizer: PreTrainedTokenizerBase, he
         groups=[json.dumps(row.prompt) for row in held_out.used],
         settings={"rewards": loss.info.name, **loss.settings},
     )
+
+
+def _reward(recipe: Recipe, built: Built, held_out: Split) -> dict[str, Any]:
+    """The trained reward model on held-out pairs, or on held-out ratings."""
+    trainer: RewardTrainer = built.trainer
+    model, kind = trainer.reward.eval(), trainer.reward.config.kind
+    rows = list(held_out.tokenized.dataset())
+    data: Sequence[Any] = held_out.tokenized.rows
+    sizes = [max(len(row[name]) for name in row if name in ANSWERS) + len(row["prompt_ids"]) for row in rows]
+    longest = sorted(range(len(rows)), key=lambda row: -sizes[row])
+    values = torch.zeros(len(rows), model.config.width if kind == "attributes" else 3)
+    with progress("scoring held-out answers", len(rows)) as advance, torch.no_grad():
+        for start in range(0, len(rows), BATCH):
+            part = longest[start : start + BATCH]
+            batch = trainer.data_collator([rows[row] for row in part])
+            batch = {name: value.to(trainer.args.device) for name, value in batch.items()}
+            found = model(batch["input_ids"], batch["attention_mask"], batch["prompt_length"])
+            values[part] = found.values.cpu() if kind == "attributes" else _pair_scores(found).cpu()
+            release_freed()
+            advance(len(part))
+    ids, prompts = [row.row_id for row in data], [json.dumps(row.prompt) for row in held_out.used]
+    settings = {"model": kind, "method": recipe.method}
+    if kind == "attributes":
+        names, ranking = model.config.attributes, model.config.ranking
+        return ratings_suite(values, [row.ratings for row in data], names, ranking, ids, prompts, settings=settings)
+    return reward_suite(
+        values[:, 0],
+        ids,
+        preference=[row.preference for row in data],
+        tau=model.config.tau,
+        rewards=values[:, 1:] if kind == "scalar" else None,
+        groups=prompts,
+        settings=settings,
+    )
+
+
+def _pair_scores(found: RewardOutput) -> torch.Tensor:
+    """Score of chosen over rejected, and the reward of either (0 where a gpm has none), (B, 3)."""
+    chosen, rejected = found.values.chunk(2)
+    if chosen.ndim == 1:
+        return torch.stack([chosen - rejected, chosen, rejected], dim=1)
+    scale = None if found.scale is None else (found.scale[: len(chosen)] + found.scale[len(chosen) :]) / 2
+    score = gpm_score(chosen, rejected, scale)
+    return torch.stack([score, torch.zeros_like(score), torch.zeros_like(score)], dim=1)
 
 
 def _generation(

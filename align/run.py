@@ -30,6 +30,7 @@ from align.models.load import load_tokenizer
 from align.models.scoring import sequence_logps
 from align.reports.card import write_card
 from align.reports.report import render_report
+from align.rewards.models import RewardModel
 from align.run_pal import run_pal
 from align.tracking.callback import tracked
 from align.tracking.files import write_json, write_text
@@ -195,7 +196,7 @@ def _row_lengths(recipe: Recipe, split: Split) -> list[int]:
         return [len(row.input_ids) + longest for row in split.tokenized.rows for _ in range(answers)]
     if isinstance(split.tokenized, TokenizedCompletions):
         return [len(row.input_ids) for row in split.tokenized.rows]
-    prompts = 1 if recipe.data.shared_prompt else 2
+    prompts = 1 if recipe.data.shared_prompt and recipe.reward is None else 2
     return [
         prompts * len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids) for row in split.tokenized.rows
     ]
@@ -266,6 +267,9 @@ def _save(recipe: Recipe, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, 
     Merging rounds the weights to their dtype: what that does to the log-probs of training answers is measured
     and stands in the manifest as ``merged.mean_change``, nats a token.
     """
+    if recipe.reward is not None:
+        _save_reward(trainer.reward, trainer, run)
+        return
     model = trainer.model
     if not isinstance(model, PeftModel):
         _write_folder(run.path / "model", model, tokenizer)
@@ -282,6 +286,20 @@ def _save(recipe: Recipe, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, 
         change = float(((before.mean - after.mean).abs()).mean())
         run.update_manifest(merged={"mean_change": round(change, 6), "answers": len(before.total)})
     _write_folder(run.path / "merged", merged, tokenizer)
+
+
+def _save_reward(model: RewardModel, trainer: Trainer, run: RunFolder) -> None:
+    """The whole model, an adapter merged into its backbone; ``merged.mean_change`` is in units of its values."""
+    if model.config.training == "lora":
+        rows = trainer.train_dataset[:PROBED]
+        answers = rows["chosen_ids" if "chosen_ids" in rows else "completion_ids"]
+        with trainer.accelerator.autocast():
+            before = model.score_ids(rows["prompt_ids"], answers)
+            after = model.merge().score_ids(rows["prompt_ids"], answers)
+        run.update_manifest(
+            merged={"mean_change": round(float((before - after).abs().mean()), 6), "answers": len(answers)}
+        )
+    _write_folder(run.path / "model", model, model.tokenizer)
 
 
 def _probe(model: Any, trainer: Trainer, tokenizer: PreTrainedTokenizerBase) -> SequenceLogps | None:

@@ -205,9 +205,8 @@ class RewardModel(nn.Module):
         if config.training == "lora" and not merge:
             self._backbone.save_pretrained(folder / ADAPTER)
         elif config.training == "lora":
-            config = replace(config, training="full")
-            merged = copy.deepcopy(self)
-            merged._set_backbone(merged._backbone.merge_and_unload())
+            merged = copy.deepcopy(self).merge()
+            config = merged.config
             merged.carrier.save_pretrained(folder)
         else:
             self.carrier.save_pretrained(folder)
@@ -236,6 +235,13 @@ class RewardModel(nn.Module):
         else:
             self._backbone.requires_grad_(not frozen)
         self.config = replace(self.config, training="frozen" if frozen else "full" if lora is None else "lora")
+        return self
+
+    def merge(self) -> RewardModel:
+        """Add the adapter to the backbone's weights, where there is one, and return the model, which is whole then."""
+        if self.config.training == "lora":
+            self._set_backbone(self._backbone.merge_and_unload())
+            self.config = replace(self.config, training="full")
         return self
 
     def make_scalar(self) -> RewardModel:

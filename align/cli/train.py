@@ -46,17 +46,21 @@ def train(
 
 def _show_result(run: Path) -> None:
     """The first numbers, and what to look at next."""
-    from align.reports.facts import headline
+    from align.reports.facts import headline, trains_reward
     from align.reports.record import read_run
 
     print(f"done: {run}")
-    measures = headline(read_run(run))
+    record = read_run(run)
+    measures = headline(record)
     width = max((len(measure.label) for measure in measures), default=0)
     for measure in measures:
         interval = f" ({measure.interval})" if measure.interval else ""
         print(f"  {measure.label:<{width}}  {measure.value}{interval}, n = {measure.n}")
     print(f"report  {run / 'report.html'}")
-    print(f"chat    align generate --model {shlex.quote(str(run))} --chat")
+    if trains_reward(record.recipe):
+        print(f"score   align score DATA --with {shlex.quote(str(run / 'model'))} --output OUT.jsonl")
+    else:
+        print(f"chat    align generate --model {shlex.quote(str(run))} --chat")
 
 
 def _interrupted(output: Path, command: list[str]) -> str:

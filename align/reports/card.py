@@ -23,6 +23,7 @@ from .facts import (
     model_name,
     notation,
     terms,
+    trains_reward,
 )
 from .record import RunRecord, read_run
 
@@ -37,6 +38,12 @@ tokenizer = AutoTokenizer.from_pretrained({folder!r})
 {prompt}
 answer = model.generate(**inputs, max_new_tokens={tokens})
 print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))"""
+USE_REWARD = """\
+from align.rewards.models import RewardModel
+
+model = RewardModel.from_pretrained({folder!r})
+prompt, one, other = "Name a river.", "The Danube.", "No."
+print(model.preference([prompt], [one], [other]))  # how likely the first answer is preferred"""
 CHAT_PROMPT = """\
 messages = [{"role": "user", "content": "Suggest a name for a small bakery."}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")"""
@@ -100,7 +107,7 @@ def _front_matter(record: RunRecord) -> dict[str, Any]:
     fields["library_name"] = "peft" if has_adapter else "transformers"
     if model.get("license"):
         fields["license"] = model["license"]
-    fields["pipeline_tag"] = "text-generation"
+    fields["pipeline_tag"] = "text-classification" if trains_reward(record.recipe) else "text-generation"
     fields["tags"] = ["align", "preference-alignment", *(term.name for term in terms(record.recipe))]
     fields["tags"] += ["lora"] if has_adapter else []
     sources = (str(part.get("source", "")) for part in record.section("data").values())
@@ -115,6 +122,9 @@ def _hub_id(name: str) -> str | None:
 
 
 def _snippets(record: RunRecord) -> list[str]:
+    if trains_reward(record.recipe):
+        folder = Path(record.output) / "model"
+        return [USE_REWARD.format(folder=str(folder))] if (record.path / "model").is_dir() else []
     tokens = (record.recipe.get("generation") or {}).get("max_new_tokens", 96)
     kinds = (
         ("merged", "transformers", "AutoModelForCausalLM"),

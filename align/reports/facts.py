@@ -25,6 +25,11 @@ THUMBS_NOTATION = (
     "reward shift, a point between the rewards of both thumbs; w: weight of a thumb down by its prompt, 1 where none "
     "is asked for; KL: mean r of mismatched answers, at least 0; sigma: the logistic function."
 )
+REWARD_NOTATION = (
+    "w: the chosen answer, l: the rejected one; r: the model's score of an answer; s(w, l): its score of one answer "
+    "over another; m: margin or strength of the preference; o, l of an attribute: output and rating; sigma: the "
+    "logistic function."
+)
 
 # Names of the suites' metrics in words, and how their values read.
 PERCENT, NATS, TOKENS, POINTS = "%", "nats", "tokens", ""
@@ -54,6 +59,11 @@ METRICS: dict[str, tuple[str, str]] = {
     "thumbs/accuracy": ("Held-out answers on the right side of the reward's threshold", PERCENT),
     "thumbs/reward_up": ("Implicit reward of thumbs up", POINTS),
     "thumbs/reward_down": ("Implicit reward of thumbs down", POINTS),
+    "reward/accuracy": ("Held-out pairs ranked right by the reward model", PERCENT),
+    "reward/ties": ("Held-out pairs that it gives equal scores", PERCENT),
+    "reward/label_ties": ("Held-out pairs that are ties for people", PERCENT),
+    "reward/margin": ("Score of preferred answers over the others", POINTS),
+    "reward/log_loss": ("Log loss of held-out pairs (chance: 0.693)", NATS),
     "preference/accuracy": ("Preference accuracy on held-out pairs", PERCENT),
     "preference/margin": ("Margin of the implicit reward", POINTS),
     "preference/ties": ("Pairs with equal rewards", PERCENT),
@@ -154,9 +164,16 @@ def judge(record: RunRecord) -> str:
     return str(settings.get("reward") or "")
 
 
+def trains_reward(recipe: Mapping[str, Any]) -> bool:
+    """Whether the run made a reward model, and no policy."""
+    return any(term.name in LOSSES and LOSSES[term.name].kind == "reward" for term in terms(recipe))
+
+
 def notation(recipe: Mapping[str, Any]) -> str:
     """What the letters of the formulas mean; empty where no formula uses them."""
     found = terms(recipe)
+    if trains_reward(recipe):
+        return REWARD_NOTATION
     if any(term.name in LOSSES and LOSSES[term.name].kind == "thumbs" for term in found):
         return THUMBS_NOTATION
     return NOTATION if any(term.name in LOSSES and term.paper for term in found) else ""
@@ -167,7 +184,10 @@ def commands(record: RunRecord) -> list[tuple[str, str]]:
     output = shlex.quote(record.output)
     typed = record.manifest.get("command")
     found = []
-    if any((record.path / folder).is_dir() for folder in ("adapter", "model", "merged")):
+    if trains_reward(record.recipe) and (record.path / "model").is_dir():
+        folder = shlex.quote(str(Path(record.output) / "model"))
+        found.append(("Score a data set", f"align score DATA --with {folder} --output OUT.jsonl"))
+    elif any((record.path / folder).is_dir() for folder in ("adapter", "model", "merged")):
         found.append(("Chat with the result", f"align generate --model {output} --chat"))
     if record.recipe:
         again = shlex.quote(str(Path(record.output) / "config.resolved.yaml"))
@@ -210,6 +230,7 @@ def headline(record: RunRecord) -> list[Measure]:
         "generation/win_rate",
         "thumbs/auc",
         "goals/good_all_after",
+        "reward/accuracy",
         "preference/accuracy",
         "displacement/chosen_delta_per_token",
         "generation/kl_to_reference",
@@ -277,7 +298,8 @@ def _interval(entry: Mapping[str, Any], kind: str) -> str:
 
 def _note(name: str, entry: Mapping[str, Any]) -> str:
     """What the interval says about the value that means nothing happened."""
-    even = dict.fromkeys(("generation/win_rate", "thumbs/auc", "preference/accuracy"), (0.5, "50 %"))
+    of_two = ("generation/win_rate", "thumbs/auc", "preference/accuracy", "reward/accuracy")
+    even = dict.fromkeys(of_two, (0.5, "50 %"))
     zero = (
         "generation/reward_change",
         "goals/good_all_change",

@@ -77,7 +77,7 @@ CURVES: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
     (
         "Accuracy",
         "",
-        "Share of pairs whose chosen answer has the higher implicit reward; 0.5 is chance.",
+        "Share of pairs whose chosen answer has the higher reward; 0.5 is chance.",
         (("training", "rewards/accuracies"), ("held-out", "eval_rewards/accuracies")),
     ),
     (
@@ -96,7 +96,7 @@ CURVES: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
     (
         "Margin",
         "",
-        "Implicit reward of chosen answers (thumbs up) less that of rejected ones (thumbs down).",
+        "Reward of chosen answers (thumbs up) less that of rejected ones (thumbs down).",
         (("training", "rewards/margins"), ("held-out", "eval_rewards/margins")),
     ),
     (
@@ -132,8 +132,10 @@ def evaluation_pictures(record: RunRecord) -> list[Picture]:
     thumbs, preference, displacement, generation = (
         record.evals.get(suite, {}).get("rows", []) for suite in ("thumbs", "preference", "displacement", "generation")
     )
+    reward = [row for row in record.evals.get("reward", {}).get("rows", []) if "chosen_reward" in row]
     wanted = (
         ("Rewards of held-out pairs", "implicit reward", "pairs", preference, "chosen_reward", "rejected_reward"),
+        ("Rewards of held-out answers", "reward", "pairs", reward, "chosen_reward", "rejected_reward"),
         ("Log-prob change, held-out", "nats per answer", "pairs", displacement, "chosen_delta", "rejected_delta"),
     )
     pictures = [

@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedTokenizerBase, Trainer
-from trl import DPOConfig, GRPOConfig, KTOConfig, SFTConfig, SFTTrainer
+from trl import DPOConfig, GRPOConfig, KTOConfig, RewardConfig, SFTConfig, SFTTrainer
 from trl.trainer.utils import use_adapter
 
 from align.config.schema import BcoSpec, LoraSpec, ModelSpec, Recipe
@@ -67,6 +67,10 @@ def build(
     Raises:
         AlignError: the model or the adapter cannot be loaded, or an argument is refused by transformers.
     """
+    if recipe.reward is not None:
+        from .build_reward import build_reward  # it builds on this module
+
+        return build_reward(recipe, train, held_out, output)
     losses = losses_of(recipe)
     model, lora, facts = _policy(recipe.model)
     facts["reference"] = _reference_facts(recipe, model, losses)
@@ -145,7 +149,7 @@ def _group_trainer(recipe: Recipe, common: dict[str, Any], output: Path) -> Grou
 
 def training_arguments(
     recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase
-) -> DPOConfig | GRPOConfig | KTOConfig | SFTConfig:
+) -> DPOConfig | GRPOConfig | KTOConfig | RewardConfig | SFTConfig:
     """``training:`` with what the rest of the recipe decides, and defaults that suit a run folder."""
     compute, _ = resolve_dtype(recipe.model.dtype)
     accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
@@ -170,6 +174,8 @@ def training_arguments(
         del decided["max_length"]  # the limit of prompts is applied where they are read
         decided |= recipe.grpo.model_dump(include={"num_generations", "max_completion_length", "beta"})
         return GRPOConfig(**{**defaults, **recipe.training, **decided})
+    if recipe.reward is not None:
+        return RewardConfig(**{**defaults, **recipe.training, **decided})
     if recipe.data_kind == "thumbs":
         # KTO's rows keep their order; without its mismatched answers they need not.
         order = "sequential" if recipe.method == "kto" else "random"

@@ -67,6 +67,8 @@ def plan(recipe: Recipe, arguments: Any, row_lengths: list[int]) -> Plan:
         if spec.lora is not None:
             model = get_peft_model(model, lora_config(spec.lora))
             trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        elif recipe.reward is not None and recipe.reward.frozen:
+            trainable = config.get_text_config().hidden_size * (recipe.reward.dimension or 1)
     size = weights_dtype(spec)[0].itemsize
     compute = resolve_dtype(spec.dtype)[0].itemsize
     text = config.get_text_config()

@@ -1,0 +1,134 @@
+"""The reward model of a recipe and its trainer."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import set_seed
+
+from align.config.schema import ModelSpec, Recipe, reward_kind
+from align.errors import AlignError
+from align.losses import Loss
+from align.models.fingerprint import weights_hash
+from align.models.hardware import resolve_dtype
+from align.models.load import LOAD_ERRORS, locate
+from align.models.packaged import PUBLISHED
+from align.rewards.models import CONFIG_FILE, RewardModel
+
+from .build import Built, lora_config, losses_of, training_arguments, weights_dtype
+from .memory import ReleaseFreed
+from .reward import RewardTrainer, start_at_mean_ratings
+
+
+def build_reward(recipe: Recipe, train: Dataset, held_out: Dataset | None, output: Path) -> Built:
+    """Load the backbone, or the reward model to go on from, and set up its trainer.
+
+    Raises:
+        AlignError: the model cannot be loaded or does not fit the method, or an argument is refused.
+    """
+    assert recipe.reward is not None
+    (loss,) = losses_of(recipe)
+    try:
+        model, facts = _model(recipe, loss, train)
+        arguments = training_arguments(recipe, output, model.tokenizer)
+        trainer = RewardTrainer(
+            model,
+            arguments,
+            loss=loss,
+            centering=recipe.reward.centering,
+            train_dataset=train,
+            eval_dataset=held_out,
+        )
+    except LOAD_ERRORS as error:
+        raise AlignError(f"{recipe.model.name}: the reward model cannot be set up: {error}") from error
+    trainer.add_callback(ReleaseFreed())
+    parameters = list(model.parameters())
+    facts["parameters"] = sum(p.numel() for p in parameters)
+    facts["trainable"] = sum(p.numel() for p in parameters if p.requires_grad)
+    reference = {"kind": "none", "weights_sha256": None}
+    return Built(trainer, contextlib.nullcontext, {"model": facts, "reference": reference})
+
+
+def _model(recipe: Recipe, loss: Loss, train: Dataset) -> tuple[RewardModel, dict[str, Any]]:
+    """The model to train, and the facts about what it starts from."""
+    spec, reward = recipe.model, recipe.reward
+    assert reward is not None
+    path = locate(spec.name)
+    dtype, reason = _dtype(spec, reward.frozen)
+    options: dict[str, Any] = {"dtype": dtype}
+    if spec.attention != "auto":
+        options["attn_implementation"] = spec.attention
+    if spec.trust_remote_code:
+        options["trust_remote_code"] = True
+    training: dict[str, Any] = {"frozen": reward.frozen}
+    if spec.lora is not None:
+        training["lora"] = lora_config(spec.lora)
+    set_seed(recipe.training.get("seed", 42))  # a resumed run draws the same head and adapters
+    if (Path(path) / CONFIG_FILE).is_file():
+        model = _continued(recipe, RewardModel.from_pretrained(path, **options))
+        if "tau" in loss.settings:
+            model.config = replace(model.config, tau=loss.settings["tau"])
+        hashed = weights_hash(model.state_dict().items())
+        model.config = replace(model.config, max_length=recipe.data.max_length)
+        model.train_backbone(**training)
+    else:
+        model = RewardModel.create(
+            path,
+            kind=str(reward_kind(recipe.method)),
+            dimension=reward.dimension,
+            attributes=reward.attributes,
+            ranking=reward.ranking,
+            tau=loss.settings.get("tau"),
+            unit_norm=reward.unit_norm,
+            gate=reward.gate,
+            max_length=recipe.data.max_length,
+            **training,
+            **options,
+        )
+        # Adapters and head are drawn by the seed: what the run starts from is the backbone.
+        weights = model.carrier.base_model.state_dict().items()
+        hashed = weights_hash((name, weight) for name, weight in weights if "lora_" not in name)
+        if model.config.kind == "attributes":
+            start_at_mean_ratings(model, train)
+    name = str(dtype).removeprefix("torch.")
+    facts = {
+        "name": spec.name,
+        **PUBLISHED.get(spec.name, {}),
+        "weights_sha256": hashed,
+        "dtype": name,
+        "dtype_reason": reason,
+        "attention": model.carrier.config._attn_implementation,
+        "reward": model.config.kind,
+    }
+    return model, facts
+
+
+def _continued(recipe: Recipe, model: RewardModel) -> RewardModel:
+    """A reward model to go on from; one of attributes becomes the scalar that ranks alike, where that is asked."""
+    spec, kind = recipe.reward, reward_kind(recipe.method)
+    assert spec is not None
+    name, found = recipe.model.name, model.config
+    if kind == "scalar" and found.kind == "attributes":
+        return model.make_scalar()
+    if found.kind != kind:
+        raise AlignError(
+            f"{name}: a reward model of kind {found.kind}, and method {recipe.method} trains one of {kind}"
+        )
+    given = {"dimension": spec.dimension, "gate": spec.gate, "unit_norm": spec.unit_norm}
+    has = {"dimension": found.width, "gate": found.gate, "unit_norm": found.unit_norm}
+    if kind == "attributes":
+        given, has = {"attributes": tuple(spec.attributes)}, {"attributes": found.attributes}
+    for key, value in given.items() if kind != "scalar" else ():
+        if value is not None and value != has[key]:
+            raise AlignError(f"{name}: its {key} is {has[key]}, and reward.{key} says {value}")
+    return model
+
+
+def _dtype(spec: ModelSpec, frozen: bool) -> tuple[torch.dtype, str]:
+    """What the backbone is held in; the head is in float32 always."""
+    return resolve_dtype(spec.dtype) if frozen else weights_dtype(spec)
