@@ -191,11 +191,12 @@ def show_plan(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def _row_lengths(recipe: Recipe, split: Split) -> list[int]:
     """Tokens of each row as it is laid out: the prompt once where it is shared."""
-    if recipe.grpo is not None:
-        answers, longest = recipe.grpo.num_generations, recipe.grpo.max_completion_length
-        return [len(row.input_ids) + longest for row in split.tokenized.rows for _ in range(answers)]
     if isinstance(split.tokenized, TokenizedCompletions):
-        return [len(row.input_ids) for row in split.tokenized.rows]
+        lengths = [len(row.input_ids) for row in split.tokenized.rows]
+        if recipe.grpo is None:
+            return lengths
+        longest = recipe.grpo.max_completion_length
+        return [length + longest for length in lengths for _ in range(recipe.grpo.num_generations)]
     prompts = 1 if recipe.data.shared_prompt and recipe.reward is None else 2
     return [
         prompts * len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids) for row in split.tokenized.rows

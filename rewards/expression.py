@@ -21,12 +21,13 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from .transforms import AllOf, AnyOf, Goal, LogSigmoidCentered, Not, RawSum, Weighted
 
+T = TypeVar("T")
 NODES = ("lsc", "all_of", "any_of", "not", "weighted", "raw_sum")
 _LSC_KEYS = ("reward", "reference", "temperature", "name")
 _RAW_KEYS = ("reward", "weight", "reference", "name")
@@ -220,7 +221,7 @@ def _number(given: Any, where: str) -> float:
     return float(given)
 
 
-def _built(where: str, make: Any) -> Any:
+def _built(where: str, make: Callable[[], T]) -> T:
     """What the transforms refuse, with its place."""
     try:
         return make()
