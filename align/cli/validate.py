@@ -113,10 +113,13 @@ def _described(
 ) -> str:
     from align.data.prompts import PromptTable, describe_prompts
     from align.data.report import describe
+    from align.data.rewards import RatedTable, describe_ratings
     from align.data.thumbs import ThumbTable, describe_thumbs
 
     if isinstance(table, PromptTable):
         return describe_prompts(table, tokenizer)
+    if isinstance(table, RatedTable):
+        return describe_ratings(table, tokenizer, max_length)
     if isinstance(table, ThumbTable):
         return describe_thumbs(table, tokenizer, max_length)
     return describe(table, tokenizer, max_length)

@@ -119,8 +119,8 @@ def _continued(recipe: Recipe, model: RewardModel) -> RewardModel:
         raise AlignError(
             f"{name}: a reward model of kind {found.kind}, and method {recipe.method} trains one of {kind}"
         )
-    given = {"dimension": spec.dimension, "gate": spec.gate, "unit_norm": spec.unit_norm}
-    has = {"dimension": found.width, "gate": found.gate, "unit_norm": found.unit_norm}
+    given: dict[str, Any] = {"dimension": spec.dimension, "gate": spec.gate, "unit_norm": spec.unit_norm}
+    has: dict[str, Any] = {"dimension": found.width, "gate": found.gate, "unit_norm": found.unit_norm}
     if kind == "attributes":
         given, has = {"attributes": tuple(spec.attributes)}, {"attributes": found.attributes}
     for key, value in given.items() if kind != "scalar" else ():

@@ -297,7 +297,8 @@ def reward_output(loss: Loss, found: RewardOutput, labels: Mapping[str, Tensor])
     chosen, rejected = found.values.chunk(2)
     given = {name: labels[name] for name in ("margin", "strength", "preference") if name in takes and name in labels}
     if "scale" in takes and found.scale is not None:
-        given["scale"] = sum(found.scale.chunk(2)) / 2  # both rows have one prompt, and two roundings of it
+        one, other = found.scale.chunk(2)
+        given["scale"] = (one + other) / 2  # both rows have one prompt, and two roundings of it
     output = function(chosen, rejected, **given, **settings)
     if "preference" in takes or "preference" not in labels:
         return output

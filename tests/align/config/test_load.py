@@ -28,7 +28,8 @@ def test_every_shipped_recipe_loads(name: str) -> None:
     assert recipe.output == f"runs/{name}"
     of_kind = {"completions": ["generation"], "thumbs": ["thumbs", "generation"], "judgements": ["pal"]}
     of_kind["prompts"] = ["generation", "goals"]
-    assert recipe.evals == of_kind.get(recipe.data_kind, ["preference", "generation", "displacement"])
+    pairs = ["preference", "generation", "displacement"] if recipe.reward is None else ["reward"]
+    assert recipe.evals == {"ratings": ["reward"], **of_kind}.get(recipe.data_kind, pairs)
     if "generation" in recipe.evals:
         assert recipe.generation.reward == "align.rewards.rules:everyday_answer"
 

@@ -145,7 +145,7 @@ def test_ties_are_half_of_a_vote_for_either_answer(tmp_path, tiny_model_dir, nam
 
 
 def test_a_gpm_learns_a_cycle_and_a_scalar_cannot(tmp_path, tiny_model_dir):
-    """One beats two beats three beats one: all three pairs right for a gpm, two of three at most for one number an answer."""
+    """One beats two beats three beats one: all right for a gpm, two of three at most for one number an answer."""
     answers = [" the cat", " an ant", " a hint"]
     rows = [{"prompt": "say", "chosen": answers[i], "rejected": answers[(i + 1) % 3]} for i in range(3)] * 2
     learnt = {}

@@ -8,7 +8,7 @@ from importlib.metadata import version
 import pytest
 from packaging.version import Version
 from transformers import Trainer
-from trl import DPOConfig, DPOTrainer, GRPOTrainer, KTOConfig, KTOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 from trl.trainer import utils
 
 HOSTS = (DPOTrainer, KTOTrainer)
@@ -32,6 +32,18 @@ OVERRIDDEN_FOR_THUMBS = {
     "evaluate": ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],
 }
 CALLED_FOR_THUMBS = {"_get_output_dir": ["self", "trial"], "_prepare_inputs": ["self", "inputs"]}
+# By the reward trainer, whose model is no PreTrainedModel: what a checkpoint holds is its own.
+OVERRIDDEN_FOR_REWARDS = {
+    "_prepare_dataset": ["self", "dataset", "processing_class", "args", "dataset_name"],
+    "_set_signature_columns_if_needed": ["self"],
+    "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
+    "_save": ["self", "output_dir", "state_dict"],
+    "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    "_load_best_model": ["self"],
+    "create_model_card": ["self", "model_name", "dataset_name", "tags"],
+    "log": ["self", "logs", "start_time"],
+    "training_step": ["self", "args", "kwargs"],
+}
 SET_IN_INIT = [
     "self._metrics",
     "self._total_train_tokens",
@@ -77,6 +89,20 @@ def test_overridden_methods_have_the_signature_that_we_override(host, name):
 def test_methods_that_the_thumbs_trainer_extends_or_calls(name):
     wanted = {**OVERRIDDEN_FOR_THUMBS, **CALLED_FOR_THUMBS}[name]
     assert list(inspect.signature(getattr(KTOTrainer, name)).parameters) == wanted
+
+
+@pytest.mark.parametrize("name", OVERRIDDEN_FOR_REWARDS)
+def test_methods_that_the_reward_trainer_overrides(name):
+    assert list(inspect.signature(getattr(RewardTrainer, name)).parameters) == OVERRIDDEN_FOR_REWARDS[name]
+
+
+def test_the_reward_trainers_attributes_are_set_where_we_read_them():
+    source = inspect.getsource(RewardTrainer.__init__)
+    assert [name for name in ("self._metrics", "self._total_train_tokens") if f"{name} =" not in source] == []
+    assert "self._signature_columns" in inspect.getsource(RewardTrainer._set_signature_columns_if_needed)
+    assert "num_labels" in source  # it insists on one; the host says one
+    fields = {"center_rewards_coefficient", "pad_to_multiple_of", "max_length"}
+    assert fields <= RewardConfig.__dataclass_fields__.keys()
 
 
 @pytest.mark.parametrize("host", HOSTS)
