@@ -37,6 +37,17 @@ def test_log_sigmoid_centred_and_its_slope():
     torch.testing.assert_close(slope, expected, rtol=1e-9, atol=1e-11)
 
 
+def test_temperature_makes_logits_of_rewards():
+    """Reward 12 against 10 at temperature 2 is 1 against 0: -log(1 + e^-1) = -0.31326168751822286; so is a column."""
+    columns = {"r": torch.tensor([12.0]), "q": torch.tensor([10.0])}
+    for reference in (10.0, "q"):
+        found = LogSigmoidCentered("r", reference, temperature=2.0)(columns)
+        torch.testing.assert_close(found, torch.tensor([-0.31326168751822286]))
+    for temperature in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=r"temperature of r is .*: it must be positive and finite"):
+            LogSigmoidCentered("r", 0.0, temperature)
+
+
 def test_far_from_the_reference_nothing_is_lost():
     """At r - r_ref = -1000 u is -1000 exactly; +50 is -exp(-50) = -1.93e-22; also in float32, and from bf16."""
     for dtype in (torch.float64, torch.float32, torch.bfloat16):

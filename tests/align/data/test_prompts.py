@@ -1,0 +1,74 @@
+"""Prompts to answer: from prompts and from pairs, with reference rewards that are there or a fault."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from align.data.prompts import describe_prompts, read_prompts, tokenize_prompts
+
+CHAT = [{"role": "user", "content": "Say it"}]
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_prompts_pairs_and_repeats(tmp_path):
+    source = write(
+        tmp_path / "rows.jsonl",
+        {"prompt": CHAT},
+        {"prompt": CHAT, "chosen": "yes", "rejected": "no"},
+        {"prompt": "the cat", "other": 1},
+    )
+    table = read_prompts(source)
+    assert [row.prompt for row in table.rows] == [CHAT, "the cat"]
+    assert table.counts == {"rows": 3, "prompts": 2, "set_aside": 0, "duplicates": 1}
+    assert table.unused == {"chosen": 1, "rejected": 1, "other": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "reason"),
+    [
+        ({}, "prompt", "missing"),
+        ({"prompt": " "}, "prompt", "empty prompt"),
+        ({"prompt": [*CHAT, {"role": "assistant", "content": "It"}]}, "prompt", "ends in an assistant turn"),
+        ({"prompt": "a"}, "usual", "missing"),
+        ({"prompt": "a", "usual": None}, "usual", "null"),
+        ({"prompt": "a", "usual": "high"}, "usual", "not a number"),
+        ({"prompt": "a", "usual": True}, "usual", "not a finite number"),
+        ({"prompt": "a", "usual": float("nan")}, "usual", "not a finite number"),
+    ],
+)
+def test_rows_that_cannot_be_used(tmp_path, row, field, reason):
+    table = read_prompts(write(tmp_path / "rows.jsonl", row, {"prompt": "b", "usual": 1}), ["usual"])
+    assert len(table.rows) == 1
+    assert (table.faults[0].field, table.faults[0].row) == (field, 1)
+    assert reason in table.faults[0].reason
+
+
+def test_references_are_columns_and_in_the_fingerprint(tmp_path, tiny_tokenizer):
+    """Of a CSV file they are text, and numbers here."""
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,usual\nthe cat,0.5\nan ant,-2\n")
+    table = read_prompts(str(path), ["usual"])
+    dataset = tokenize_prompts(table.rows, tiny_tokenizer, 64, answer=8).dataset()
+    assert dataset.to_dict() == {
+        "prompt": ["the cat", "an ant"],
+        "row_id": [row.row_id for row in table.rows],
+        "usual": [0.5, -2.0],
+    }
+    before = table.fingerprint()
+    path.write_text("prompt,usual\nthe cat,0.6\nan ant,-2\n")
+    assert read_prompts(str(path), ["usual"]).fingerprint() != before
+    assert "usual           -2 to 0.5" in describe_prompts(table, tiny_tokenizer)
+
+
+def test_room_for_the_answer(tmp_path, tiny_tokenizer):
+    """Bytes are tokens: "abcd" has 4 and fits 12 with 8 for the answer, "abcde" does not."""
+    table = read_prompts(write(tmp_path / "rows.jsonl", {"prompt": "bcdf"}, {"prompt": "bcdfg"}))
+    found = tokenize_prompts(table.rows, tiny_tokenizer, 12, answer=8)
+    assert [row.prompt for row in found.rows] == ["bcdf"]
+    assert found.faults[0].reason == "5 tokens, over 4: data.max_length 12 less 8 for the answer"
