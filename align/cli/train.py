@@ -46,7 +46,7 @@ def train(
 
 def _show_result(run: Path) -> None:
     """The first numbers, and what to look at next."""
-    from align.reports.facts import headline, trains_reward
+    from align.reports.facts import headline, is_pal, trains_reward
     from align.reports.record import read_run
 
     print(f"done: {run}")
@@ -59,7 +59,7 @@ def _show_result(run: Path) -> None:
     print(f"report  {run / 'report.html'}")
     if trains_reward(record.recipe):
         print(f"score   align score DATA --with {shlex.quote(str(run / 'model'))} --output OUT.jsonl")
-    else:
+    elif not is_pal(record.recipe):
         print(f"chat    align generate --model {shlex.quote(str(run))} --chat")
 
 

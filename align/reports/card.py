@@ -17,6 +17,7 @@ from .facts import (
     commands,
     data_rows,
     interval_words,
+    is_pal,
     judge,
     measures,
     method_name,
@@ -50,6 +51,20 @@ inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, ret
 PLAIN_PROMPT = 'inputs = tokenizer("Once upon a time", return_tensors="pt")'
 
 
+USE_PAL = """\
+from align.models.embeddings import EmbeddingCache
+from align.models.load import locate
+from align.rewards.models import RewardModel
+from align.rewards.pal import load_pal
+
+backbone = RewardModel.create(locate({base!r}), frozen=True, max_length={max_length}, dtype={dtype!r})
+prompts, answers = [[{{"role": "user", "content": "How do I boil an egg?"}}]], ["Boil it for eight minutes."]
+answers, prompts = EmbeddingCache("embeddings", backbone).embed(prompts, answers)
+pal = load_pal({folder!r})
+# The mean over known annotators; pal.weights([NAME]) of one of them, pal.fit_user(...) of a new one.
+print(pal.reward(answers, pal.prior("mean"), prompts))"""
+
+
 def write_card(run: Path) -> Path:
     """Write the model card into a run folder. What was not measured is not claimed.
 
@@ -81,7 +96,7 @@ def write_card(run: Path) -> Path:
         model=model_name(record),
         method=method_name(record.recipe),
         align=record.manifest.get("align") or "",
-        has_adapter=(run / "adapter").is_dir(),
+        made_from=_made_from(record),
         terms=terms(record.recipe),
         notation=notation(record.recipe),
         reference=REFERENCES.get(record.section("reference").get("kind", ""), ""),
@@ -98,6 +113,12 @@ def write_card(run: Path) -> Path:
     return target
 
 
+def _made_from(record: RunRecord) -> str:
+    if is_pal(record.recipe):
+        return "A reward model of several annotators, on embeddings of"
+    return "A LoRA adapter for" if (record.path / "adapter").is_dir() else "A fine-tuned version of"
+
+
 def _front_matter(record: RunRecord) -> dict[str, Any]:
     """The hub's fields; one that is not known is left out and not guessed."""
     model, has_adapter = record.section("model"), (record.path / "adapter").is_dir()
@@ -107,7 +128,10 @@ def _front_matter(record: RunRecord) -> dict[str, Any]:
     fields["library_name"] = "peft" if has_adapter else "transformers"
     if model.get("license"):
         fields["license"] = model["license"]
-    fields["pipeline_tag"] = "text-classification" if trains_reward(record.recipe) else "text-generation"
+    if is_pal(record.recipe):
+        fields["library_name"] = "align-lm"
+    else:
+        fields["pipeline_tag"] = "text-classification" if trains_reward(record.recipe) else "text-generation"
     fields["tags"] = ["align", "preference-alignment", *(term.name for term in terms(record.recipe))]
     fields["tags"] += ["lora"] if has_adapter else []
     sources = (str(part.get("source", "")) for part in record.section("data").values())
@@ -125,6 +149,15 @@ def _snippets(record: RunRecord) -> list[str]:
     if trains_reward(record.recipe):
         folder = Path(record.output) / "model"
         return [USE_REWARD.format(folder=str(folder))] if (record.path / "model").is_dir() else []
+    if is_pal(record.recipe):
+        if not (record.path / "model").is_dir():
+            return []
+        facts = {
+            "base": model_name(record),
+            "max_length": record.recipe["data"]["max_length"],
+            "dtype": record.section("model").get("dtype", "float32"),
+        }
+        return [USE_PAL.format(folder=str(Path(record.output) / "model"), **facts)]
     tokens = (record.recipe.get("generation") or {}).get("max_new_tokens", 96)
     kinds = (
         ("merged", "transformers", "AutoModelForCausalLM"),

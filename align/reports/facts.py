@@ -16,6 +16,9 @@ SFT_FORMULA = "-log pi(answer | prompt), mean per token"
 GRPO_FORMULA = "-mean of A pi / pi_old + beta KL(pi || pi_ref), A: the reward less the mean of its group"
 GRPO_PURPOSE = "raises answers of its own that are rewarded above the others to their prompt"
 GRPO_PAPER = "arXiv:2402.03300"
+PAL_FORMULA = "log(1 + exp(r_l - r_w)), r = -|f(x) - w P|, or s cos(f(x), sum_k w_k g_k(prompt))"
+PAL_PURPOSE = "learns a reward an annotator: weights w of their own over prototypes that all share"
+PAL_PAPER = "arXiv:2406.08469"
 NOTATION = (
     "w: the chosen answer, l: the rejected one; S: its log-prob under the policy, R: under the reference (nats); "
     "r = S - R; n: tokens; sigma: the logistic function."
@@ -126,6 +129,9 @@ def terms(recipe: Mapping[str, Any]) -> list[Term]:
         return [Term("sft", 1.0, {}, SFT_FORMULA, "imitates the answers of the data", "", "")]
     if recipe.get("method") == "grpo":
         return [Term("grpo", 1.0, {}, GRPO_FORMULA, GRPO_PURPOSE, GRPO_PAPER, "https://arxiv.org/abs/2402.03300")]
+    if is_pal(recipe):
+        settings = {key: (recipe.get("pal") or {}).get(key) for key in ("variant", "groups", "dimension")}
+        return [Term("pal", 1.0, settings, PAL_FORMULA, PAL_PURPOSE, PAL_PAPER, "https://arxiv.org/abs/2406.08469")]
     if recipe.get("losses"):
         raw = [dict(term) for term in recipe["losses"]]
     elif recipe.get("method"):
@@ -169,6 +175,11 @@ def trains_reward(recipe: Mapping[str, Any]) -> bool:
     return any(term.name in LOSSES and LOSSES[term.name].kind == "reward" for term in terms(recipe))
 
 
+def is_pal(recipe: Mapping[str, Any]) -> bool:
+    """Whether the run made a reward an annotator, on a model that it did not train."""
+    return bool(recipe.get("method") == "pal")
+
+
 def notation(recipe: Mapping[str, Any]) -> str:
     """What the letters of the formulas mean; empty where no formula uses them."""
     found = terms(recipe)
@@ -187,7 +198,7 @@ def commands(record: RunRecord) -> list[tuple[str, str]]:
     if trains_reward(record.recipe) and (record.path / "model").is_dir():
         folder = shlex.quote(str(Path(record.output) / "model"))
         found.append(("Score a data set", f"align score DATA --with {folder} --output OUT.jsonl"))
-    elif any((record.path / folder).is_dir() for folder in ("adapter", "model", "merged")):
+    elif not is_pal(record.recipe) and any((record.path / part).is_dir() for part in ("adapter", "model", "merged")):
         found.append(("Chat with the result", f"align generate --model {output} --chat"))
     if record.recipe:
         again = shlex.quote(str(Path(record.output) / "config.resolved.yaml"))
@@ -231,6 +242,7 @@ def headline(record: RunRecord) -> list[Measure]:
         "thumbs/auc",
         "goals/good_all_after",
         "reward/accuracy",
+        *_pal_headline(record),
         "preference/accuracy",
         "displacement/chosen_delta_per_token",
         "generation/kl_to_reference",
@@ -286,9 +298,28 @@ def _find(record: RunRecord, name: str) -> Measure | None:
 
 
 def _measure(name: str, entry: Mapping[str, Any]) -> Measure:
-    label, kind = METRICS.get(name, (name, POINTS))
+    label, kind = _pal_label(name) if name.startswith("pal/") else METRICS.get(name, (name, POINTS))
     value = f"{number(entry['value'], kind)}{unit(kind)}"
     return Measure(label, value, _interval(entry, kind), entry["n"], _note(name, entry))
+
+
+def _pal_headline(record: RunRecord) -> list[str]:
+    """Known annotators, what one reward for all lacks, and new annotators with the most judgements of theirs."""
+    found = record.evals.get("pal", {}).get("metrics", {})
+    new = [name for name in found if name.startswith("unseen/accuracy/PAL")]
+    return [f"pal/{name}" for name in ("seen/accuracy/PAL", "seen/gain/PAL/one group", *new[-1:])]
+
+
+def _pal_label(name: str) -> tuple[str, str]:
+    """``pal/seen/gain/PAL/one group`` in words."""
+    _, part, what, model, *other = name.split("/")
+    who = {"seen": "Known annotators", "unseen": "New annotators"}[part]
+    words = {
+        "accuracy": f"judgements ranked right, {model}",
+        "macro": f"mean of their own shares ranked right, {model}",
+        "gain": f"share ranked right, {model} less {' '.join(other)}",
+    }
+    return f"{who}: {words[what]}", PERCENT
 
 
 def _interval(entry: Mapping[str, Any], kind: str) -> str:
@@ -307,6 +338,8 @@ def _note(name: str, entry: Mapping[str, Any]) -> str:
         "displacement/chosen_delta",
     )
     point, words = even.get(name, (0.0, "0") if name in zero else (None, ""))
+    if name.startswith("pal/") and "/gain/" in name:
+        point, words = 0.0, "0"
     low, high = entry.get("low"), entry.get("high")
     if point is None or low is None or high is None:
         return ""

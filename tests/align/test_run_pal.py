@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +138,19 @@ def test_a_dry_run_writes_nothing(recipe_path: Path, tmp_path: Path, capsys: pyt
     train(recipe, source=str(recipe_path), command=[], dry_run=True)
     assert "112 judgements of 7 annotators" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+def test_card_and_report_speak_of_annotators(recipe_path: Path):
+    """Not of an answering model: no chat, and the code that stands in the card runs as it is."""
+    folder = run(recipe_path, "pal.epochs=4")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "| Known annotators: judgements ranked right, PAL |" in card
+    assert "| New annotators: share ranked right, PAL, 4 pairs less one group |" in card
+    assert "2406.08469" in card
+    assert "align generate" not in card
+    assert "text-generation" not in card
+    assert "Known annotators: judgements ranked right, PAL" in (folder / "report.html").read_text(encoding="utf-8")
+    code = card.split("```python\n")[1].split("```")[0]
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("tensor(")
