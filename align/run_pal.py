@@ -18,6 +18,7 @@ from torch import Tensor
 
 from align.config.schema import PalSpec, Recipe
 from align.data.judgements import JudgementRow
+from align.data.rows import Content
 from align.data.splits import Split
 from align.errors import AlignError
 from align.evals.pal import Margins, pal_suite
@@ -129,7 +130,8 @@ def _backbone(recipe: Recipe) -> tuple[RewardModel, dict[str, Any]]:
 def _embedded(rows: Sequence[Any], cache: EmbeddingCache, name: str) -> Judgements:
     """Judgements on a table with each answer to each prompt once; the preferred answer is the right one."""
     place: dict[str, int] = {}
-    prompts, answers = [], []
+    prompts: list[Content] = []
+    answers: list[Content] = []
 
     def row_of(prompt: Any, answer: Any) -> int:
         key = repr((prompt, answer))

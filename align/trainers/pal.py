@@ -107,13 +107,13 @@ def train_pal(
     model.train()
     for epoch in range(1, epochs + 1):
         total = 0.0
-        for rows in torch.randperm(len(data), generator=generator).split(batch_size):
+        for rows in torch.randperm(len(data), generator=generator).split(batch_size):  # type: ignore[no-untyped-call]
             part = data.part(rows)
             left, right, prompts = part.pairs()
             value = measure(model(left, right, part.users, prompts), part.label).loss.mean()
             for optimizer in optimizers:
                 optimizer.zero_grad()
-            value.backward()
+            value.backward()  # type: ignore[no-untyped-call]
             if table.grad is not None:
                 present = torch.tensor(sorted({index[user] for user in part.users}))
                 table.grad = torch.sparse_coo_tensor(
@@ -153,9 +153,9 @@ def train_linear(data: Judgements, *, penalty: float = PENALTY, steps: int = 100
         rewards = scaled @ weight
         margin = data.label * (rewards[data.right] - rewards[data.left])
         value = F.softplus(-margin).mean() + penalty * (weight**2).sum()
-        value.backward()
+        value.backward()  # type: ignore[no-untyped-call]
         return value
 
-    optimizer.step(closure)
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
     found = weight.detach()
     return lambda answers: ((answers.double() - center) / spread) @ found
