@@ -298,9 +298,19 @@ def _find(record: RunRecord, name: str) -> Measure | None:
 
 
 def _measure(name: str, entry: Mapping[str, Any]) -> Measure:
-    label, kind = _pal_label(name) if name.startswith("pal/") else METRICS.get(name, (name, POINTS))
+    label, kind = _pal_label(name) if name.startswith("pal/") else METRICS.get(name) or _goal_label(name)
     value = f"{number(entry['value'], kind)}{unit(kind)}"
     return Measure(label, value, _interval(entry, kind), entry["n"], _note(name, entry))
+
+
+def _goal_label(name: str) -> tuple[str, str]:
+    """``goals/good_brief_after``: answers that are good in brief, after; other names as they are."""
+    what, _, when = name.removeprefix("goals/").rpartition("_")
+    if not name.startswith("goals/") or when not in ("before", "after", "change"):
+        return name, POINTS
+    if what.startswith("good_"):
+        return f"Answers that are good in {what.removeprefix('good_')}, {when}", PERCENT
+    return f"Reward {what}, {when}", POINTS
 
 
 def _pal_headline(record: RunRecord) -> list[str]:

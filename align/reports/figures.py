@@ -92,7 +92,19 @@ CURVES: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
         "BCO's delta: the point between the rewards of thumbs up and those of thumbs down.",
         (("shift", "bco/shift"),),
     ),
-    ("KL", "nats per answer", "KTO's reference point: mean log-ratio of mismatched answers.", (("training", "kl"),)),
+    ("Reward", "", "Mean over the answers that the model drew in training.", (("training", "reward"),)),
+    (
+        "Good answers",
+        "",
+        "Share of the answers drawn in training that reach the references of all rewards.",
+        (("training", "good/all"),),
+    ),
+    (
+        "KL",
+        "nats",
+        "grpo: to the model before training, a token. kto: its reference point, the mean log-ratio of other answers.",
+        (("training", "kl"),),
+    ),
     (
         "Margin",
         "",

@@ -3,7 +3,7 @@
 - ``pair``       ``PairTrainer``: TRL's ``DPOTrainer`` with any loss of the table, shared-prompt rows, log-probs of
   completion tokens alone, loss-true metrics, and the check at the first step that policy and reference agree.
 - ``thumbs``     ``ThumbsTrainer``: TRL's ``KTOTrainer`` with BCO or KTO, their state and their metrics.
-- ``grpo``       ``GroupTrainer``: TRL's ``GRPOTrainer`` on any reward or combination, and references sampled before it.
+- ``grpo``       ``GroupTrainer``: TRL's ``GRPOTrainer`` on any reward or combination; references sampled before.
 - ``host``       what both do alike: the reference, its check, the clock, resuming.
 - ``matching``   BCO's weights of prompts; ``thumbs_collate`` the batches, and KTO's mismatched answers;
   ``thumbs_metrics`` what is logged of them.

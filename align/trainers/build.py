@@ -233,7 +233,8 @@ def lora_config(spec: LoraSpec) -> LoraConfig:
 
 def _reference_facts(recipe: Recipe, model: Any, losses: list[Loss]) -> dict[str, Any]:
     """Which weights the policy is compared with. A continued adapter's copy is hashed with its base."""
-    if not any(loss.reference for loss in losses):
+    penalised = recipe.grpo is not None and recipe.grpo.beta > 0
+    if not penalised and not any(loss.reference for loss in losses):
         return {"kind": "none", "weights_sha256": None}
     kind = "adapters-off" if recipe.model.lora is not None and recipe.model.adapter is None else "frozen-copy"
     return {"kind": kind, "weights_sha256": weights_hash(model.state_dict().items())}

@@ -75,7 +75,24 @@ def test_a_combined_reward_from_recipe_to_report(grpo_recipe):
     assert row["good"]["all"] == (row["good"]["longer"] and row["good"]["spaces"])
     page = (folder / "report.html").read_text()
     assert "Answers that are good in every reward, after" in page
+    assert "Answers that are good in spaces, before" in page
+    assert "the same weights with the adapter switched off" in page
+    assert "Mean over the answers that the model drew in training" in page
     assert (folder / "merged" / "model.safetensors").exists()
+
+
+def test_all_weights_and_a_reward_model_from_its_run(grpo_recipe, tiny_model_dir, tmp_path):
+    """Full training compares with a copy of the start; a reward model stands where a rule stood."""
+    from align.rewards.models import RewardModel
+
+    RewardModel.create(tiny_model_dir, kind="gpm", dimension=2).save_pretrained(tmp_path / "gpm" / "model")
+    folder = run(grpo_recipe(str(tmp_path / "gpm"), model={"lora": None}, generation={"prompts": 3}))
+    assert json.loads((folder / "manifest.json").read_text())["reference"]["kind"] == "frozen-copy"
+    for row in metrics(folder):
+        assert row["rewards/gpm"] == pytest.approx(0, abs=1e-4)  # among its group, an answer's gain is another's loss
+        assert row["rewards/gpm/std"] > 0
+    goals = json.loads((folder / "eval" / "goals.json").read_text())["metrics"]
+    assert goals["gpm_before"]["value"] == pytest.approx(-goals["gpm_after"]["value"], abs=1e-5)
 
 
 def test_references_from_a_column_and_from_the_model_s_own_answers(grpo_recipe, tmp_path):
