@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig
+from peft.helpers import disable_input_dtype_casting
 from reward_data import Arguments
 from reward_heads import right_or_tie
 
@@ -70,7 +71,7 @@ def train_lora(data: Arguments, name: str, train: np.ndarray, test: np.ndarray, 
         if not pairs:
             continue
         batch, mask = padded([ids[row] for row in part], model.tokenizer.pad_token_id)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16), disable_input_dtype_casting(model):
             values = model(batch, mask).values
         chosen, rejected = (values[torch.tensor(side)] for side in zip(*pairs, strict=True))
         loss = bradley_terry(chosen, rejected).loss.mean()
