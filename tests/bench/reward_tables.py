@@ -185,7 +185,7 @@ def lora_table(found: Sequence[tuple[Results, dict[str, Any]]]) -> str:
         return ""
     debates = [debate for _, lora in found for debate in lora["debate"]]
     right = np.array([value for _, lora in found for value in lora["right"]])
-    lines = ["### A trained backbone (LoRA) on some of the folds", ""]
+    lines = ["", "### A trained backbone (LoRA) on some of the folds", ""]
     lines += [
         f"n = {len(right):,} pairs of {len(set(debates))} debates, {len(found)} of the five folds; "
         f"{sum(lora['steps'] for _, lora in found)} steps in {sum(lora['seconds'] for _, lora in found):.0f} s, "
