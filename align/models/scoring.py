@@ -80,7 +80,9 @@ def _check_head(model: PreTrainedModel) -> None:
         logits = model(input_ids=rows.input_ids).logits[0, :-1]
     model.train(training)
     theirs = logits.float().log_softmax(-1).gather(1, rows.target[:, None])[:, 0]
-    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.25
+    # What accelerate has prepared may round its own logits under an autocast of its own, whatever its weights are.
+    exact = model.dtype in (torch.float32, torch.float64) and not hasattr(model, "_original_forward")
+    tolerance = 1e-3 if exact else 0.25
     if not bool(((ours - theirs).abs() <= tolerance * theirs.abs().clamp(min=1)).all()):
         raise ValueError(
             f"{type(model).__name__}: log-probs from its hidden states and head differ from those of its logits; "

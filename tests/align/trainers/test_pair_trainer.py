@@ -580,3 +580,12 @@ def test_what_a_trl_script_may_bring_and_is_not_taken(tmp_path, tiny_tokenizer, 
         build(dataset.add_column("tools", [None] * len(dataset)))
     with pytest.raises(ValueError, match="data_collator: the rows of a pair are laid out here"):
         build(dataset, data_collator=lambda rows: rows)
+
+
+def test_full_training_under_bf16_autocast(tmp_path, dataset, make_tiny_model, tiny_tokenizer):
+    """Float32 weights, products in bf16: the reference is wrapped in autocast before its head is checked."""
+    args = DPOConfig(str(tmp_path), max_steps=1, bf16=True, use_cpu=True, report_to="none", save_strategy="no")
+    trainer = PairTrainer(
+        model=make_tiny_model(), args=args, train_dataset=dataset, processing_class=tiny_tokenizer, loss="dpo"
+    )
+    assert trainer.train().training_loss == pytest.approx(0.6931, abs=0.02)
