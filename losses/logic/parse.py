@@ -17,6 +17,15 @@ from typing import NoReturn
 CONNECTIVES = {"not": 1, "and": 0, "or": 0, "implies": 2, "xor": 2, "iff": 2}
 CONSTANTS = {"true": True, "false": False}
 MODELS = ("M", "Ref")
+# What to write in place of a connective as a word between formulas, or before one.
+WRITTEN = {
+    "not": "not(M(l)) or ~M(l)",
+    "and": "and(M(w), M(l)) or M(w) & M(l)",
+    "or": "or(M(w), M(l)) or M(w) | M(l)",
+    "implies": "implies(M(l), M(w)) or M(l) -> M(w)",
+    "xor": "xor(M(w), M(l))",
+    "iff": "iff(M(w), M(l))",
+}
 # Each level of nesting is a few frames of recursion.
 MAX_DEPTH = 100
 
@@ -118,7 +127,7 @@ class _Parser:
         formula = self._implication()
         token, column = self.tokens[self.at]
         if token:
-            self._fail(f"{token!r} comes after the end of the formula", column)
+            self._fail(f"{token!r} comes after the end of the formula{_written(token)}", column)
         return formula
 
     def _implication(self) -> Formula:
@@ -161,8 +170,9 @@ class _Parser:
             self._fail("the formula ends where a part of it is missing", column)
         if not re.fullmatch(r"\w+", token):
             self._fail(f"{token!r} stands where a formula begins", column)
-        near = difflib.get_close_matches(token, [*CONNECTIVES, *CONSTANTS, *MODELS], n=1)
-        hint = f"did you mean {near[0]}?" if near else f"connectives: {', '.join(CONNECTIVES)}; atoms: M, Ref"
+        names = {name.lower(): name for name in (*CONNECTIVES, *CONSTANTS, *MODELS)}
+        near = difflib.get_close_matches(token.lower(), names, n=1)
+        hint = f"did you mean {names[near[0]]}?" if near else f"connectives: {', '.join(CONNECTIVES)}; atoms: M, Ref"
         self._fail(f"no {token!r} is known; {hint}", column)
 
     def _atom(self, model: str) -> Atom:
@@ -195,7 +205,13 @@ class _Parser:
     def _expect(self, token: str) -> None:
         found, column = self.tokens[self.at]
         if not self._take(token):
-            self._fail(f"{token!r} is missing" + (f" before {found!r}" if found else ""), column)
+            # The word stands here, as in (M(w) or M(l)), or just before, as in not M(l).
+            hint = _written(found) or (_written(self.tokens[self.at - 1][0]) if token == "(" else "")
+            self._fail(f"{token!r} is missing" + (f" before {found!r}" if found else "") + hint, column)
 
     def _fail(self, rule: str, column: int) -> NoReturn:
         raise FormulaError(self.argument, rule, self.text, column)
+
+
+def _written(word: str) -> str:
+    return f"; write {WRITTEN[word.lower()]}" if word.lower() in WRITTEN else ""

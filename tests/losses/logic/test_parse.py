@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from align.losses.logic import FormulaError, parse
+from align.losses.logic.parse import CONNECTIVES, WRITTEN
 from align.losses.logic.structure import models_of, structure
 
 
@@ -40,6 +41,10 @@ def test_reading(text: str, canonical: str) -> None:
         ("impliess(M(w), M(l))", 1, "no 'impliess' is known; did you mean implies?"),
         ("N(w)", 1, "connectives: not, and, or, implies, xor, iff; atoms: M, Ref"),
         ("ref(w)", 1, "did you mean Ref?"),
+        ("m(w)", 1, "no 'm' is known; did you mean M?"),
+        ("M(w) or M(l)", 6, "'or' comes after the end of the formula; write or(M(w), M(l)) or M(w) | M(l)"),
+        ("and(M(w), M(w) XOR M(l))", 16, "')' is missing before 'XOR'; write xor(M(w), M(l))"),
+        ("not M(l)", 5, "'(' is missing before 'M'; write not(M(l)) or ~M(l)"),
         ("implies(M(l), M(w)", 19, "')' is missing"),
         ("implies(M(l) M(w))", 14, "')' is missing before 'M'"),
         ("implies(M(l))", 1, "implies takes two formulas, and got 1"),
@@ -89,3 +94,12 @@ def test_the_truth_tables_of_the_connectives() -> None:
         "false": 0b0000,
     }
     assert {text: models_of(parse(text), atoms) for text in expected} == expected
+
+
+def test_what_an_error_says_to_write_can_be_read() -> None:
+    """Both ways of writing a connective are one formula, of that connective."""
+    for word, written in WRITTEN.items():
+        formulas = {parse(one) for one in written.split(" or ")}
+        assert {formula.name for formula in formulas} == {word}
+        assert len(formulas) == 1
+    assert set(WRITTEN) == set(CONNECTIVES)
