@@ -22,7 +22,7 @@ def logic(
     where: Annotated[str, typer.Option(help="Only worlds in which this is true count.")] = "true",
     also: Annotated[str, typer.Option(help="Worlds in which this is true count on both sides.")] = "false",
 ) -> None:
-    """Show what loss a formula is: truth table, closed form, name, and what it entails.
+    """Show what loss a formula is: truth table, closed form, name, what it entails, and the norm it needs.
 
     Atoms: M(w), M(l) (the policy accepts the chosen, the rejected answer), Ref(w), Ref(l); M(1) to M(k) for K answers.
     Connectives: not, and, or, implies, xor, iff, or the operators ~ & | ->.
@@ -30,6 +30,7 @@ def logic(
     from rich.console import Console
 
     from align.losses.logic import FormulaError, report
+    from align.losses.logic.known import has_negations
 
     try:
         found = report(formula, where, also)
@@ -45,6 +46,8 @@ def logic(
         others = [name for name, is_ in found.relations.items() if is_ == relation]
         lines += [(words, ", ".join(others))] if others else []
     lines.append(("monotone", "yes" if found.not_monotone is None else f"NO: {found.not_monotone}"))
+    if has_negations(found.structure):
+        lines.append(("needs", "norm: mean; rho has probabilities 1 - P, and with norm: sum they are 1 to all digits"))
     print("\n".join(f"{what:<13} {text}" for what, text in lines))
     if found.relations:
         print("\nWhat entails another has the smaller rho. (?): not certain to be the name in arXiv:2412.17696.")

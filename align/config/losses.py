@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Mapping
 from inspect import signature
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -11,6 +13,8 @@ from .schema import WITHOUT_LOSSES, reward_kind
 
 if TYPE_CHECKING:
     from align.losses import Loss
+
+logger = logging.getLogger(__name__)
 
 LISTING = "align recipes methods"
 
@@ -110,7 +114,7 @@ def _check_settings(name: str, settings: Mapping[str, Any], where: str) -> list[
 
 
 def _out_of_range(name: str, settings: Mapping[str, Any], where: str) -> list[Problem]:
-    """Ask the loss itself, on one row of one token, whether it takes these settings."""
+    """Ask the loss itself, on one row of one token, whether it takes these settings; what it warns of is logged."""
     import torch
 
     from align.losses import LOSSES, Loss, PairLogps, SequenceLogps
@@ -119,18 +123,22 @@ def _out_of_range(name: str, settings: Mapping[str, Any], where: str) -> list[Pr
 
     one = SequenceLogps(total=torch.zeros(1), length=torch.ones(1))
     try:
-        loss = Loss(LOSSES[name], settings)
-        if loss.info.kind == "pair":
-            pair = PairLogps(chosen=one, rejected=one)
-            loss(pair, pair)
-        elif loss.info.kind == "reward":
-            _ask_reward_loss(loss)
-        else:  # thumbs: the third argument is the shift or KL that the trainer keeps
-            loss.info.function(UnpairedLogps(one, torch.tensor([True])), one, torch.zeros(()), **loss.settings)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            loss = Loss(LOSSES[name], settings)
+            if loss.info.kind == "pair":
+                pair = PairLogps(chosen=one, rejected=one)
+                loss(pair, pair)
+            elif loss.info.kind == "reward":
+                _ask_reward_loss(loss)
+            else:  # thumbs: the third argument is the shift or KL that the trainer keeps
+                loss.info.function(UnpairedLogps(one, torch.tensor([True])), one, torch.zeros(()), **loss.settings)
     except FormulaError as error:
         return [(f"{where}.{error.argument}", error.problem)]
     except ValueError as error:
         return [(where, str(error))]
+    for warning in warned:  # a formula's, for a reader of recipes: without the line of code that it comes from
+        logger.warning("%s: %s", where, warning.message)
     return []
 
 

@@ -64,6 +64,14 @@ def test_logic_says_what_a_formula_is(align: Align) -> None:
     assert "entails unCPO, cCPO" in lines
     assert "entailed by CEUnl" in lines
     assert "monotone yes" in lines
+    assert not any(line.startswith("needs") for line in lines)  # W/L has no 1 - P
+
+
+def test_logic_says_which_norm_a_formula_with_negations_needs(align: Align) -> None:
+    """M(l) -> M(w) where one of them is accepted is ORPO: rho = log W(1-L)/(L(1-W))."""
+    shown = align("recipes", "logic", "M(l) -> M(w)", "--where", "xor(M(w), M(l))").stdout
+    assert "1-L" in shown
+    assert "needs         norm: mean; rho has probabilities 1 - P" in shown
 
 
 def test_logic_of_many_worlds_shows_those_that_count(align: Align) -> None:

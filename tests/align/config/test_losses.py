@@ -95,9 +95,15 @@ def test_a_missing_formula(write_recipe: Write) -> None:
     assert problems(write_recipe(method="logic")) == {"loss.logic": "is missing"}
 
 
-def test_a_formula_that_prefers_the_loser_warns(write_recipe: Write) -> None:
-    with pytest.warns(UserWarning, match=r"not monotone: rho falls with M\(w\)"):
-        load_recipe(write_recipe(method=None, loss={"logic": "M(w)->M(l)"}))
+def test_a_formula_that_prefers_the_loser_is_one_plain_line_in_the_log(
+    write_recipe: Write, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    load_recipe(write_recipe(method=None, loss={"logic": "M(w)->M(l)"}))
+    assert caplog.messages == [
+        "loss: logic 'M(w)->M(l)' is not monotone: rho falls with M(w); rho rises with M(l); "
+        "training can lower the winner"
+    ]
+    assert not [one for one in recwarn if "monotone" in str(one.message)]
 
 
 def test_every_loss_on_pairs_or_thumbs_passes_with_its_defaults(write_recipe: Write) -> None:
