@@ -75,9 +75,9 @@ def schema() -> None:
 def methods(
     markdown: Annotated[bool, typer.Option("--markdown", help="As the page docs/methods.md.")] = False,
 ) -> None:
-    """List the losses by kind: formula, reference, default beta, paper, and what each is for."""
+    """List the losses by kind: formula, reference, soft labels, settings with defaults, paper, what each is for."""
     from align.losses.catalogue import KINDS
-    from align.reports.methods import losses_of, methods_page, reference_of
+    from align.reports.methods import NOTATION, losses_of, methods_page, reference_of, settings_of, soft_labels_of
 
     if markdown:
         print(methods_page(), end="")
@@ -87,11 +87,21 @@ def methods(
     from rich.table import Table
 
     console = Console()
+    for line in NOTATION:
+        console.print(escape(line.replace("`", "")), highlight=False)
+    console.print()
     for kind, what in KINDS.items():
         table = Table(box=None, pad_edge=False, show_header=False)
         for info in losses_of(kind):
-            beta = "" if info.default_beta is None else f"beta {info.default_beta:g} · "
-            facts = f"reference: {reference_of(info)} · {beta}{info.paper}"
+            settings = [] if info.default_beta is None else [("beta", f"{info.default_beta:g}")]
+            facts = " · ".join(
+                [
+                    f"reference: {reference_of(info)}",
+                    f"soft labels: {soft_labels_of(info)}",
+                    *(f"{name} {default}" for name, default in settings + settings_of(info)),
+                    info.paper,
+                ]
+            )
             table.add_row(info.name, escape(f"{info.formula}\n{info.purpose}\n") + f"[dim]{escape(facts)}[/dim]")
         if table.row_count:
             console.print(f"[bold]{kind}[/bold]: {what}", highlight=False)

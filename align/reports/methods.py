@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Sequence
 
@@ -12,17 +13,24 @@ from align.losses import LOSSES
 from align.losses.catalogue import KINDS, LossInfo
 from align.losses.laws import LAWS
 
-COLUMNS = ("loss", "formula", "reference", "beta", "paper", "what it is for")
+COLUMNS = ("loss", "formula", "reference", "soft labels", "beta", "settings", "paper", "what it is for")
+NOTATION = (
+    "`w` is the chosen answer, `l` the rejected one; `S` is the sum of an answer's token log-probs under the policy, "
+    "`R` under the reference (nats), `n` its length in tokens, `r = S - R`, `sigma` the logistic function.",
+    "`eps` is `label_smoothing`; `w_D`, `w_U` are `desirable_weight`, `undesirable_weight`; bco's `delta` is its "
+    "reward shift and its `w` the weight that `match_prompts` gives.",
+    "Self-play: `h` and `d` are log-ratios to the policy that gave the answers, `p` the probability that an answer is "
+    "preferred, `s` a score, `P` a win rate, `A` an advantage, `t` is `step_size`.",
+    "Reward models: `r` is a score, `m` a margin or strength, `s(w, l)` a preference score, `o` an output and `l` its "
+    "rating, `y` a label of +1 (right) or -1 (left) and `delta` what speaks for the right answer.",
+    "Soft labels: whether the loss also takes the probability that the first answer is preferred, in place of a sure "
+    "label. `beta` and the settings have the value that is taken where none is given.",
+)
 HEAD = """\
 # Methods
 
 Made from the table of losses by `align recipes methods --markdown`: edit the losses, not this page. [A loss of your
 own](adding-a-loss.md) is a function with a decorator.
-
-`w` is the chosen answer, `l` the rejected one; `S` is the sum of an answer's token log-probs under the policy and `R`
-under the reference (nats), `n` its length in tokens, `r = S - R`, `sigma` the logistic function. `beta` is the one
-that is taken where none is given. A loss marked `soft` also takes the probability that the first answer is preferred,
-in place of a sure label.
 """
 TAIL = """
 ## Laws
@@ -34,7 +42,7 @@ Where it says above that it breaks one, the same draws must show a counter-examp
 
 def methods_page() -> str:
     """The page as Markdown: a section for each kind of loss, then the laws."""
-    lines = HEAD.splitlines()
+    lines = [*HEAD.splitlines(), "", *(f"- {line}" for line in NOTATION)]
     for kind, what in KINDS.items():
         rows = losses_of(kind)
         if rows:
@@ -58,12 +66,30 @@ def reference_of(info: LossInfo) -> str:
     return "yes" if info.reference else "no"
 
 
+def soft_labels_of(info: LossInfo) -> str:
+    """Whether a loss takes the probability that the first answer is preferred: yes, no, or always."""
+    if not info.soft:
+        return "no"
+    preference = inspect.signature(info.function).parameters["preference"]
+    return "always" if preference.default is preference.empty else "yes"
+
+
+def settings_of(info: LossInfo) -> list[tuple[str, str]]:
+    """What a recipe may set beside beta, each with its default."""
+    settings = [(name, p) for name, p in info.parameters.items() if name != "beta"]
+    return [(name, "(to be given)" if p.default is p.empty else _value(p.default)) for name, p in settings]
+
+
+def _value(default: object) -> str:
+    return f"{default:g}" if isinstance(default, float) else str(default).lower()  # true, as in YAML
+
+
 def _cells(info: LossInfo) -> list[str]:
     beta = "" if info.default_beta is None else f"{info.default_beta:g}"
-    optional = info.soft and info.kind != "selfplay"
-    name = f"`{info.name}`{' soft' if optional else ''}"
+    settings = ", ".join(f"`{name}` {default}" for name, default in settings_of(info))
     paper = re.sub(r"arXiv:(\d+\.\d+)", r"[\1](https://arxiv.org/abs/\1)", info.paper)
-    return [name, f"`{info.formula}`", reference_of(info), beta, paper, info.purpose]
+    facts = [reference_of(info), soft_labels_of(info), beta, settings, paper, info.purpose]
+    return [f"`{info.name}`", f"`{info.formula}`", *facts]
 
 
 def _breaks(info: LossInfo) -> list[str]:

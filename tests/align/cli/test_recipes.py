@@ -45,6 +45,10 @@ def test_methods_lists_every_loss_with_its_paper(align: Align) -> None:
     shown = align("recipes", "methods").stdout
     assert all(info.name in shown and info.paper in shown for info in LOSSES.values())
     assert "method: sft" in shown
+    assert shown.startswith("w is the chosen answer, l the rejected one; S is the sum of")
+    words = " ".join(shown.split())
+    assert "reference: no · soft labels: yes · beta 2 · gamma 1 · arXiv:2405.14734" in words
+    assert "reference: yes · soft labels: yes · beta 0.1 · penalty 50 · arXiv:2402.13228" in words
 
 
 def test_logic_says_what_a_formula_is(align: Align) -> None:
