@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
+import torch
 
-from align.losses import LOSSES
+from align.losses import LOSSES, PairLogps, SequenceLogps
 
 PAGE = (Path(__file__).parent.parent / "docs" / "adding-a-loss.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
@@ -23,16 +24,24 @@ def table_as_before():
     LOSSES.update(before)
 
 
-def test_the_page_runs(tmp_path, monkeypatch, tiny_tokenizer, make_tiny_model, table_as_before, capsys):
+def test_the_page_runs(tmp_path, monkeypatch, table_as_before, capsys):
     monkeypatch.chdir(tmp_path)
-    rows = [{"prompt": "the inner", "chosen": " thing", "rejected": " cat"}] * 4
-    page = {"model": make_tiny_model(), "tokenizer": tiny_tokenizer, "dataset": Dataset.from_list(rows)}
+    page = {}  # nothing beside what the page itself defines
     for block in BLOCKS:
         exec(block, page)
     said = capsys.readouterr().out
     assert said.count("ok   brier_dpo") == 12
     assert "MISS" not in said
     assert page["trainer"].state.global_step == 2
+    assert page["trainer"].train_dataset["preference"] == pytest.approx([1.0, 1.0, 0.9, 0.7])
+    # Log-ratios ln 3 and 0 at beta 1: the chosen answer has 3/4, and 0.9 (1/4)^2 + 0.1 (3/4)^2 = 0.1125.
+    policy, reference = (PairLogps(one_token(total), one_token(0.0)) for total in (math.log(3), 0.0))
+    out = page["brier_dpo"](policy, reference, torch.tensor([0.9]), beta=1.0)
+    assert out.loss.item() == pytest.approx(0.1125)
+
+
+def one_token(total: float) -> SequenceLogps:
+    return SequenceLogps(total=torch.tensor([total - 5]), length=torch.ones(1))
 
 
 def test_the_loss_is_under_twenty_lines():
