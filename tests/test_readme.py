@@ -25,8 +25,15 @@ def test_python_runs(code, tmp_path, monkeypatch, tiny_tokenizer, make_tiny_mode
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("align.losses.catalogue.LOSSES", dict(LOSSES))
     rows = [{"prompt": "the inner", "chosen": " thing", "rejected": " cat"}] * 4
-    exec(code, {"model": make_tiny_model(), "tokenizer": tiny_tokenizer, "dataset": Dataset.from_list(rows)})
-    assert len(blocks("python")) == 2
+    thumbs = [
+        {"prompt": prompt, "completion": " thing", "label": label}
+        for prompt, label in (("the inner", True), ("an ant", False), ("there", True), ("a hint", False))
+    ]
+    page = {"model": make_tiny_model(), "tokenizer": tiny_tokenizer}
+    page |= {"dataset": Dataset.from_list(rows), "thumbs": Dataset.from_list(thumbs)}
+    exec(code, page)
+    assert len(blocks("python")) == 4
+    assert "trainer" not in page or page["trainer"].state.global_step == 2
 
 
 def test_the_recipe_is_valid(tmp_path):
