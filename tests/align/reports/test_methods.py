@@ -47,9 +47,9 @@ def test_settings_stand_with_their_defaults():
 
 
 def test_soft_labels_are_taken_or_needed():
-    """Formulas take none; Nash-MD's gradient is of the preference itself."""
-    words = {name: soft_labels_of(find_loss(name)) for name in ("dpo", "logic", "nash_md_pg", "bradley_terry", "kto")}
-    assert words == {"dpo": "yes", "logic": "no", "nash_md_pg": "always", "bradley_terry": "yes", "kto": "no"}
+    """A thumb is of one answer; Nash-MD's gradient is of the preference itself."""
+    words = {name: soft_labels_of(find_loss(name)) for name in ("dpo", "nash_md_pg", "bradley_terry", "kto")}
+    assert words == {"dpo": "yes", "nash_md_pg": "always", "bradley_terry": "yes", "kto": "no"}
 
 
 def test_the_command_prints_it():
