@@ -17,13 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .catalogue import thumbs_loss
-from .checks import check_finite, check_positive, check_shape, log_ratio, wide
-from .laws import Laws
-from .types import LossOutput, SequenceLogps, UnpairedLogps, first
+from .checks import check_finite, check_none_negative, check_positive, check_shape, log_ratio, wide
+from .laws import SINGLE, SUMS, Laws
+from .types import LossOutput, SequenceLogps, UnpairedLogps, check_type
 
 ShiftMode = Literal["balanced_ema", "pooled"]
-_SINGLE = "a row is one answer: there is no other to exchange it with"
-_SUMS = "log-ratios are sums over tokens, and double"
 
 
 @thumbs_loss(
@@ -36,9 +34,9 @@ _SUMS = "log-ratios are sums over tokens, and double"
     laws=Laws(
         fails={
             "prompt_shift": "an answer is compared with the shift, not with another answer of its prompt",
-            "duplication": _SUMS,
+            "duplication": SUMS,
         },
-        not_applicable={"swap": _SINGLE},
+        not_applicable={"swap": SINGLE},
     ),
 )
 def bco(
@@ -66,6 +64,7 @@ def bco(
             policy and reference score different completions.
     """
     check_positive("beta", beta)
+    check_type("policy", policy, UnpairedLogps)
     _check_scalar("shift", shift)
     rewards = beta * log_ratio(policy.sequence, reference)
     margin = rewards - wide(shift).detach()
@@ -73,7 +72,7 @@ def bco(
     if weight is not None:
         check_shape("weight", weight, loss.shape, "one an answer")
         check_finite("weight", weight)
-        _check_not_negative("weight", weight)
+        check_none_negative("weight", weight)
         loss = torch.where(policy.label, loss, weight.detach().to(loss.dtype) * loss)
     return LossOutput(loss, rewards.detach()[:, None])
 
@@ -88,9 +87,9 @@ def bco(
     laws=Laws(
         fails={
             "prompt_shift": "an answer is compared with the KL, not with another answer of its prompt",
-            "duplication": _SUMS,
+            "duplication": SUMS,
         },
-        not_applicable={"swap": _SINGLE},
+        not_applicable={"swap": SINGLE},
     ),
 )
 def kto(
@@ -124,10 +123,11 @@ def kto(
             score different completions.
     """
     check_positive("beta", beta)
+    check_type("policy", policy, UnpairedLogps)
     check_positive("desirable_weight", desirable_weight)
     check_positive("undesirable_weight", undesirable_weight)
     _check_scalar("kl", kl)
-    _check_not_negative("kl", kl)
+    check_none_negative("kl", kl)
     rewards = beta * log_ratio(policy.sequence, reference)
     margin = rewards - beta * wide(kl).detach()
     # 1 - sigmoid(z) loses every digit from z = 17 on in float32; sigmoid(-z) is the same and loses none.
@@ -212,6 +212,8 @@ class RewardShift(nn.Module):
             ValueError: the shapes differ, labels are not Boolean, or a reward of any process is NaN or infinite (then
                 every process raises, and the state is as it was: a cumulative mean would never forget it).
         """
+        check_type("rewards", rewards, Tensor)
+        check_type("label", label, Tensor)
         if label.dtype != torch.bool:
             raise ValueError(f"label is {label.dtype}: a thumb is up (True) or down (False)")
         if rewards.ndim != 1 or rewards.shape != label.shape:
@@ -258,9 +260,3 @@ def _over_processes(parts: list[Tensor], device: torch.device) -> Tensor:
 def _check_scalar(name: str, value: Tensor) -> None:
     check_shape(name, value, (), "one for the whole batch")
     check_finite(name, value)
-
-
-def _check_not_negative(name: str, values: Tensor) -> None:
-    bad = values < 0
-    if bool(bad.any()):
-        raise ValueError(f"{name}{first(bad)} is {float(values[bad][0])}: it must not be negative")

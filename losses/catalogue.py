@@ -92,6 +92,9 @@ def _enter(
         LOSSES[name] = LossInfo(
             kind, name, function, reference, default_beta, paper, formula, purpose, ranks=ranks, laws=laws
         )
+        # Listed by kind, whichever module is imported first.
+        for row in sorted(LOSSES.values(), key=lambda row: [*KINDS].index(row.kind)):
+            LOSSES[row.name] = LOSSES.pop(row.name)
         return function
 
     return enter
@@ -171,7 +174,10 @@ class Loss:
             if info.function is loss:
                 return cls(info, settings, weight)
         name = getattr(loss, "__name__", repr(loss))
-        raise ValueError(f"{name} is not in the table of losses; enter it with @pairwise_loss")
+        raise ValueError(
+            f"{name} is not in the table of losses; enter it with the decorator of its kind (pairwise_loss, "
+            "ranking_loss, thumbs_loss, selfplay_loss or reward_loss)"
+        )
 
     @property
     def reference(self) -> bool:

@@ -12,12 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .catalogue import pairwise_loss
-from .checks import check_not_negative, check_positive, log_ratio
-from .laws import Laws
+from .checks import check_not_negative, check_positive, check_reference, log_ratio
+from .laws import SUMS, Laws
 from .soft_labels import expected, logistic, probability
-from .types import LossOutput, PairLogps
-
-_SUMS = "it is made of sums over tokens, which double"
+from .types import LossOutput, PairLogps, check_type
 
 
 @pairwise_loss(
@@ -27,7 +25,7 @@ _SUMS = "it is made of sums over tokens, which double"
     paper="arXiv:2305.18290",
     formula="-log sigma(beta (r_w - r_l))",
     purpose="the standard: fits a Bradley-Terry reward that is beta times the log-ratio to the reference",
-    laws=Laws(fails={"duplication": _SUMS}),
+    laws=Laws(fails={"duplication": SUMS}),
 )
 def dpo(
     policy: PairLogps,
@@ -103,7 +101,7 @@ def ln_dpo(policy: PairLogps, reference: PairLogps, preference: Tensor | None = 
     purpose="DPO when a known share of the labels is flipped: in expectation, DPO's loss on the clean ones",
     laws=Laws(
         fails={
-            "duplication": _SUMS,
+            "duplication": SUMS,
             "large_beta": "the flips are taken off with a negative weight, and the loss falls without end",
         }
     ),
@@ -152,7 +150,7 @@ def robust_dpo(
         fails={
             "prompt_shift": "the penalty sees the chosen answer's log-ratio, not a difference",
             "swap": "the penalty is on the chosen answer alone",
-            "duplication": _SUMS,
+            "duplication": SUMS,
         }
     ),
 )
@@ -193,7 +191,7 @@ def dpop(
     paper="arXiv:2403.19159",
     formula="-log sigma(beta (r_w - r_l) - alpha (n_w - n_l))",
     purpose="DPO with a price on length: alpha below 0 shortens answers",
-    laws=Laws(fails={"duplication": _SUMS}),
+    laws=Laws(fails={"duplication": SUMS}),
 )
 def r_dpo(
     policy: PairLogps, reference: PairLogps, preference: Tensor | None = None, *, beta: float, alpha: float = -0.01
@@ -216,6 +214,7 @@ def r_dpo(
     check_positive("beta", beta)
     if not math.isfinite(alpha):
         raise ValueError(f"alpha is {alpha}: it must be finite")
+    check_not_negative("the size of alpha", abs(alpha))
     one, other = log_ratios(policy, reference)
     # A whole number times a Python float would be float32, whatever the log-probs are.
     chosen = beta * one - alpha * policy.chosen.length.to(one.dtype)
@@ -227,6 +226,8 @@ def r_dpo(
 
 def log_ratios(policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tensor]:
     """``r_w`` and ``r_l``, nats, (B,) each."""
+    check_type("policy", policy, PairLogps)
+    check_reference("reference", reference, PairLogps)
     return log_ratio(policy.chosen, reference.chosen), log_ratio(policy.rejected, reference.rejected)
 
 

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .catalogue import reward_loss
-from .checks import check_finite, check_positive, check_probability, check_shape, wide
-from .laws import Laws
-from .types import LossOutput, first
+from .checks import check_finite, check_none_negative, check_positive, check_shape, wide
+from .laws import SCORES, Laws
+from .soft_labels import expected
+from .types import LossOutput, check_type
 
 
 def unit_norm(embeddings: Tensor, *, eps: float = 1e-6) -> Tensor:
@@ -72,9 +73,7 @@ def gpm_score(first_embedding: Tensor, second_embedding: Tensor, scale: Tensor |
     shapes = [first_embedding.shape[:-1], second_embedding.shape[:-1]]
     if scale is not None:
         check_finite("scale", scale)
-        if bool((scale < 0).any()):
-            at = scale < 0
-            raise ValueError(f"scale{first(at)} is {float(scale[at][0])}: it must not be negative")
+        check_none_negative("scale", scale)
         if scale.ndim < 1 or scale.shape[-1] != width // 2:
             raise ValueError(
                 f"scale has shape {tuple(scale.shape)} and must have (..., {width // 2}): one a block of two numbers"
@@ -98,16 +97,7 @@ def gpm_score(first_embedding: Tensor, second_embedding: Tensor, scale: Tensor |
     paper="arXiv:2410.02197",
     formula="-log sigma(s(w, l)/tau)",
     purpose="preference models that may be cyclic: answers are vectors, compared by a skew-symmetric form",
-    laws=Laws(
-        not_applicable={
-            "reference_shift": "no log-probs",
-            "prompt_shift": "answers have vectors, not scores of their own",
-            "small_beta": "no beta",
-            "large_beta": "no beta",
-            "duplication": "no tokens",
-            "padding": "no tokens",
-        },
-    ),
+    laws=Laws(not_applicable={"prompt_shift": "answers have vectors, not scores of their own", **SCORES}),
 )
 def gpm(
     chosen_embedding: Tensor,
@@ -133,6 +123,7 @@ def gpm(
             a preference outside [0, 1].
     """
     check_positive("tau", tau)
+    check_type("chosen_embedding", chosen_embedding, Tensor)
     if chosen_embedding.ndim != 2:
         raise ValueError(f"chosen_embedding has shape {tuple(chosen_embedding.shape)} and must have (B, D)")
     check_shape("rejected_embedding", rejected_embedding, chosen_embedding.shape, "one vector a pair")
@@ -143,16 +134,12 @@ def gpm(
         rows, width = chosen_embedding.shape
         check_shape("scale", scale, (rows, width // 2), "one a block of two numbers")
     logit = gpm_score(chosen_embedding, rejected_embedding, scale) / tau
-    loss = -F.logsigmoid(logit)
-    if preference is not None:
-        check_shape("preference", preference, logit.shape, "one a pair")
-        check_probability("preference", preference)
-        p = wide(preference)
-        loss = p * loss - (1 - p) * F.logsigmoid(-logit)
+    loss = expected(-F.logsigmoid(logit), -F.logsigmoid(-logit), preference)
     return LossOutput.from_rewards(loss, logit / 2, -logit / 2)
 
 
 def _embedding(name: str, embedding: Tensor) -> Tensor:
+    check_type(name, embedding, Tensor)
     if embedding.ndim < 1 or embedding.shape[-1] < 2 or embedding.shape[-1] % 2:
         raise ValueError(
             f"{name} has shape {tuple(embedding.shape)} and must have (..., D) with D even: blocks of two numbers"

@@ -27,6 +27,19 @@ LAWS: dict[str, str] = {
 }
 
 
+# Reasons that several losses share.
+SUMS = "it is made of sums over tokens, which double"
+SINGLE = "one answer at a time: nothing is ranked"
+SCORES = {
+    "reference_shift": "no log-probs",
+    "small_beta": "no beta",
+    "large_beta": "no beta",
+    "duplication": "no tokens",
+    "padding": "no tokens",
+}
+"""Of losses on scores: the laws that do not apply."""
+
+
 @dataclass(frozen=True)
 class Laws:
     """Where a loss stands with each law: one that is not named here holds.

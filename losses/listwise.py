@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .catalogue import ranking_loss
 from .checks import check_positive, check_shape, log_ratio
-from .laws import Laws
-from .types import LossOutput, SequenceLogps, first
+from .laws import SUMS, Laws
+from .types import LossOutput, SequenceLogps, check_type, first
 
 
 @ranking_loss(
@@ -23,7 +23,7 @@ from .types import LossOutput, SequenceLogps, first
     formula="-sum_k [beta r_k - logsumexp_{j>=k} beta r_j]",
     purpose="DPO on whole rankings: the best is drawn first, then the best of the rest, and so on",
     laws=Laws(
-        fails={"duplication": "it is made of sums over tokens, which double"},
+        fails={"duplication": SUMS},
         not_applicable={"swap": "K answers have no one margin; at K = 2 it is dpo"},
     ),
 )
@@ -49,6 +49,7 @@ def plackett_luce(
             completions.
     """
     check_positive("beta", beta)
+    check_type("policy", policy, SequenceLogps)
     if policy.total.ndim != 2 or policy.total.shape[1] < 2:
         raise ValueError(f"policy has shape {tuple(policy.total.shape)}: a ranking is (B, K) with two answers or more")
     rewards = beta * log_ratio(policy, reference)

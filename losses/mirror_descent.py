@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from .catalogue import selfplay_loss
-from .checks import check_finite, check_positive, check_shape, wide
-from .laws import Laws
-from .types import LossOutput
+from .checks import check_finite, check_positive, check_reference, check_shape, wide
+from .laws import SUMS, Laws
+from .types import LossOutput, check_type
 
 
 @selfplay_loss(
@@ -21,7 +21,7 @@ from .types import LossOutput
     laws=Laws(
         fails={
             "prompt_shift": "a constant in A adds -c e^d, which is without gradient in expectation alone",
-            "duplication": "d is a sum of log-ratios",
+            "duplication": SUMS,
         },
         not_applicable={
             "swap": "one element at a time: nothing is ranked",
@@ -52,6 +52,8 @@ def mdpo(logps: Tensor, previous: Tensor, advantage: Tensor, *, step_size: float
         ValueError: step_size is not positive, sizes that differ, or a number that is not finite.
     """
     check_positive("step_size", step_size)
+    check_type("logps", logps, Tensor)
+    check_reference("previous", previous, Tensor)
     if logps.ndim != 1:
         raise ValueError(f"logps has shape {tuple(logps.shape)} and must have (N,): one an element")
     check_shape("previous", previous, logps.shape, "one an element")

@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .catalogue import pairwise_loss
-from .checks import check_not_negative, check_positive, wide
+from .checks import check_log_probs, check_not_negative, check_positive, wide
 from .complement import log_not
 from .dpo_family import dpo, dpop, ln_dpo, log_ratios, mean_log_ratios, r_dpo, robust_dpo
-from .laws import Laws
+from .laws import SUMS, Laws
 from .soft_labels import expected, probability
 from .types import LossOutput, PairLogps, SequenceLogps
 
@@ -48,7 +48,6 @@ __all__ = [
 # Reasons that several losses share.
 _NO_REFERENCE = "it has no reference"
 _NO_BETA = "it has no beta"
-_SUMS = "it is made of sums over tokens, which double"
 _MEANS = "the constant is divided by lengths that differ"
 _LIKELIHOOD = "its likelihood term sees the chosen answer alone"
 _OWN_TARGET = "the margin aimed at is 1/(2 beta), whatever the margin is"
@@ -61,7 +60,7 @@ _OWN_TARGET = "the margin aimed at is 1/(2 beta), whatever the margin is"
     paper="arXiv:2310.12036",
     formula="(r_w - r_l - 1/(2 beta))^2",
     purpose="a bounded target for the margin, so that certain labels cannot drive it to infinity (the paper's form)",
-    laws=Laws(fails={"duplication": _SUMS, "small_beta": _OWN_TARGET, "large_beta": _OWN_TARGET}),
+    laws=Laws(fails={"duplication": SUMS, "small_beta": _OWN_TARGET, "large_beta": _OWN_TARGET}),
 )
 def ipo(policy: PairLogps, reference: PairLogps, preference: Tensor | None = None, *, beta: float) -> LossOutput:
     """Identity preference optimisation, the paper's form on sequence sums (arXiv:2310.12036, Eq. 17).
@@ -119,7 +118,7 @@ def ipo_per_token(
     paper="arXiv:2309.06657",
     formula="max(0, 1 - beta (r_w - r_l))",
     purpose="the hinge on log-ratios (TRL's hinge): pairs beyond the margin stop pushing",
-    laws=Laws(fails={"duplication": _SUMS}),
+    laws=Laws(fails={"duplication": SUMS}),
 )
 def slic(policy: PairLogps, reference: PairLogps, preference: Tensor | None = None, *, beta: float) -> LossOutput:
     """SLiC in its reference form: the hinge on log-ratios (arXiv:2309.06657; TRL's ``hinge``).
@@ -151,7 +150,7 @@ def slic(policy: PairLogps, reference: PairLogps, preference: Tensor | None = No
     formula="max(0, delta - (S_w - S_l)) - sft_weight S_w",
     purpose="SLiC-HF: a hinge on the log-probs themselves; its likelihood term stands for the reference",
     laws=Laws(
-        fails={"prompt_shift": _LIKELIHOOD, "swap": _LIKELIHOOD, "duplication": _SUMS},
+        fails={"prompt_shift": _LIKELIHOOD, "swap": _LIKELIHOOD, "duplication": SUMS},
         not_applicable={"reference_shift": _NO_REFERENCE, "small_beta": _NO_BETA, "large_beta": _NO_BETA},
     ),
 )
@@ -226,7 +225,7 @@ def simpo(policy: PairLogps, preference: Tensor | None = None, *, beta: float, g
             "swap": _LIKELIHOOD,
             "small_beta": "its likelihood term does not depend on beta",
             "large_beta": "its likelihood term does not depend on beta",
-            "duplication": _SUMS,
+            "duplication": SUMS,
         },
         not_applicable={"reference_shift": _NO_REFERENCE},
     ),
@@ -291,9 +290,14 @@ def orpo(
 
     Returns:
         Unreduced loss (B,) and the log-odds as rewards.
+
+    Raises:
+        ValueError: a mean log-prob is over 0 by more than 1e-3 (a probability over 1).
     """
     check_not_negative("odds_weight", odds_weight)
     check_not_negative("sft_weight", sft_weight)
+    check_log_probs("policy.chosen", policy.chosen)
+    check_log_probs("policy.rejected", policy.rejected)
     chosen, rejected = _log_odds(policy.chosen), _log_odds(policy.rejected)
     margin = chosen - rejected
     loss = expected(

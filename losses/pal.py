@@ -14,18 +14,10 @@ from torch import Tensor
 
 from .catalogue import reward_loss
 from .checks import check_finite, check_not_negative, check_positive, check_shape, wide
-from .laws import Laws
-from .types import LossOutput, first
+from .laws import SCORES, Laws
+from .types import LossOutput, check_type, first
 
 Weighting = Literal["mean", "cumulative", "last"]
-
-_SCORES = {
-    "reference_shift": "no log-probs",
-    "small_beta": "no beta",
-    "large_beta": "no beta",
-    "duplication": "no tokens",
-    "padding": "no tokens",
-}
 
 
 def pal_delta(left: Tensor, right: Tensor, ideal: Tensor, *, squared: bool = False) -> Tensor:
@@ -85,7 +77,7 @@ def pal_logits(left: Tensor, right: Tensor, user: Tensor, *, scale: float | Tens
     paper="arXiv:2406.08469",
     formula="max(0, 1 - y delta)",
     purpose="per-user preference models by distance from an ideal point; pairs beyond the margin stop pushing",
-    laws=Laws(not_applicable={"prompt_shift": "delta is a difference already", **_SCORES}),
+    laws=Laws(not_applicable={"prompt_shift": "delta is a difference already", **SCORES}),
 )
 def pal_hinge(delta: Tensor, label: Tensor, *, smoothing: float = 0.0) -> LossOutput:
     """Hinge on the difference of distances (arXiv:2406.08469).
@@ -105,6 +97,8 @@ def pal_hinge(delta: Tensor, label: Tensor, *, smoothing: float = 0.0) -> LossOu
         ValueError: a label other than -1 and +1, sizes that differ, a number that is not finite, or smoothing < 0.
     """
     check_not_negative("smoothing", smoothing)
+    if smoothing > 0:
+        check_positive("smoothing", smoothing)
     margin = _margin(delta, label)
     short = F.relu(1 - margin)
     # min(short, g) short - min^2 / 2 is short^2 / 2 up to g, and g short - g^2 / 2 beyond it.
@@ -120,7 +114,7 @@ def pal_hinge(delta: Tensor, label: Tensor, *, smoothing: float = 0.0) -> LossOu
     paper="arXiv:2406.08469",
     formula="log(1 + exp(-y delta))",
     purpose="per-user preference models by distance from an ideal point; delta is the log-odds of the right answer",
-    laws=Laws(not_applicable={"prompt_shift": "delta is a difference already", **_SCORES}),
+    laws=Laws(not_applicable={"prompt_shift": "delta is a difference already", **SCORES}),
 )
 def pal_logistic(delta: Tensor, label: Tensor) -> LossOutput:
     """Logistic loss on the difference of distances (arXiv:2406.08469): ``loss = softplus(-y delta)``.
@@ -146,7 +140,7 @@ def pal_logistic(delta: Tensor, label: Tensor) -> LossOutput:
     paper="arXiv:2406.08469",
     formula="-log softmax(logits)_y",
     purpose="per-user preference models by the angle between answer and user vector",
-    laws=Laws(not_applicable=_SCORES),
+    laws=Laws(not_applicable=SCORES),
 )
 def pal_cross_entropy(logits: Tensor, label: Tensor) -> LossOutput:
     """Cross-entropy over the two answers' logits (arXiv:2406.08469), such as those of ``pal_logits``.
@@ -161,6 +155,7 @@ def pal_cross_entropy(logits: Tensor, label: Tensor) -> LossOutput:
     Raises:
         ValueError: a label other than -1 and +1, sizes that differ, or a number that is not finite.
     """
+    check_type("logits", logits, Tensor)
     if logits.ndim != 2 or logits.shape[1] != 2:
         raise ValueError(f"logits has shape {tuple(logits.shape)} and must have (B, 2): left and right")
     check_finite("logits", logits)
@@ -219,6 +214,7 @@ def _labels(label: Tensor, shape: torch.Size) -> Tensor:
 
 def _margin(delta: Tensor, label: Tensor) -> Tensor:
     """``y delta``: positive where the pair is ranked right."""
+    check_type("delta", delta, Tensor)
     if delta.ndim != 1:
         raise ValueError(f"delta has shape {tuple(delta.shape)} and must have (B,): one a pair")
     check_finite("delta", delta)

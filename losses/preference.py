@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .catalogue import reward_loss
-from .checks import check_finite, check_shape, wide
+from .checks import check_finite, check_none_negative, check_shape, wide
 from .general_preference import gpm, gpm_scale, gpm_score, unit_norm
-from .laws import Laws
+from .laws import SCORES, SINGLE, Laws
 from .pal import pal_cross_entropy, pal_delta, pal_hinge, pal_logistic, pal_logits, token_weighted
 from .soft_labels import expected
-from .types import LossOutput, first
+from .types import LossOutput, check_type, first
 
 __all__ = [
     "MASKED",
@@ -42,14 +42,6 @@ __all__ = [
 
 MASKED = -100
 """The label of an attribute that nobody rated."""
-
-_SCORES = {
-    "reference_shift": "no log-probs",
-    "small_beta": "no beta",
-    "large_beta": "no beta",
-    "duplication": "no tokens",
-    "padding": "no tokens",
-}
 
 
 def chosen_by_strength(first_score: Tensor, second_score: Tensor, strength: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,7 +80,7 @@ def chosen_by_strength(first_score: Tensor, second_score: Tensor, strength: Tens
     paper="arXiv:2203.02155",
     formula="-log sigma(r_w - r_l)",
     purpose="the standard reward model: the difference of scores is the log-odds of the preference",
-    laws=Laws(not_applicable=_SCORES),
+    laws=Laws(not_applicable=SCORES),
 )
 def bradley_terry(chosen: Tensor, rejected: Tensor, preference: Tensor | None = None) -> LossOutput:
     """Bradley-Terry (arXiv:2203.02155): ``loss = -log sigmoid(r_w - r_l)``.
@@ -116,7 +108,7 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, preference: Tensor | None = 
     paper="arXiv:2307.09288",
     formula="-log sigma(r_w - r_l - m)",
     purpose="Bradley-Terry that asks for a wider gap where the preference is stronger",
-    laws=Laws(not_applicable=_SCORES),
+    laws=Laws(not_applicable=SCORES),
 )
 def margin_bradley_terry(
     chosen: Tensor, rejected: Tensor, margin: Tensor, preference: Tensor | None = None
@@ -153,16 +145,22 @@ def margin_bradley_terry(
     paper="arXiv:2410.01257",
     formula="-m log sigma(r_w - r_l)",
     purpose="Bradley-Terry that counts a pair m times for its strength; the scores stay log-odds",
-    laws=Laws(not_applicable=_SCORES),
+    laws=Laws(not_applicable=SCORES),
 )
 def scaled_bradley_terry(
-    chosen: Tensor, rejected: Tensor, strength: Tensor, *, normalize_weights: bool = False
+    chosen: Tensor,
+    rejected: Tensor,
+    strength: Tensor,
+    preference: Tensor | None = None,
+    *,
+    normalize_weights: bool = False,
 ) -> LossOutput:
     """Scaled Bradley-Terry (arXiv:2410.01257): ``loss = -m log sigmoid(r_w - r_l)``, as if the pair came m times.
 
     Args:
         chosen, rejected: scores of the two answers, (B,).
         strength: m, not negative, detached here, (B,); 0 gives the pair no weight.
+        preference: probability that the chosen answer is preferred, (B,); None: it is.
         normalize_weights: divide by the mean strength of this batch, so that strengths do not act as a greater
             learning rate. A batch in parts (accumulation, several processes) wants the mean of the whole: divide there
             instead.
@@ -171,8 +169,8 @@ def scaled_bradley_terry(
         Unreduced loss (B,), and the scores as rewards.
 
     Raises:
-        ValueError: sizes that differ, a number that is not finite, a negative strength, or all strengths 0 when they
-            are to be normalised.
+        ValueError: sizes that differ, a number that is not finite, a negative strength, a preference outside [0, 1],
+            or all strengths 0 when they are to be normalised.
     """
     chosen, rejected = _scores("chosen", chosen, "rejected", rejected)
     m = _strength("strength", strength, chosen.shape)
@@ -180,7 +178,9 @@ def scaled_bradley_terry(
         if not bool((m > 0).any()):
             raise ValueError("strength is 0 in every row: there is no weight to normalise")
         m = m / m.mean()
-    return LossOutput.from_rewards(-m * F.logsigmoid(chosen - rejected), chosen, rejected)
+    delta = chosen - rejected
+    loss = m * expected(-F.logsigmoid(delta), -F.logsigmoid(-delta), preference)
+    return LossOutput.from_rewards(loss, chosen, rejected)
 
 
 @reward_loss(
@@ -193,7 +193,7 @@ def scaled_bradley_terry(
     ranks=False,
     laws=Laws(
         fails={"prompt_shift": "ratings are absolute"},
-        not_applicable={"swap": "one answer at a time: nothing is ranked", **_SCORES},
+        not_applicable={"swap": SINGLE, **SCORES},
     ),
 )
 def regression(predictions: Tensor, labels: Tensor) -> LossOutput:
@@ -213,6 +213,7 @@ def regression(predictions: Tensor, labels: Tensor) -> LossOutput:
     Raises:
         ValueError: shapes that differ, a number that is not finite, or a row in which nothing was rated.
     """
+    check_type("predictions", predictions, Tensor)
     if predictions.ndim != 2:
         raise ValueError(f"predictions has shape {tuple(predictions.shape)} and must have (B, A): one an attribute")
     check_shape("labels", labels, predictions.shape, "one an attribute")
@@ -241,7 +242,7 @@ def regression(predictions: Tensor, labels: Tensor) -> LossOutput:
             "prompt_shift": "to take that freedom away is its purpose",
             "swap": "a function of the sum, not of the margin",
         },
-        not_applicable=_SCORES,
+        not_applicable=SCORES,
     ),
 )
 def centering(chosen: Tensor, rejected: Tensor) -> LossOutput:
@@ -261,6 +262,7 @@ def centering(chosen: Tensor, rejected: Tensor) -> LossOutput:
 
 
 def _scores(first_name: str, first_score: Tensor, second_name: str, second_score: Tensor) -> tuple[Tensor, Tensor]:
+    check_type(first_name, first_score, Tensor)
     if first_score.ndim != 1:
         raise ValueError(f"{first_name} has shape {tuple(first_score.shape)} and must have (B,): one score an answer")
     check_shape(second_name, second_score, first_score.shape, "one score an answer")
@@ -272,7 +274,5 @@ def _scores(first_name: str, first_score: Tensor, second_name: str, second_score
 def _strength(name: str, values: Tensor, shape: torch.Size) -> Tensor:
     check_shape(name, values, shape, "one a pair")
     check_finite(name, values)
-    negative = values < 0
-    if bool(negative.any()):
-        raise ValueError(f"{name}{first(negative)} is {float(values[negative][0])}: it must not be negative")
+    check_none_negative(name, values)
     return wide(values).detach()

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from .catalogue import selfplay_loss
-from .checks import check_finite, check_positive, check_probability, check_shape, log_ratio, wide
-from .laws import Laws
+from .checks import check_finite, check_positive, check_probability, check_reference, check_shape, log_ratio, wide
+from .laws import SINGLE, SUMS, Laws
 from .mirror_descent import mdpo as mdpo
-from .types import LossOutput, PairLogps, SequenceLogps, first
+from .types import LossOutput, PairLogps, SequenceLogps, check_type, first
 
 # --- pairs, labels and mean scores -----------------------------------------------------------------------------------
 
@@ -167,11 +167,9 @@ def mixture_logps(policy: Tensor, reference: Tensor, *, coefficient: float) -> T
 
 # --- losses ----------------------------------------------------------------------------------------------------------
 
-_SINGLE = "one answer at a time: nothing is ranked"
 _SCORED = "the target is the scores, which move with their answers; no answer is the chosen one"
 _TARGET = "the target margin (s_i - s_j)/beta grows as beta falls"
 _ABSOLUTE = "the partition constant is dropped, so that each log-ratio has a target of its own"
-_SUMS = "log-ratios are sums over tokens"
 
 
 @selfplay_loss(
@@ -186,10 +184,10 @@ _SUMS = "log-ratios are sums over tokens"
             "reference_shift": "the value -coefficient * S moves with S; its gradient does not",
             "prompt_shift": "the coefficient holds the log-ratio itself",
             "small_beta": "the gradient becomes that of the preference alone",
-            "duplication": _SUMS,
+            "duplication": SUMS,
             "gradient": "a surrogate: the coefficient is detached",
         },
-        not_applicable={"swap": _SINGLE, "large_beta": _SINGLE},
+        not_applicable={"swap": SINGLE, "large_beta": SINGLE},
     ),
 )
 def nash_md_pg(policy: SequenceLogps, reference: SequenceLogps, preference: Tensor, *, beta: float) -> LossOutput:
@@ -232,7 +230,7 @@ def nash_md_pg(policy: SequenceLogps, reference: SequenceLogps, preference: Tens
         fails={
             "small_beta": _TARGET,
             "large_beta": "the target becomes h_i = h_j",
-            "duplication": _SUMS,
+            "duplication": SUMS,
         },
         not_applicable={"swap": _SCORED},
     ),
@@ -274,7 +272,7 @@ def gpo(policy: SequenceLogps, previous: SequenceLogps, scores: Tensor, *, beta:
             "prompt_shift": _ABSOLUTE,
             "small_beta": "the target s_i/beta grows as beta falls",
             "large_beta": "the target becomes h_i = 0",
-            "duplication": _SUMS,
+            "duplication": SUMS,
         },
         not_applicable={"swap": _SCORED},
     ),
@@ -311,7 +309,7 @@ def gpo_pointwise(policy: SequenceLogps, previous: SequenceLogps, scores: Tensor
         fails={
             "small_beta": _TARGET,
             "large_beta": "the target becomes h_i = h_j",
-            "duplication": _SUMS,
+            "duplication": SUMS,
         },
         not_applicable={"swap": _SCORED},
     ),
@@ -348,7 +346,7 @@ def sppo(policy: SequenceLogps, previous: SequenceLogps, win_rates: Tensor, *, b
             "prompt_shift": _ABSOLUTE,
             "small_beta": "the target (P_i - 1/2)/beta grows as beta falls",
             "large_beta": "the target becomes h_i = 0",
-            "duplication": _SUMS,
+            "duplication": SUMS,
         },
         not_applicable={"swap": _SCORED},
     ),
@@ -373,6 +371,7 @@ def sppo_pointwise(policy: SequenceLogps, previous: SequenceLogps, win_rates: Te
 
 
 def _check_table(name: str, table: Tensor) -> None:
+    check_type(name, table, Tensor)
     if table.ndim != 3 or table.shape[1] != table.shape[2]:
         raise ValueError(
             f"{name} has shape {tuple(table.shape)} and must have (B, K, K): a value of each ordered pair"
@@ -392,6 +391,7 @@ def _pairs(name: str, group: Tensor) -> tuple[Tensor, Tensor]:
 def _regressands(policy: SequenceLogps, previous: SequenceLogps, scores: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """Log-ratios and scores of (B, K), checked; no gradient through the previous iterate, which may be the policy."""
     check_positive("beta", beta)
+    check_reference("previous", previous, SequenceLogps)
     ratio = log_ratio(policy, SequenceLogps(previous.total.detach(), previous.length))
     if ratio.ndim != 2:
         raise ValueError(f"policy has shape {tuple(ratio.shape)} and must have (B, K): K answers to each prompt")
@@ -401,6 +401,7 @@ def _regressands(policy: SequenceLogps, previous: SequenceLogps, scores: Tensor,
 
 
 def _centred(policy: SequenceLogps, win_rates: Tensor) -> Tensor:
+    check_type("policy", policy, SequenceLogps)
     check_shape("win_rates", win_rates, policy.total.shape, "one an answer")
     check_probability("win_rates", win_rates)
     return wide(win_rates) - 0.5

@@ -17,17 +17,26 @@ class SequenceLogps:
         length: number of tokens in that sum (EOS counted, prompt and padding not), of the same shape.
 
     Raises:
-        ValueError: the shapes differ, a completion is empty, or a log-prob is NaN or infinite.
+        ValueError: the shapes differ, a length is not a whole number of at least 1, or a log-prob is NaN or infinite.
     """
 
     total: Tensor
     length: Tensor
 
     def __post_init__(self) -> None:
+        for name, given in (("total", self.total), ("length", self.length)):
+            check_type(name, given, Tensor)
         if self.total.ndim not in (1, 2) or self.total.shape != self.length.shape:
             raise ValueError(
                 f"total and length have shape (B,) or (B, K), not {tuple(self.total.shape)} and "
                 f"{tuple(self.length.shape)}"
+            )
+        if self.length.dtype == torch.bool:
+            raise ValueError("length is torch.bool: it counts tokens")
+        uncounted = ~(torch.isfinite(self.length) & (self.length == self.length.floor()))
+        if bool(uncounted.any()):
+            raise ValueError(
+                f"length{first(uncounted)} is {float(self.length[uncounted][0])}: it counts tokens, in whole numbers"
             )
         empty = self.length < 1
         if bool(empty.any()):
@@ -74,6 +83,8 @@ class PairLogps:
     rejected: SequenceLogps
 
     def __post_init__(self) -> None:
+        check_type("chosen", self.chosen, SequenceLogps)
+        check_type("rejected", self.rejected, SequenceLogps)
         if self.chosen.total.ndim != 1 or self.rejected.total.ndim != 1:
             raise ValueError("a pair has one chosen and one rejected answer: log-probs of shape (B,) each")
         if self.chosen.total.shape != self.rejected.total.shape:
@@ -98,6 +109,8 @@ class UnpairedLogps:
     label: Tensor
 
     def __post_init__(self) -> None:
+        check_type("sequence", self.sequence, SequenceLogps)
+        check_type("label", self.label, Tensor)
         if self.label.dtype != torch.bool:
             raise ValueError(f"label is {self.label.dtype}: a thumb is up (True) or down (False)")
         if self.sequence.total.ndim != 1 or self.sequence.total.shape != self.label.shape:
@@ -136,6 +149,13 @@ class LossOutput:
     def rejected_rewards(self) -> Tensor:
         """Implicit rewards of the rejected answers, (B,)."""
         return self.rewards[:, 1]
+
+
+def check_type(name: str, given: object, wanted: type) -> None:
+    """Raise a ValueError unless ``given`` is a tensor, or a carrier, of that type."""
+    if not isinstance(given, wanted):
+        what = given if given is None or isinstance(given, (int, float)) else f"a {type(given).__name__}"
+        raise ValueError(f"{name} is {what}: it must be a {wanted.__name__}")
 
 
 def first(where: Tensor) -> str:

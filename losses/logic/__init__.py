@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Literal, get_args
 
@@ -24,9 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from align.losses.catalogue import Loss, find_loss, pairwise_loss
-from align.losses.checks import check_positive, log_ratio, wide
+from align.losses.checks import check_log_probs, check_positive, log_ratio, wide
 from align.losses.laws import Laws
-from align.losses.types import LossOutput, PairLogps, SequenceLogps
+from align.losses.soft_labels import expected
+from align.losses.types import LossOutput, PairLogps, SequenceLogps, check_type
 
 from .compile import directions, log_odds
 from .known import Report, closed_form, has_negations, known_name, not_monotone, relation, report
@@ -70,6 +72,7 @@ def names_reference(*, logic: str, where: str = "true", also: str = "false", **_
 def logic(
     policy: PairLogps | SequenceLogps,
     reference: PairLogps | SequenceLogps | None = None,
+    preference: Tensor | None = None,
     *,
     logic: str,
     where: str = "true",
@@ -90,6 +93,9 @@ def logic(
     Args:
         policy: log-probs of B pairs, or (B, K) of K answers to a prompt, which the formula then numbers from 1.
         reference: the same under the reference, for formulas with Ref atoms; no gradient flows into it.
+        preference: probability that the chosen answer is preferred, (B,); None: it is. The loss is then its
+            expectation, with the answers the other way round for the other label. Of pairs alone: the numbered
+            answers of (B, K) have no other way round.
         logic: P, such as ``implies(M(l), M(w))``.
         where: P_C; worlds outside do not count.
         also: P_A; worlds inside count above and below.
@@ -106,17 +112,20 @@ def logic(
     Raises:
         FormulaError: the formula cannot be read, or gives no loss (a ValueError).
         ValueError: beta is not positive, f or norm is unknown, the reference is missing or scores other completions,
-            or the formula names an answer that is not there.
+            a log-prob is over 0, the formula names an answer that is not there, or numbered answers come with a
+            preference.
     """
     check_positive("beta", beta)
     _check_choice("f", f, get_args(Outer))
     _check_choice("norm", norm, get_args(Norm))
     worlds = _checked(logic, where, also, norm)
-    models = {"M": _answers(policy)}
+    models = {"M": _answers("policy", policy)}
+    if preference is not None and not isinstance(policy, PairLogps):
+        raise ValueError("preference: soft labels are of pairs, and these are numbered answers to a prompt")
     if any(atom.model == "Ref" for atom in worlds.atoms):
         if reference is None:
             raise ValueError("reference: the formula has Ref atoms, and no reference log-probs were given")
-        models["Ref"] = _answers(reference)
+        models["Ref"] = _answers("reference", reference)
         if len(models["M"]) != len(models["Ref"]):
             raise ValueError(
                 f"{len(models['M'])} answers under the policy and {len(models['Ref'])} under the reference"
@@ -131,19 +140,30 @@ def logic(
     }
     if "Ref" in values:
         values["Ref"] = [value.detach() for value in values["Ref"]]
-    rho, plus, minus = log_odds(worlds, [values[atom.model][atom.position] for atom in worlds.atoms])
+    loss, plus, minus = _compiled(worlds, values, f, beta)
     scale = beta if f in ("logistic", "squared") else 1.0
-    # The scaled parts are subtracted, as in the losses written by hand.
+    if isinstance(policy, PairLogps):
+        if preference is not None:
+            exchanged, *_ = _compiled(worlds, {model: each[::-1] for model, each in values.items()}, f, beta)
+            loss = expected(loss, exchanged, preference)
+        return LossOutput.from_rewards(loss, scale * plus, scale * minus)
+    rewards = scale * torch.stack(values["M"], dim=1).detach()
+    return LossOutput(loss, rewards - scale * torch.stack(values["Ref"], dim=1) if "Ref" in values else rewards)
+
+
+def _compiled(
+    worlds: Structure, values: Mapping[str, list[Tensor]], f: Outer, beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, and the two parts of rho; ``values`` are normalised log-probs of each answer, by model."""
+    rho, plus, minus = log_odds(worlds, [values[atom.model][atom.position] for atom in worlds.atoms])
     loss = {
-        "logistic": lambda: -F.logsigmoid(scale * plus - scale * minus),
+        # The scaled parts are subtracted, as in the losses written by hand.
+        "logistic": lambda: -F.logsigmoid(beta * plus - beta * minus),
         "squared": lambda: (rho - 0.5 / beta) ** 2,
         "hinge": lambda: F.relu(beta - rho),
         "rrhf": lambda: F.relu(-rho),
     }[f]()
-    if isinstance(policy, PairLogps):
-        return LossOutput.from_rewards(loss, scale * plus, scale * minus)
-    rewards = scale * torch.stack(values["M"], dim=1).detach()
-    return LossOutput(loss, rewards - scale * torch.stack(values["Ref"], dim=1) if "Ref" in values else rewards)
+    return loss, plus, minus
 
 
 class LogicLoss(Loss):
@@ -203,9 +223,13 @@ def _checked(logic: str, where: str, also: str, norm: Norm) -> Structure:
     return found
 
 
-def _answers(given: PairLogps | SequenceLogps) -> list[SequenceLogps]:
+def _answers(model: str, given: PairLogps | SequenceLogps) -> list[SequenceLogps]:
     if isinstance(given, PairLogps):
+        for side, answers in vars(given).items():
+            check_log_probs(f"{model}.{side}", answers)
         return [given.chosen, given.rejected]
+    check_type(model, given, SequenceLogps)
+    check_log_probs(model, given)
     if given.total.ndim != 2:
         raise ValueError(f"answers to a prompt have log-probs of shape (B, K), not {tuple(given.total.shape)}")
     return [SequenceLogps(given.total[:, k], given.length[:, k]) for k in range(given.total.shape[1])]

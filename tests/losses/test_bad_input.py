@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
 
-from align.evals.exact.drawn import Batch, Subject, draw
+from align.evals.exact.drawn import Batch, Subject, draw, extremes
 from align.losses import LOSSES, Loss, PairLogps, SequenceLogps, find_loss
 from align.losses.types import UnpairedLogps
 
@@ -21,6 +22,19 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 }
 SUBJECTS = {name: Subject(find_loss(name), SETTINGS.get(name, {})) for name in LOSSES}
 NOT_FINITE = (math.nan, math.inf, -math.inf)
+# Settings that are positive, and settings that may be 0; label_smoothing is a share.
+POSITIVE = [
+    (name, setting)
+    for name, subject in SUBJECTS.items()
+    for setting in ("beta", "step_size", "tau", "desirable_weight", "undesirable_weight")
+    if setting in subject.info.parameters
+]
+WEIGHTS = [
+    (name, setting)
+    for name, subject in SUBJECTS.items()
+    for setting in ("gamma", "delta", "sft_weight", "odds_weight", "penalty", "alpha", "smoothing")
+    if setting in subject.info.parameters
+]
 PROBABILITIES = ("preference", "win_rates")
 
 
@@ -40,6 +54,13 @@ def inputs(*, log_probs: bool) -> list[tuple[str, str]]:
         models = {*subject.policies, *subject.baselines}
         found += [(name, parameter) for parameter in whole(subject).values if (parameter in models) == log_probs]
     return found
+
+
+def whole_length(batch: Batch, value: float) -> Batch:
+    """The length of row 1's first answer replaced, in float64, which can hold what is no number of tokens."""
+    length = batch.length.double()
+    length[1, 0] = value
+    return Batch(batch.values, length)
 
 
 def spoiled(batch: Batch, parameter: str, value: float) -> Batch:
@@ -112,14 +133,50 @@ def test_other_settings_are_finite(name, setting, value):
         SUBJECTS[name](whole(SUBJECTS[name]), **{setting: value})
 
 
+@pytest.mark.parametrize("value", [1e-40, 1e-30, 1e13, 1e39])
+@pytest.mark.parametrize(("name", "setting"), POSITIVE)
+def test_settings_that_overflow_float32(name, setting, value):
+    """At beta 1e-40 the target of a tie would be 0/0, at 1e39 the reward of a log-ratio of 0 be inf times 0."""
+    with pytest.raises(ValueError, match=f"{setting} is {re.escape(str(value))}.*float32 overflows"):
+        SUBJECTS[name](whole(SUBJECTS[name]), **{setting: value})
+
+
+@pytest.mark.parametrize("value", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize(("name", "setting"), [*POSITIVE, *WEIGHTS])
+def test_settings_at_their_ends_are_finite_in_float32(name, setting, value):
+    """On generic rows, on log-ratios of +-1e4, and where policy and reference are the same."""
+    subject = SUBJECTS[name]
+    generic = whole(subject)
+    ties = dict.fromkeys(
+        [*subject.policies, *subject.baselines], generic.values.get("policy", generic.values.get("logps"))
+    )
+    for batch in (generic, extremes(subject, torch.Generator().manual_seed(0)), generic.put(**ties)):
+        out = subject(batch.to(torch.float32), **{setting: value})
+        assert torch.isfinite(out.loss).all()
+        assert torch.isfinite(out.rewards).all()
+
+
+@pytest.mark.parametrize("value", [1e13, 1e39])
+@pytest.mark.parametrize(("name", "setting"), WEIGHTS)
+def test_weights_that_overflow_float32(name, setting, value):
+    with pytest.raises(ValueError, match=f"{setting} is {re.escape(str(value))}.*float32 overflows"):
+        SUBJECTS[name](whole(SUBJECTS[name]), **{setting: value})
+
+
 @pytest.mark.parametrize("name", [name for name, subject in SUBJECTS.items() if subject.carries_lengths])
 def test_an_empty_completion(name):
     subject = SUBJECTS[name]
-    batch = whole(subject)
-    length = batch.length.clone()
-    length[1, 0] = 0
-    with pytest.raises(ValueError, match=r"length\[1(, 0)?\] is 0: a completion has at least one token"):
-        subject(Batch(batch.values, length))
+    for value in (0, -2):
+        with pytest.raises(ValueError, match=rf"length\[1(, 0)?\] is {value}: a completion has at least one token"):
+            subject(whole_length(whole(subject), value))
+
+
+@pytest.mark.parametrize("value", [2.5, *NOT_FINITE])
+@pytest.mark.parametrize("name", [name for name, subject in SUBJECTS.items() if subject.carries_lengths])
+def test_a_length_that_counts_nothing(name, value):
+    subject = SUBJECTS[name]
+    with pytest.raises(ValueError, match=rf"length\[1(, 0)?\] is {value}: it counts tokens, in whole numbers"):
+        subject(whole_length(whole(subject), value))
 
 
 @pytest.mark.parametrize(
@@ -158,6 +215,55 @@ def test_a_missing_reference(name):
     if subject.baselines:
         with pytest.raises(ValueError, match=f"{name} compares the policy with a reference, and none was given"):
             Loss(subject.info, subject.settings)(subject.arguments(whole(subject))["policy"], None)
+
+
+@pytest.mark.parametrize(
+    ("name", "baseline"), [(n, p) for n, p in inputs(log_probs=True) if p in SUBJECTS[n].baselines]
+)
+def test_a_missing_reference_of_a_direct_call(name, baseline):
+    subject = SUBJECTS[name]
+    arguments = {**subject.arguments(whole(subject)), baseline: None}
+    missing = f"{baseline} is None: the loss compares the policy with a reference, and none was given"
+    with pytest.raises(ValueError, match=missing if name != "logic" else "reference: the formula has Ref atoms"):
+        subject.info.function(**arguments, **subject.settings)
+    if name != "logic":
+        with pytest.raises(ValueError, match=f"{baseline} is a str: it must be a "):
+            subject.info.function(**{**arguments, baseline: "model"}, **subject.settings)
+
+
+@pytest.mark.parametrize("value", [0.5, [0.5]])
+@pytest.mark.parametrize(("name", "parameter"), inputs(log_probs=False))
+def test_a_number_or_a_list_is_no_tensor(name, parameter, value):
+    subject = SUBJECTS[name]
+    batch = whole(subject)
+    arguments = subject.arguments(batch)
+    function = subject.info.function
+    if parameter not in arguments:  # a thumb, in its carrier
+        function, arguments = UnpairedLogps, {"sequence": arguments["policy"].sequence}
+    settings = subject.settings if function is not UnpairedLogps else {}
+    with pytest.raises(ValueError, match=rf"{parameter} is (0\.5|a list): it must be a Tensor"):
+        function(**{**arguments, parameter: value}, **settings)
+
+
+def test_a_number_or_a_list_in_a_carrier():
+    ones = torch.ones(2)
+    with pytest.raises(ValueError, match=r"total is 3\.0: it must be a Tensor"):
+        SequenceLogps(3.0, ones)
+    with pytest.raises(ValueError, match="length is a list: it must be a Tensor"):
+        SequenceLogps(-ones, [1, 1])
+    with pytest.raises(ValueError, match="rejected is a Tensor: it must be a SequenceLogps"):
+        PairLogps(SequenceLogps(-ones, ones), -ones)
+
+
+@pytest.mark.parametrize("name", ["orpo", "logic"])
+def test_negative_log_likelihoods_are_no_log_probs(name):
+    """The losses that take exp() of a log-prob refuse probabilities over 1, beyond what rounding may give."""
+    subject = SUBJECTS[name]
+    batch = whole(subject)
+    message = r"policy.chosen: total\[1\] is 3, and log-probs are at most 0: were negative log-likelihoods passed"
+    with pytest.raises(ValueError, match=message):
+        subject(spoiled(batch, "policy", 3.0))
+    assert torch.isfinite(subject(spoiled(batch, "policy", 1e-4)).loss).all()
 
 
 @pytest.mark.parametrize("label", [torch.ones(2), torch.tensor([0, 1]), torch.tensor([0.0, math.nan])])

@@ -83,7 +83,10 @@ def test_a_loss_stays_as_it_is():
         (lambda: Loss.of("zzz"), "known losses: .*dpo, ln_dpo"),
         (lambda: Loss.of("dpo", betaa=1.0), "dpo has no setting betaa; it has: beta, label_smoothing"),
         (lambda: Loss.of("slic_hf", beta=1.0), "slic_hf has no setting beta; it has: delta, sft_weight"),
-        (lambda: Loss.of(test_one_loss_alone_is_itself), "not in the table"),
+        (
+            lambda: Loss.of(test_one_loss_alone_is_itself),
+            r"not in the table of losses; .*\(pairwise_loss, .*, selfplay_loss or reward_loss\)",
+        ),
         (lambda: Loss.of(Loss.of("dpo"), weight=1.0), "already, and weight came"),
         (lambda: Loss.of(Loss.of("dpo"), weight=0.5, beta=0.3), "already, and weight, beta came"),
         (lambda: Loss.of("dpo")(logps(*POLICY), None), "none was given"),

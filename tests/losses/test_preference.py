@@ -84,6 +84,8 @@ def test_optimum_under_label_noise():
     noisy = f64([best]).requires_grad_()
     scaled = 0.8 * scaled_bradley_terry(noisy, f64([0.0]), f64([3.0])).loss
     scaled = scaled + 0.2 * scaled_bradley_terry(f64([0.0]), noisy, f64([3.0])).loss
+    soft = scaled_bradley_terry(noisy, f64([0.0]), f64([3.0]), f64([0.8])).loss
+    assert soft.item() == pytest.approx(scaled.item(), rel=1e-12)
     assert torch.autograd.grad(scaled.sum(), noisy)[0].item() == pytest.approx(0.0, abs=1e-15)
     shifted = f64([4.3862943611198906]).requires_grad_()
     loss = (

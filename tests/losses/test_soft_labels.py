@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 from align.losses import LOSSES, Loss, PairLogps, SequenceLogps, combine, dpo, find_loss, ipo, robust_dpo, slic
 
 IPO = ["ipo", "ipo_per_token"]
-SOFT = [info.name for info in LOSSES.values() if info.kind == "pair" and info.soft]
+PAIR = [info.name for info in LOSSES.values() if info.kind == "pair" and info.soft]
+FORMULAS = {
+    "logic": {"logic": "implies(and(Ref(w), M(l)), and(Ref(l), M(w)))"},
+    "logic squared": {"logic": "and(M(w), not(M(l)))", "f": "squared", "beta": 0.5},
+}
+SOFT = [*(name for name in PAIR if name != "logic"), *FORMULAS]
 probability = st.floats(0, 1)
 total = st.floats(-40, -0.05)
 length = st.integers(1, 9)
@@ -25,6 +30,10 @@ def pairs(chosen, rejected, chosen_length, rejected_length, *, dtype=torch.float
     return PairLogps(one(chosen, chosen_length), one(rejected, rejected_length))
 
 
+def loss_of(name: str) -> Loss:
+    return Loss(find_loss(name.split()[0]), FORMULAS.get(name, {}))
+
+
 def label(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
@@ -35,7 +44,7 @@ def exchanged(pair: PairLogps) -> PairLogps:
 
 def test_every_loss_on_two_answers_is_here():
     known = {"dpo", "ln_dpo", "robust_dpo", "slic", "slic_hf", "simpo", "cpo", "orpo", "dpop", "r_dpo", "sft", *IPO}
-    assert known <= set(SOFT)
+    assert {*known, "logic"} == set(PAIR)
 
 
 def test_published_vectors():
@@ -55,7 +64,7 @@ def test_published_vectors():
 @given(w=total, l=total, rw=total, rl=total, n=length, m=length, p=probability)
 def test_expectation_over_the_label(name, w, l, rw, rl, n, m, p):  # noqa: E741
     """The loss is p loss(w, l) + (1 - p) loss(l, w); IPO's forms lie p (1 - p) / beta^2 below. Rewards see none."""
-    loss = Loss(find_loss(name))
+    loss = loss_of(name)
     policy, reference = pairs([w], [l], [n], [m]), pairs([rw], [rl], [n], [m])
     one, other = loss(policy, reference), loss(exchanged(policy), exchanged(reference))
     soft = loss(policy, reference, label(p))
@@ -69,7 +78,7 @@ def test_expectation_over_the_label(name, w, l, rw, rl, n, m, p):  # noqa: E741
 @pytest.mark.parametrize("name", SOFT)
 def test_certainty_is_a_sure_label(name):
     """At p = 1 it is the loss without labels, p = 0 that of the answers exchanged, row by row."""
-    loss = Loss(find_loss(name))
+    loss = loss_of(name)
     policy, reference = (
         pairs([-1.7, -7.0], [-4.1, -0.5], [3, 6], [5, 2]),
         pairs([-2.2, -6.0], [-3.8, -1.0], [3, 6], [5, 2]),
@@ -83,7 +92,7 @@ def test_certainty_is_a_sure_label(name):
 @given(w=total, l=total, p=probability)
 def test_soft_ipo_has_the_gradient_of_the_expectation(name, w, l, p):  # noqa: E741
     """They differ by a constant, so nothing is lost but the variance of drawn labels."""
-    loss, reference = Loss(find_loss(name)), pairs([-3.0], [-2.0], [2], [5])
+    loss, reference = loss_of(name), pairs([-3.0], [-2.0], [2], [5])
 
     def gradient(value) -> list[float]:
         policy = pairs([w], [l], [2], [5], grad=True)
@@ -103,7 +112,7 @@ def test_soft_ipo_has_the_gradient_of_the_expectation(name, w, l, p):  # noqa: E
 )
 def test_the_margin_aimed_at(name, margin):
     """At p = .8 the logistic losses aim at logit p = log 4, IPO at p - 1/2; no gradient there, and one beside it."""
-    loss = Loss(find_loss(name))
+    loss = loss_of(name)
     reference = pairs([0.0], [0.0], [2], [2])
 
     def slope(margin: float) -> float:
@@ -132,7 +141,7 @@ def test_smoothing_and_its_inverse_meet_soft_labels(z, eps, p):
 @pytest.mark.parametrize("name", SOFT)
 def test_labels_take_the_losses_precision_and_no_gradient(name):
     """float64 labels beside bf16 log-probs: a float32 loss; labels that require a gradient get none."""
-    loss = Loss(find_loss(name))
+    loss = loss_of(name)
     policy, reference = (
         pairs([a], [b], [3], [5], dtype=torch.bfloat16, grad=True) for a, b in ((-1.5, -4.0), (-2.0, -3.5))
     )
@@ -156,7 +165,7 @@ def test_labels_take_the_losses_precision_and_no_gradient(name):
 def test_bad_labels_are_named(name, preference, message):
     policy = pairs([-1.7, -7.0], [-4.1, -0.5], [3, 6], [5, 2])
     with pytest.raises(ValueError, match=message):
-        Loss(find_loss(name))(policy, policy, label(*preference))
+        loss_of(name)(policy, policy, label(*preference))
 
 
 def test_a_combination_passes_them_on():

@@ -229,7 +229,18 @@ def test_a_logic_loss_is_a_loss() -> None:
         (lambda: LogicLoss("M(w)", f="logit"), "f is 'logit'; it is one of logistic, squared, hinge, rrhf"),
         (lambda: LogicLoss("M(w)", norm="total"), "norm is 'total'; it is one of mean, sum"),
         (lambda: LogicLoss("M(w)", beta=0.0), "beta is 0.0: it must be positive"),
-        (lambda: LogicLoss("M(w)")(of(0.3, 0.2), None, torch.ones(1)), "logic takes sure labels alone"),
+        (
+            lambda: LogicLoss("M(1)")(SequenceLogps(-torch.ones(1, 3), torch.ones(1, 3)), None, torch.ones(1)),
+            "preference: soft labels are of pairs",
+        ),
+        (
+            lambda: LogicLoss("M(w)")(pairs([-1.0], [2.1], [2], [2]), None),
+            r"policy.rejected: total\[0\] is 2.1, and log-probs are at most 0: were negative log-likelihoods passed",
+        ),
+        (
+            lambda: LogicLoss("M(1)")(SequenceLogps(torch.ones(1, 3), torch.ones(1, 3)), None),
+            r"policy: total\[0, 0\] is 1, and log-probs are at most 0",
+        ),
         (lambda: LogicLoss(**DPO)(of(0.3, 0.2), None), "logic compares the policy with a reference, and none"),
         (lambda: logic(of(0.3, 0.2), **DPO, beta=1.0), "reference: the formula has Ref atoms"),
         (
