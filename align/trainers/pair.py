@@ -25,7 +25,7 @@ from align.data.report import fault_report
 from align.data.tokenize import tokenize_pairs
 from align.errors import AlignError
 from align.losses import Loss, LossOutput, PairLogps, SequenceLogps, combine
-from align.losses.catalogue import LossFunction
+from align.losses.catalogue import KINDS, LossFunction
 from align.losses.logprobs import TokenLogps
 from align.losses.rows import PADDING, Rows
 from align.models.scoring import score, why_not_shared_prompt
@@ -214,7 +214,14 @@ class PairTrainer(Hosted, DPOTrainer):  # type: ignore[misc]
 def _losses(given: Any, args: DPOConfig) -> list[Loss]:
     terms = list(given) if isinstance(given, (list, tuple)) else [given]
     default = DPOConfig.__dataclass_fields__["beta"].default
-    return [loss_with_beta(term, args.beta, default) for term in terms]
+    losses = [loss_with_beta(term, args.beta, default) for term in terms]
+    for loss in losses:
+        if loss.info.kind != "pair":
+            raise ValueError(
+                f"loss: {loss.info.name} is not a loss on pairs, which PairTrainer trains on: it takes "
+                f"{KINDS[loss.info.kind]}"
+            )
+    return losses
 
 
 def _pair_logps(rows: Rows, token_logps: torch.Tensor) -> PairLogps:

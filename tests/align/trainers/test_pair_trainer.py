@@ -291,6 +291,18 @@ def test_a_soft_label_weighs_the_gradients_of_both_orders(tmp_path, tiny_tokeniz
     assert norm(preference=0.5) == pytest.approx(0.0, abs=1e-5)
 
 
+def test_a_loss_that_is_not_on_pairs_is_refused_before_its_labels_are(tmp_path, tiny_tokenizer, make_tiny_model):
+    soft = Dataset.from_list([{**row, "preference": 0.9} for row in ROWS])
+    with pytest.raises(ValueError, match="plackett_luce is not a loss on pairs.*: it takes K answers to a prompt"):
+        PairTrainer(
+            model=make_tiny_model(),
+            args=arguments(tmp_path),
+            train_dataset=soft,
+            processing_class=tiny_tokenizer,
+            loss=["dpo", "plackett_luce"],
+        )
+
+
 def test_a_loss_of_sure_labels_refuses_soft_ones(tmp_path, tiny_tokenizer, make_tiny_model, dataset, hard_loss):
     soft = Dataset.from_list([{**row, "preference": 0.9} for row in ROWS])
     tokenized = tokenize_pairs(pair_table(("d", 1, row) for row in soft).rows, tiny_tokenizer, 64).dataset()
