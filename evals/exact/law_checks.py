@@ -133,7 +133,7 @@ def _gradient(subject: Subject, batch: Batch, generator: Generator) -> Finding:
                 ends.append(subject(batch.put(**{name: moved})).loss.detach())
             low, high = ((end - middle).sum() / STEP for end in ends)
             slope = float(high - low) / 2
-            if float(high + low).__abs__() > 1e-3 * (1 + abs(slope)):  # one side is steeper than the other
+            if abs(float(high + low)) > 1e-3 * (1 + abs(slope)):  # one side is steeper than the other
                 continue
             compared += 1
             ours = float(gradient.view(-1)[place])
