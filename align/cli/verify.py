@@ -44,6 +44,7 @@ def verify(
         raise ConfigError("align verify", [("options", str(error))]) from None
     console = Console(highlight=False)
     console.width = min(console.width, WIDTH)
+    console.print("Of a policy, exact and ours are mean rewards; distance is in total variation.\n", style="dim")
     began, rows = time.monotonic(), []
     with console.status("") as status:
         for count, name in enumerate(chosen, 1):
@@ -66,17 +67,17 @@ def _show(console: Console, name: str, target: str, rows: list[Row]) -> None:
     from rich.text import Text
 
     console.print(Text.assemble((name, "bold"), "  ", (target, "dim")))
-    table = Table(box=None, expand=True, padding=(0, 1, 0, 0), header_style="dim")
+    table = Table(box=None, expand=True, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
     table.add_column("  quantity", ratio=1)
-    for heading, width in (("exact", 11), ("ours", 11), ("distance", 9), ("tolerance", 9)):
+    for heading, width in (("exact", 10), ("ours", 10), ("distance", 8), ("tolerance", 9)):
         table.add_column(heading, justify="right", width=width, no_wrap=True)
     table.add_column("", width=4)
     for row in rows:
         bound = "" if row.relation == "=" else f"{row.relation} "
         table.add_row(
             Text(f"  {row.quantity}"),
-            f"{bound}{row.exact:.5g}",
-            f"{row.ours:.5g}",
+            f"{bound}{row.exact:.4g}",
+            f"{row.ours:.4g}",
             f"{row.distance:.1e}",
             "" if row.tolerance is None else f"{row.tolerance:.0e}",
             Text(row.status, COLOURS[row.status]),

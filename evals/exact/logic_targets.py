@@ -91,7 +91,7 @@ def _optima(stack: Stack) -> Iterator[Row]:
 
     ccpo = {"logic": IMPLIES, "where": "or(M(l), M(w))"}
     cases = [
-        Case("dpo as a formula: mu exp(r/beta)/Z", {**DPO, "beta": 0.5}, dpo_optimum),
+        Case("dpo's formula: mu exp(r/beta)/Z", {**DPO, "beta": 0.5}, dpo_optimum),
         Case("CEUnl (constrained Newton)", {"logic": "and(M(w), not(M(l)))"}, optimum(unlikelihood)),
         Case("cCPO (constrained Newton)", ccpo, optimum(constrained_implication)),
     ]
@@ -102,7 +102,7 @@ def _none(stack: Stack) -> Row:
     world = make_world(seed=stack.seed, steps=2)
     ends = train_pairs(Loss.of("logic", logic=IMPLIES), world, stack, rounds=1)
     least = max(float(policy.double().cpu().min(-1).values.max()) for policy in ends)
-    return Row.at_most("logic", "unCPO: no optimum inside, least probability", 1e-6, least)
+    return Row.at_most("logic", "unCPO: none; least probability", 1e-6, least)
 
 
 LOGIC: dict[str, Target] = {

@@ -202,7 +202,7 @@ def check_dpo(stack: Stack) -> Iterator[Row]:
         return float((reward[:, :, None] - reward[:, None, :])[sure > 0.5].min())
 
     ends = [least_margin(minimise(objective, start, iterations=25, rounds=1)) for start in starts(world, stack)]
-    yield Row.at_least("dpo", "certain labels: no optimum, least margin after 25 steps", 8.0, min(ends))
+    yield Row.at_least("dpo", "sure labels: margin, 25 steps", 8.0, min(ends))
 
 
 def check_ipo(stack: Stack) -> Iterator[Row]:
@@ -216,7 +216,7 @@ def check_ipo(stack: Stack) -> Iterator[Row]:
             labels=_circular,
         ),
         Case(
-            "the same, certain labels",
+            "the same, sure labels",
             {"beta": 0.2},
             lambda w: normalised(w.log_mu + borda(certain(w), 0.2)),
             labels=certain,
@@ -236,7 +236,7 @@ def check_ln_dpo(stack: Stack) -> Iterator[Row]:
     yield from check_cases("ln_dpo", [Case("mu exp(|y|(r/beta + c))", {"beta": 2.0}, exact)], stack)
     world = make_world(seed=stack.seed)
     divided = normalised(world.log_mu + world.length * world.reward / 2.0)
-    yield Row.policy("ln_dpo", "mu exp(|y| r/beta)/Z in its place", exact(world), [divided], world.reward, None)
+    yield Row.policy("ln_dpo", "beside mu exp(|y| r/beta)/Z", exact(world), [divided], world.reward, None)
 
 
 def check_slic(stack: Stack) -> Iterator[Row]:
@@ -257,9 +257,9 @@ def check_slic(stack: Stack) -> Iterator[Row]:
         float(expected_pair_loss(loss, policy.double().cpu().log(), world.log_mu, world.length, labels))
         for policy in ends
     ]
-    yield Row.at_most("slic", "certain labels: loss at the end, from every start", 1e-6, max(losses))
+    yield Row.at_most("slic", "sure labels: worst final loss", 1e-6, max(losses))
     apart = max(total_variation(a, b) for a in ends for b in ends)
-    yield Row.at_least("slic", "certain labels: no single optimum, ends apart by", 0.01, apart)
+    yield Row.at_least("slic", "sure labels: ends apart by", 0.01, apart)
 
 
 def check_plackett_luce(stack: Stack) -> Iterator[Row]:
@@ -287,7 +287,7 @@ def check_plackett_luce(stack: Stack) -> Iterator[Row]:
 
     ours = [world.sequence_logps(minimise(objective, start)).exp() for start in starts(world, stack)]
     exact = normalised(world.log_mu + world.reward / beta)
-    quantity = "mu exp(r/beta)/Z, rankings of three"
+    quantity = "mu exp(r/beta)/Z, rankings of 3"
     yield Row.policy("plackett_luce", quantity, exact, ours, world.reward, stack.tolerance(TOLERANCE))
 
 
@@ -303,7 +303,7 @@ PAIRS: dict[str, Target] = {
         "mu exp(r/beta)/Z from labels of which a share label_smoothing is flipped",
         "robust_dpo",
         Case(
-            "mu exp(r/beta)/Z, a fifth of the labels flipped",
+            "mu exp(r/beta)/Z, 1/5 flipped",
             {"beta": 0.5, "label_smoothing": 0.2},
             lambda w: normalised(w.log_mu + w.reward / 0.5),
             labels=lambda w: flipped(w, 0.2),
@@ -319,7 +319,7 @@ PAIRS: dict[str, Target] = {
         "mu exp(|y| ((mean_j p_ij - 1/2)/beta + c)) with the c at which it sums to 1",
         "ipo_per_token",
         Case(
-            "mu exp(|y|((mean p - 1/2)/beta + c))",
+            "mu exp(|y|((p - 1/2)/beta + c))",
             {"beta": 0.5},
             lambda w: per_token(borda(w.labels, 0.5), w.length, w.log_mu),
         ),
@@ -368,7 +368,7 @@ PAIRS: dict[str, Target] = {
         "orpo",
         Case("sft_weight 0: sigma(r + c)^|y|", {"sft_weight": 0.0}, lambda w: odds(w.reward, w.length)),
         Case(
-            "sft_weight 1 (constrained Newton)",
+            "sft_weight 1 (Newton)",
             {"odds_weight": 0.5, "sft_weight": 1.0},
             lambda w: orpo_optimum(w, 0.5, 1.0),
         ),

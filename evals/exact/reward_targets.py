@@ -72,7 +72,7 @@ def check_margin(stack: Stack) -> Iterator[Row]:
         quantity = f"gap at noise {noise}, margin {margin:g}"
         yield furthest("margin_bradley_terry", quantity, exact, ours, stack.tolerance(TOLERANCE, 1e-2))
     added = math.log((1 - noise) / noise) + 3.0
-    quantity = "beside log-odds + 3: if a wrong label turned the margin too"
+    quantity = "beside log-odds + 3"  # the gap if a wrong label turned the margin too
     yield Row.number("margin_bradley_terry", quantity, added, float(ours[0]), None)
 
 
@@ -104,7 +104,7 @@ def check_scaled(stack: Stack) -> Iterator[Row]:
             return (p * right + (1 - p) * wrong).mean()
 
         ours = [minimise(objective, start) for start in random_starts(reward.shape, stack)]
-        quantity = f"rewards, up to a shift{', weights normalised' if normalised else ''}"
+        quantity = "the same, weights normalised" if normalised else "rewards, up to a shift"
         tolerance = stack.tolerance(TOLERANCE, 1e-2)
         yield furthest("scaled_bradley_terry", quantity, reward, ours, tolerance, free_shift=True)
 
@@ -148,19 +148,19 @@ def check_gpm(stack: Stack) -> Iterator[Row]:
         j = (i + 1) % count
         logits = train(count, 2, i, j, stack.here(torch.full((count,), 0.9, dtype=torch.float64)))
         ranked = min(float((x > 0).double().mean()) for x in logits)
-        yield Row.number("gpm", f"cycle of {count}: share of pairs ranked right", 1.0, ranked, 0.0)
+        yield Row.number("gpm", f"cycle of {count}: pairs ranked right", 1.0, ranked, 0.0)
         scalar = minimise(
             lambda u, i=i, j=j: F.softplus(u[j] - u[i]).mean(),  # type: ignore[misc]
             random_starts((count,), stack)[0],
         )
         best = best_order(count)
-        yield Row.number("gpm", f"cycle of {count}: the best order of scalar rewards", (count - 1) / count, best, 0.0)
+        yield Row.number("gpm", f"cycle of {count}: best scalar order", (count - 1) / count, best, 0.0)
         gap = float((scalar.max() - scalar.min()).abs())
-        yield Row.number("gpm", f"cycle of {count}: Bradley-Terry's gaps", 0.0, gap, stack.tolerance(1e-6))
+        yield Row.number("gpm", f"cycle of {count}: Bradley-Terry gaps", 0.0, gap, stack.tolerance(1e-6))
     p = circular_labels(1, 4, seed=stack.seed)[0]
     i, j = every_pair(4)
     ours = [x.sigmoid() for x in train(4, 8, i, j, stack.here(p[i, j]))]
-    yield furthest("gpm", "preferences of a random game of 4", p[i, j], ours, stack.tolerance(TOLERANCE))
+    yield furthest("gpm", "p in a random game of 4", p[i, j], ours, stack.tolerance(TOLERANCE))
 
 
 def best_order(count: int) -> float:
@@ -191,7 +191,7 @@ def check_pal(name: str, width: int, value: Callable[[float], float]) -> Callabl
         for right in (0.8, 0.3):
             ours = [x[-1] - x[0] if width == 2 else x[0] for x in _signed(name, stack, right, width)]
             exact = torch.tensor(value(right), dtype=torch.float64)
-            quantity = f"{'logit gap' if width == 2 else 'delta'} where {right:.0%} prefer the right"
+            quantity = f"{'logit gap' if width == 2 else 'delta'}, {right:.0%} for the right"
             yield furthest(name, quantity, exact, ours, stack.tolerance(TOLERANCE, 1e-2))
 
     return check

@@ -19,7 +19,7 @@ class Row:
 
     Args:
         method: the loss, as in the table of losses.
-        quantity: what is compared.
+        quantity: what is compared, in at most 31 characters: ``align verify`` fits no more on 80 columns.
         exact: its value, by formula, root or solver, in float64; for a distribution the mean reward under it. With a
             relation ``>=`` or ``<=`` the bound.
         ours: the value that the loss's own training reaches; of several starts the one that is furthest off.

@@ -109,13 +109,13 @@ def check_online_ipo(stack: Stack) -> Iterator[Row]:
     world, p = one_token_game()
     for tau in (1.0, 0.2):
         ours = play_ipo(world, p, stack, tau, itself(world))
-        quantity = f"online, one token: Nash at tau {tau:g}"
+        quantity = f"online: Nash at tau {tau:g}"
         yield Row.policy("ipo", quantity, nash(p, world.mu, tau), ours, world.reward, tolerance)
     tau, coefficient = 0.5, 0.5
     sampled = sampled_mixture(world, stack, coefficient)
     mixed = [sampled(stack.here(world.table(x.double().cpu()))) for x in play_ipo(world, p, stack, tau, sampled)]
     exact = nash(p, world.mu, tau / (1 - coefficient))
-    quantity = "IPO-MD 1/2, one token: mixture, Nash at 2 tau"
+    quantity = "IPO-MD's mixture: Nash at 2 tau"
     yield Row.policy("ipo", quantity, exact, mixed, world.reward, tolerance)
 
     world, p = two_step_game(stack)
@@ -124,9 +124,9 @@ def check_online_ipo(stack: Stack) -> Iterator[Row]:
     sampled = sampled_mixture(world, stack, coefficient)
     ours = play_ipo(world, p, stack, 0.1, sampled)
     exact = fixed_point(p, world.mu, 0.1, token_mixture(world, coefficient))
-    yield Row.policy("ipo", "IPO-MD 1/2, two tokens: fixed point", exact, ours, world.reward, tolerance)
+    yield Row.policy("ipo", "IPO-MD, two tokens: fixed point", exact, ours, world.reward, tolerance)
     mixture, equilibrium = token_mixture(world, coefficient)(exact), nash(p, world.mu, 0.2)
-    yield Row.policy("ipo", "its mixture beside the Nash at 2 tau", equilibrium, [mixture], world.reward, None)
+    yield Row.policy("ipo", "its mixture beside Nash, 2 tau", equilibrium, [mixture], world.reward, None)
 
 
 def check_nash_md_pg(stack: Stack) -> Iterator[Row]:
@@ -139,9 +139,9 @@ def check_nash_md_pg(stack: Stack) -> Iterator[Row]:
         yield Row.policy(name, quantity, nash(p, world.mu, tau), ours, world.reward, tolerance)
     ours = play_nash_md_pg(world, p, stack, 0.5, sampled_mixture(world, stack, 0.5))
     exact = fixed_point(p, world.mu, 0.5, sequence_mixture(world.mu, 0.5))
-    yield Row.policy(name, "coefficient 1/2: IPO-MD's fixed point", exact, ours, world.reward, tolerance)
+    yield Row.policy(name, "coefficient 1/2: IPO-MD's", exact, ours, world.reward, tolerance)
     tabular = nash_md(p, world.mu, 0.5, step=1.0, iterations=500)
-    yield Row.policy(name, "tabular Nash-MD, step 1/(2 tau): the same", exact, [tabular], world.reward, TOLERANCE)
+    yield Row.policy(name, "tabular Nash-MD, step 1/(2 tau)", exact, [tabular], world.reward, TOLERANCE)
     world, p = two_step_game(stack)
     ours = play_nash_md_pg(world, p, stack, 0.2, itself(world))
     yield Row.policy(name, "two tokens: Nash", nash(p, world.mu, 0.2), ours, world.reward, tolerance)
@@ -194,10 +194,10 @@ def check_pointwise(name: str, values: Callable[[World, Stack], Tensor], centre:
         target = (s - centre) / beta
         exact, ours = pointwise_optimum(world, target), train_step(name, world, stack, s, beta)
         yield Row.policy(
-            name, f"own optimum, max s/beta {size} (Lambert W)", exact, ours, world.reward, stack.tolerance(TOLERANCE)
+            name, f"own optimum, max s/beta {size}", exact, ours, world.reward, stack.tolerance(TOLERANCE)
         )
         step = normalised(world.log_mu + target)
-        yield Row.policy(name, "its bias: beside pi_t exp(s/beta)/Z", step, ours, world.reward, None)
+        yield Row.policy(name, "beside pi_t exp(s/beta)/Z", step, ours, world.reward, None)
 
 
 def pointwise_optimum(world: World, target: Tensor) -> Tensor:

@@ -123,16 +123,14 @@ def check_bco(stack: Stack) -> Iterator[Row]:
         return float(loss.info.function(policy, reference, at, **loss.settings).loss.double().sum())
 
     best = float(minimize_scalar(bound, bracket=(-1.0, 1.0), tol=1e-10).x)
-    yield Row.number(
-        "bco", "shift with the least bound of a pair: (a + b)/2", (a + b) / 2, best, stack.tolerance(1e-6)
-    )
+    yield Row.number("bco", "least bound at shift (a + b)/2", (a + b) / 2, best, stack.tolerance(1e-6))
     dpo = float(torch.tensor(b - a, dtype=torch.float64).exp().log1p())
-    yield Row.at_least("bco", "the bound there, over the pair's DPO loss", dpo, bound(best))
+    yield Row.at_least("bco", "bound, over the pair's DPO loss", dpo, bound(best))
     world = make_world(seed=stack.seed, steps=2)
     exact = bco_fixed_point(world, 2.0).exp()
     ours = [train_bco(world, stack, 2.0, start) for start in starts(world, stack)]
     tolerance = stack.tolerance(TOLERANCE)
-    yield Row.policy("bco", "fixed point with the running shift", exact, ours, world.reward, tolerance)
+    yield Row.policy("bco", "fixed point with running shift", exact, ours, world.reward, tolerance)
 
 
 def check_kto(stack: Stack) -> Iterator[Row]:
@@ -159,7 +157,7 @@ def check_kto(stack: Stack) -> Iterator[Row]:
         end = world.sequence_logps(logits).double().cpu()
         masses.append(float((end.exp() * disliked).sum(-1).max()))
         ratios.append(float((end - world.log_mu)[disliked].max()))
-    yield Row.at_most("kto", "no optimum: mass of answers with more thumbs down", 1e-3, max(masses))
+    yield Row.at_most("kto", "more thumbs down: their mass", 1e-3, max(masses))
     yield Row.at_most("kto", "and their log-ratios, in nats", -6.0, max(ratios))
 
 

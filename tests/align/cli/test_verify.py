@@ -16,6 +16,7 @@ def test_one_loss(align: Align) -> None:
     done = align("verify", "--only", "regression", "--only", "centering", "--dtype", "float32")
     assert done.exit_code == 0, done.output
     assert "mean rating" in done.stdout
+    assert "Of a policy, exact and ours are mean rewards" in done.stdout
     assert "pass" in done.stdout
     assert "2 losses, float32 on cpu: 2 comparisons passed, 0 missed" in done.stdout
     assert "dpo" not in done.stdout

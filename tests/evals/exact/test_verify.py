@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
 import torch
@@ -28,6 +30,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@cache
+def timed(name: str) -> tuple[list[Row], float]:
+    """The rows of a loss, found once, and the processor's seconds that they took."""
+    began = time.process_time()
+    return verify(name, Stack()), time.process_time() - began
+
+
 def test_every_loss_declares_its_target() -> None:
     assert set(TARGETS) == set(LOSSES)
     assert all(target.statement for target in TARGETS.values())
@@ -35,11 +44,17 @@ def test_every_loss_declares_its_target() -> None:
 
 @pytest.mark.parametrize("name", sorted(TARGETS))
 def test_every_loss_reaches_its_target(name: str) -> None:
-    rows = verify(name, Stack())
+    rows, _ = timed(name)
     assert rows
     assert not [row for row in rows if row.status == "miss"]
     assert any(row.status == "pass" for row in rows)
     assert all(row.tolerance is None or row.tolerance <= 1e-3 for row in rows)
+    assert not [row.quantity for row in rows if len(row.quantity) > 31]  # a line of 80 columns holds no more
+
+
+def test_the_whole_is_quick() -> None:
+    """In seconds of one processor, so that what else the machine does is not counted."""
+    assert sum(timed(name)[1] for name in TARGETS) < 90
 
 
 @pytest.mark.parametrize("name", ["dpo", "orpo", "bco", "nash_md_pg", "gpm"])
