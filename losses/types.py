@@ -33,16 +33,13 @@ class SequenceLogps:
             )
         if self.length.dtype == torch.bool:
             raise ValueError("length is torch.bool: it counts tokens")
-        uncounted = ~(torch.isfinite(self.length) & (self.length == self.length.floor()))
-        if bool(uncounted.any()):
-            raise ValueError(
-                f"length{first(uncounted)} is {float(self.length[uncounted][0])}: it counts tokens, in whole numbers"
+        wrong = ~(torch.isfinite(self.length) & (self.length == self.length.floor()) & (self.length >= 1))
+        if bool(wrong.any()):
+            value = float(self.length[wrong][0])
+            rule = (
+                "a completion has at least one token" if value.is_integer() else "it counts tokens, in whole numbers"
             )
-        empty = self.length < 1
-        if bool(empty.any()):
-            raise ValueError(
-                f"length{first(empty)} is {int(self.length[empty][0])}: a completion has at least one token"
-            )
+            raise ValueError(f"length{first(wrong)} is {value:g}: {rule}")
         bad = ~torch.isfinite(self.total)
         if bool(bad.any()):
             raise ValueError(f"total{first(bad)} is {float(self.total[bad][0])}: log-probs are finite")

@@ -293,7 +293,7 @@ def test_a_soft_label_weighs_the_gradients_of_both_orders(tmp_path, tiny_tokeniz
 
 def test_a_loss_that_is_not_on_pairs_is_refused_before_its_labels_are(tmp_path, tiny_tokenizer, make_tiny_model):
     soft = Dataset.from_list([{**row, "preference": 0.9} for row in ROWS])
-    with pytest.raises(ValueError, match="plackett_luce is not a loss on pairs.*: it takes K answers to a prompt"):
+    with pytest.raises(ValueError, match=r"plackett_luce is not a loss on pairs.*: it takes K answers to a prompt"):
         PairTrainer(
             model=make_tiny_model(),
             args=arguments(tmp_path),
