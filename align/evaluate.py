@@ -42,7 +42,8 @@ from align.tracking.progress import progress
 from align.trainers.build import Built, losses_of
 from align.trainers.grpo import as_answer, with_sampled_references
 from align.trainers.reward import RewardTrainer
-from align.trainers.thumbs import ThumbsTrainer, thumbs_output
+from align.trainers.thumbs import ThumbsTrainer
+from align.trainers.thumbs_loss import thumbs_rewards
 
 SAMPLES_SHOWN = 20
 BATCH = 16
@@ -167,7 +168,7 @@ def _thumbs(recipe: Recipe, built: Built, tokenizer: PreTrainedTokenizerBase, he
     with built.untrained() as before:
         reference = logps(before, "untrained")
     return thumbs_suite(
-        thumbs_output(loss, policy, reference).rewards[:, 0],
+        thumbs_rewards(loss, policy, reference),
         labels,
         [row.row_id for row in data],
         threshold=0.0 if trainer.shift is None else float(trainer.shift.value),

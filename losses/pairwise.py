@@ -27,7 +27,7 @@ from .complement import log_not
 from .dpo_family import dpo, dpop, ln_dpo, log_ratios, mean_log_ratios, r_dpo, robust_dpo
 from .laws import SUMS, Laws
 from .soft_labels import expected, probability
-from .types import LossOutput, PairLogps, SequenceLogps
+from .types import LossOutput, PairLogps, SequenceLogps, check_type
 
 __all__ = [
     "cpo",
@@ -171,6 +171,7 @@ def slic_hf(
     Returns:
         Unreduced loss (B,), nats, and the log-probs ``S`` as rewards.
     """
+    check_type("policy", policy, PairLogps)
     check_not_negative("delta", delta)
     check_not_negative("sft_weight", sft_weight)
     chosen, rejected = wide(policy.chosen.total), wide(policy.rejected.total)
@@ -204,6 +205,7 @@ def simpo(policy: PairLogps, preference: Tensor | None = None, *, beta: float, g
     Returns:
         Unreduced loss (B,) and the implicit rewards ``beta * S / n``.
     """
+    check_type("policy", policy, PairLogps)
     check_positive("beta", beta)
     check_not_negative("gamma", gamma)
     chosen, rejected = beta * _mean(policy.chosen), beta * _mean(policy.rejected)
@@ -246,6 +248,7 @@ def cpo(policy: PairLogps, preference: Tensor | None = None, *, beta: float, sft
     Returns:
         Unreduced loss (B,) and the implicit rewards ``beta * S``.
     """
+    check_type("policy", policy, PairLogps)
     check_positive("beta", beta)
     check_not_negative("sft_weight", sft_weight)
     chosen, rejected = beta * wide(policy.chosen.total), beta * wide(policy.rejected.total)
@@ -294,6 +297,7 @@ def orpo(
     Raises:
         ValueError: a mean log-prob is over 0 by more than 1e-3 (a probability over 1).
     """
+    check_type("policy", policy, PairLogps)
     check_not_negative("odds_weight", odds_weight)
     check_not_negative("sft_weight", sft_weight)
     check_log_probs("policy.chosen", policy.chosen)
@@ -333,6 +337,7 @@ def sft(policy: PairLogps, preference: Tensor | None = None) -> LossOutput:
         Unreduced loss (B,), nats per token, and the mean log-probs as rewards; in a combination with a loss that
         ranks answers they are left out.
     """
+    check_type("policy", policy, PairLogps)
     chosen, rejected = _mean(policy.chosen), _mean(policy.rejected)
     return LossOutput.from_rewards(expected(-chosen, -rejected, preference), chosen, rejected)
 

@@ -17,47 +17,25 @@ from torch import Tensor
 
 from .catalogue import selfplay_loss
 from .checks import check_finite, check_positive, check_probability, check_reference, check_shape, log_ratio, wide
+from .groups import all_pair_values, all_pairs, mean_scores, pairs_of
 from .laws import SINGLE, SUMS, Laws
-from .mirror_descent import mdpo as mdpo
-from .types import LossOutput, PairLogps, SequenceLogps, check_type, first
+from .mirror_descent import mdpo
+from .types import LossOutput, SequenceLogps, check_type, first
 
-# --- pairs, labels and mean scores -----------------------------------------------------------------------------------
-
-
-def all_pairs(group: SequenceLogps) -> PairLogps:
-    """The K(K-1)/2 pairs ``i < j`` of each prompt's K answers, answer i as ``chosen``.
-
-    Args:
-        group: totals (nats) and lengths (tokens) of K answers to each of B prompts, (B, K).
-
-    Returns:
-        B K(K-1)/2 pairs, prompt by prompt, in the order (0, 1), (0, 2), ..., (1, 2), ...
-
-    Raises:
-        ValueError: not of shape (B, K), or K < 2.
-    """
-    i, j = _pairs("group", group.total)
-    return PairLogps(
-        SequenceLogps(group.total[:, i].flatten(), group.length[:, i].flatten()),
-        SequenceLogps(group.total[:, j].flatten(), group.length[:, j].flatten()),
-    )
-
-
-def all_pair_values(matrix: Tensor) -> Tensor:
-    """``matrix[b, i, j]`` for the pairs of ``all_pairs``, in its order.
-
-    Args:
-        matrix: a value of each ordered pair, such as the probability that i is preferred to j, (B, K, K).
-
-    Returns:
-        Shape (B K(K-1)/2,).
-
-    Raises:
-        ValueError: not of shape (B, K, K), or K < 2.
-    """
-    _check_table("matrix", matrix)
-    i, j = _pairs("matrix", matrix[..., 0])
-    return matrix[:, i, j].flatten()
+__all__ = [
+    "all_pair_values",
+    "all_pairs",
+    "argmax_labels",
+    "draw_labels",
+    "gpo",
+    "gpo_pointwise",
+    "mdpo",
+    "mean_scores",
+    "mixture_logps",
+    "nash_md_pg",
+    "sppo",
+    "sppo_pointwise",
+]
 
 
 def draw_labels(preference: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -91,38 +69,6 @@ def argmax_labels(preference: Tensor) -> Tensor:
     """
     check_probability("preference", preference)
     return (1 + torch.sign(wide(preference) - 0.5)) / 2
-
-
-def mean_scores(scores: Tensor, include_self: bool = False) -> Tensor:
-    """Mean score of each answer against the others: the estimate of its score against the policy that gave them.
-
-    ``mean_i = sum_j s_ij / (K - 1)``. Win rates go in and come out less their 1/2: ``mean_scores(P - 0.5) + 0.5``.
-
-    Args:
-        scores: ``scores[b, i, j] = -scores[b, j, i]``, by how much i beats j, (B, K, K).
-        include_self: divide by K instead, the answer's score of 0 against itself counted: (K - 1)/K of the mean over
-            opponents.
-
-    Returns:
-        Shape (B, K), in float32 or better.
-
-    Raises:
-        ValueError: not of shape (B, K, K), K < 2, a score that is not finite, or a table that is not antisymmetric.
-    """
-    _check_table("scores", scores)
-    _pairs("scores", scores[..., 0])
-    check_finite("scores", scores)
-    scores = wide(scores)
-    uneven = (scores + scores.mT).abs() > 1e-4 * (1 + scores.abs())
-    if bool(uneven.any()):
-        raise ValueError(
-            f"scores{first(uneven)} is {float(scores[uneven][0])} and its mirror image "
-            f"{float(scores.mT[uneven][0])}: scores are antisymmetric, s_ij = -s_ji"
-        )
-    return scores.sum(-1) / (scores.shape[-1] - (not include_self))
-
-
-# --- the mixture that opponents are drawn from -----------------------------------------------------------------------
 
 
 def mixture_logps(policy: Tensor, reference: Tensor, *, coefficient: float) -> Tensor:
@@ -167,9 +113,24 @@ def mixture_logps(policy: Tensor, reference: Tensor, *, coefficient: float) -> T
 
 # --- losses ----------------------------------------------------------------------------------------------------------
 
-_SCORED = "the target is the scores, which move with their answers; no answer is the chosen one"
-_TARGET = "the target margin (s_i - s_j)/beta grows as beta falls"
-_ABSOLUTE = "the partition constant is dropped, so that each log-ratio has a target of its own"
+_SCORED = {"swap": "the target is the scores, which move with their answers; no answer is the chosen one"}
+_DIFFERENCES = Laws(
+    fails={
+        "small_beta": "the target margin (s_i - s_j)/beta grows as beta falls",
+        "large_beta": "the target becomes h_i = h_j",
+        "duplication": SUMS,
+    },
+    not_applicable=_SCORED,
+)
+_POINTWISE = Laws(
+    fails={
+        "prompt_shift": "the partition constant is dropped, so that each log-ratio has a target of its own",
+        "small_beta": "the target s_i/beta grows as beta falls",
+        "large_beta": "the target becomes h_i = 0",
+        "duplication": SUMS,
+    },
+    not_applicable=_SCORED,
+)
 
 
 @selfplay_loss(
@@ -226,14 +187,7 @@ def nash_md_pg(policy: SequenceLogps, reference: SequenceLogps, preference: Tens
     paper="arXiv:2410.02197",
     formula="mean over pairs of [h_i - h_j - (s_i - s_j)/beta]^2",
     purpose="one step of the game with unbounded scores, by regression of differences between answers; exact",
-    laws=Laws(
-        fails={
-            "small_beta": _TARGET,
-            "large_beta": "the target becomes h_i = h_j",
-            "duplication": SUMS,
-        },
-        not_applicable={"swap": _SCORED},
-    ),
+    laws=_DIFFERENCES,
 )
 def gpo(policy: SequenceLogps, previous: SequenceLogps, scores: Tensor, *, beta: float) -> LossOutput:
     """General preference optimisation on differences of answers (arXiv:2410.02197, in a form without its constant).
@@ -255,7 +209,7 @@ def gpo(policy: SequenceLogps, previous: SequenceLogps, scores: Tensor, *, beta:
         ValueError: beta is not positive, K < 2, a score that is not finite, or sizes that differ.
     """
     ratio, scores = _regressands(policy, previous, scores, beta)
-    i, j = _pairs("policy", ratio)
+    i, j = pairs_of("policy", ratio)
     miss = ratio - scores / beta
     return LossOutput(((miss[:, i] - miss[:, j]) ** 2).mean(-1), (beta * ratio).detach())
 
@@ -267,15 +221,7 @@ def gpo(policy: SequenceLogps, previous: SequenceLogps, scores: Tensor, *, beta:
     paper="arXiv:2410.02197",
     formula="(h_i - s_i/beta)^2",
     purpose="GPO as published, with the constant of the closed form dropped; biased for that",
-    laws=Laws(
-        fails={
-            "prompt_shift": _ABSOLUTE,
-            "small_beta": "the target s_i/beta grows as beta falls",
-            "large_beta": "the target becomes h_i = 0",
-            "duplication": SUMS,
-        },
-        not_applicable={"swap": _SCORED},
-    ),
+    laws=_POINTWISE,
 )
 def gpo_pointwise(policy: SequenceLogps, previous: SequenceLogps, scores: Tensor, *, beta: float) -> LossOutput:
     """General preference optimisation as published (arXiv:2410.02197): the paper's dropped-constant form.
@@ -305,14 +251,7 @@ def gpo_pointwise(policy: SequenceLogps, previous: SequenceLogps, scores: Tensor
     paper="arXiv:2405.00675",
     formula="mean over pairs of [h_i - h_j - (P_i - P_j)/beta]^2",
     purpose="one step of the game with win rates, by regression of differences between answers; exact",
-    laws=Laws(
-        fails={
-            "small_beta": _TARGET,
-            "large_beta": "the target becomes h_i = h_j",
-            "duplication": SUMS,
-        },
-        not_applicable={"swap": _SCORED},
-    ),
+    laws=_DIFFERENCES,
 )
 def sppo(policy: SequenceLogps, previous: SequenceLogps, win_rates: Tensor, *, beta: float) -> LossOutput:
     """Self-play preference optimisation on differences of answers (arXiv:2405.00675, in a form without its constant).
@@ -341,15 +280,7 @@ def sppo(policy: SequenceLogps, previous: SequenceLogps, win_rates: Tensor, *, b
     paper="arXiv:2405.00675",
     formula="[h_i - (P_i - 1/2)/beta]^2",
     purpose="SPPO as published, with the constant of the closed form set to 1/2; biased for that",
-    laws=Laws(
-        fails={
-            "prompt_shift": _ABSOLUTE,
-            "small_beta": "the target (P_i - 1/2)/beta grows as beta falls",
-            "large_beta": "the target becomes h_i = 0",
-            "duplication": SUMS,
-        },
-        not_applicable={"swap": _SCORED},
-    ),
+    laws=_POINTWISE,
 )
 def sppo_pointwise(policy: SequenceLogps, previous: SequenceLogps, win_rates: Tensor, *, beta: float) -> LossOutput:
     """Self-play preference optimisation as published (arXiv:2405.00675): the paper's dropped-constant form.
@@ -368,24 +299,6 @@ def sppo_pointwise(policy: SequenceLogps, previous: SequenceLogps, win_rates: Te
         ValueError: beta is not positive, a win rate outside [0, 1], or sizes that differ.
     """
     return gpo_pointwise(policy, previous, _centred(policy, win_rates), beta=beta)
-
-
-def _check_table(name: str, table: Tensor) -> None:
-    check_type(name, table, Tensor)
-    if table.ndim != 3 or table.shape[1] != table.shape[2]:
-        raise ValueError(
-            f"{name} has shape {tuple(table.shape)} and must have (B, K, K): a value of each ordered pair"
-        )
-
-
-def _pairs(name: str, group: Tensor) -> tuple[Tensor, Tensor]:
-    """First and second index of the pairs i < j of (B, K)."""
-    if group.ndim != 2:
-        raise ValueError(f"{name} has shape {tuple(group.shape)} and must have (B, K): K answers to each prompt")
-    if group.shape[1] < 2:
-        raise ValueError(f"{name} has {group.shape[1]} answers a prompt: pairs take two or more")
-    i, j = torch.triu_indices(group.shape[1], group.shape[1], offset=1, device=group.device)
-    return i, j
 
 
 def _regressands(policy: SequenceLogps, previous: SequenceLogps, scores: Tensor, beta: float) -> tuple[Tensor, Tensor]:

@@ -43,6 +43,31 @@ def encode_answers(tokenizer: Any, prompt: Content, answers: Sequence[Content]) 
     return prompt_ids[:shared], ended
 
 
+def encode_row(
+    tokenizer: Any, row: int, prompt: Content, answers: Sequence[Content]
+) -> tuple[list[int], list[list[int]]]:
+    """``encode_answers``, with errors that name the row."""
+    try:
+        return encode_answers(tokenizer, prompt, answers)
+    except ValueError as error:
+        raise ValueError(f"row {row}: {error}") from error
+
+
+def encode_rows(
+    tokenizer: Any, prompts: Sequence[Content], completions: Sequence[Content]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Ids of N prompts, and of the completion of each.
+
+    Raises:
+        ValueError: the two differ in number, or a row that ``encode_answers`` refuses; the message names it.
+    """
+    if len(prompts) != len(completions):
+        raise ValueError(f"{len(prompts)} prompts and {len(completions)} completions: one completion a prompt")
+    rows = zip(prompts, completions, strict=True)
+    encoded = [encode_row(tokenizer, row, prompt, [answer]) for row, (prompt, answer) in enumerate(rows)]
+    return [prompt for prompt, _ in encoded], [answers[0] for _, answers in encoded]
+
+
 def ended_once(ids: Sequence[int], eos_token_id: int) -> list[int]:
     """The ids with one end token at their end."""
     end = len(ids)

@@ -11,6 +11,8 @@ The backbone and the head are a Hugging Face ``...ForSequenceClassification``: a
 plain ``AutoModelForSequenceClassification`` loads, with equal scores. Beside it stand ``reward.json`` (kind, tau, what
 ranks, limits) and ``reward.safetensors`` (head, bias and gate in float32).
 
+Making, saving, training set-up and scoring stand in one file because all of them know how the carrier is laid out.
+
     model = RewardModel.create("folder/of/a/causal/model", kind="gpm", dimension=4)
     model.score_pairs(["Hi"], ["Hello."], ["Go away."])   # (1,), antisymmetric
 """
@@ -36,7 +38,7 @@ from align.losses.general_preference import gpm_scale, unit_norm
 
 from .batches import by_length, fit_answers, in_order, padded
 from .carrier import RewardConfig, load_carrier, with_lora, with_padding
-from .encoding import Content, encode_answers
+from .encoding import Content, encode_row, encode_rows
 from .heads import (
     first_positions,
     last_positions,
@@ -323,7 +325,7 @@ class RewardModel(nn.Module):
         Raises:
             ValueError: an empty answer, a prompt that leaves no room, or a score that is not finite.
         """
-        return self.score_ids(*self._encode(prompts, completions), batch_size=batch_size)
+        return self.score_ids(*encode_rows(self.tokenizer, prompts, completions), batch_size=batch_size)
 
     def score_ids(self, prompt_ids: Sequence[Ids], completion_ids: Sequence[Ids], *, batch_size: int = 8) -> Tensor:
         """``score`` on token ids. An end token is added to answers that lack one. No gradients; on the CPU."""
@@ -377,7 +379,7 @@ class RewardModel(nn.Module):
         for row, (prompt, group) in enumerate(zip(prompts, answers, strict=True)):
             if len(group) < 2:
                 raise ValueError(f"row {row}: {len(group)} answers; a comparison takes two or more")
-            start, ends = self._encode_group(row, prompt, group)
+            start, ends = encode_row(self.tokenizer, row, prompt, group)
             prompt_ids += [start] * len(ends)
             completion_ids += ends
         if not prompts:
@@ -398,7 +400,7 @@ class RewardModel(nn.Module):
         Raises:
             ValueError: an empty prompt, besides what ``score`` refuses.
         """
-        prompt_ids, completion_ids = self._encode(prompts, completions)
+        prompt_ids, completion_ids = encode_rows(self.tokenizer, prompts, completions)
         found = [
             (order, *self.states(*batch)) for order, batch in self._batches(prompt_ids, completion_ids, batch_size)
         ]
@@ -414,25 +416,6 @@ class RewardModel(nn.Module):
     def _own_weights(self) -> dict[str, Tensor]:
         named = {"score": self.carrier.score.weight, "bias": self.bias, "gate": self.gate and self.gate.weight}
         return {name: weight for name, weight in named.items() if weight is not None}
-
-    def _encode(
-        self, prompts: Sequence[Content], completions: Sequence[Content]
-    ) -> tuple[list[list[int]], list[list[int]]]:
-        if len(prompts) != len(completions):
-            raise ValueError(f"{len(prompts)} prompts and {len(completions)} completions: one completion a prompt")
-        encoded = [
-            self._encode_group(row, prompt, [completion])
-            for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
-        ]
-        return [prompt for prompt, _ in encoded], [answers[0] for _, answers in encoded]
-
-    def _encode_group(
-        self, row: int, prompt: Content, answers: Sequence[Content]
-    ) -> tuple[list[int], list[list[int]]]:
-        try:
-            return encode_answers(self.tokenizer, prompt, answers)
-        except ValueError as error:
-            raise ValueError(f"row {row}: {error}") from error
 
     def _run(
         self, prompt_ids: Sequence[Ids], completion_ids: Sequence[Ids], batch_size: int

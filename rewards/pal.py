@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -68,7 +69,7 @@ class Projector(nn.Module):
         return h
 
 
-class Pal(nn.Module):
+class Pal(nn.Module, ABC):
     """What both models share: users as weights on the simplex, rewards, and the fitting of a new user.
 
     Args:
@@ -105,13 +106,13 @@ class Pal(nn.Module):
         # Nearly alike at the start, so that judgements assign users to prototypes and not the first draw.
         nn.init.normal_(self.logits.weight, std=0.1)
 
+    @abstractmethod
     def ideals(self, weights: Tensor, prompts: Tensor | None) -> Tensor:
         """What users of these weights (N, K) want, (N, d)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def match(self, points: Tensor, ideals: Tensor) -> Tensor:
         """Rewards (N,) of projected answers (N, d) for users that want ``ideals`` (N, d)."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def calibrate(self, answers: Tensor, prompts: Tensor | None = None) -> None:

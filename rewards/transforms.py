@@ -16,6 +16,7 @@ References come from the same model, template and dtype as the rewards: see ``al
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -30,7 +31,7 @@ Columns = Mapping[str, Tensor]
 T = TypeVar("T")
 
 
-class Goal:
+class Goal(ABC):
     """An event "the answer is good", by its log-probability and that of its opposite.
 
     A goal is called with columns (N,) by name, rewards and references alike, and gives the log-probabilities (N,) in
@@ -41,13 +42,13 @@ class Goal:
         """Log-probability that the answer is good, (N,), at most 0."""
         return self.log_true(columns)
 
+    @abstractmethod
     def log_true(self, columns: Columns) -> Tensor:
         """``log p``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def log_false(self, columns: Columns) -> Tensor:
         """``log(1 - p)``, computed without the difference, so that it keeps its digits near p = 1."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -217,6 +217,15 @@ def _thumbs(data: dict[str, Any]) -> list[Problem]:
     problems = []
     if data.get("bco") is not None and method != "bco":
         problems.append(("bco", "belongs to method: bco; remove it"))
+    elif isinstance(spec := data.get("bco"), dict) and isinstance(encoder := spec.get("encoder"), str):
+        from align.rewards.named import load_function
+
+        if not spec.get("match_prompts"):
+            problems.append(("bco.encoder", "embeds prompts for match_prompts: true, which is not set"))
+        try:
+            load_function(encoder, "encoder", "a list of texts")
+        except ValueError as error:
+            problems.append(("bco.encoder", str(error)))
     if isinstance(terms := data.get("losses"), list):
         problems += [
             (f"losses.{index}.name", f"{term['name']} reads thumbs and stands alone; write method: {term['name']}")

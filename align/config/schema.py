@@ -140,6 +140,9 @@ class BcoSpec(Section):
     """Of the moving averages, per optimiser step."""
     match_prompts: bool = False
     """Weigh thumbs down by how likely their prompt is among the thumbs up (underlying distribution matching)."""
+    encoder: str | None = Field(default=None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    """Function of a list of texts that embeds prompts for match_prompts, as ``module:function``, giving a tensor
+    (N, D); when not given, the mean of the model's own last hidden states over the prompt."""
     density_ratio: Annotated[list[float], AfterValidator(_two_bounds)] = Field(default=[0.5, 10.0])
     """Least and largest of these weights."""
     density_prompts: int = Field(default=1024, ge=2)

@@ -4,7 +4,8 @@ Kinds of rows:
 
 - ``prompt, completion, label``: the label is true or 1 for a thumb up, false or 0 for a thumb down.
 - pairs (``[prompt,] chosen, rejected``), checked as pairs and unpaired: the chosen answer is a thumb up, the rejected
-  one a thumb down. How strongly one was preferred (``strength``, ``preference``) is not read.
+  one a thumb down. How strongly one was preferred (``strength``) is not read, and a pair whose ``preference`` is not
+  sure is a fault: half a thumb is none.
 
 The same answer with both thumbs stays twice: people who disagree are data.
 """
@@ -126,6 +127,10 @@ def thumb_table(rows: Iterable[Row], source: str = "") -> ThumbTable:
 
 def _unpaired(row: dict[str, Any], problems: list[FieldError]) -> list[tuple[Content, Content, bool]]:
     pairs = compared(row, problems)
+    if not problems and row.get("preference") is not None and pairs[0].preference != 1:
+        reason = f"{pairs[0].preference:g}: thumbs are sure; leave the pair out, or say label for each answer"
+        problems.append(FieldError("preference", reason))
+        return []
     return [(p.prompt, answer, label) for p in pairs for answer, label in ((p.chosen, True), (p.rejected, False))]
 
 

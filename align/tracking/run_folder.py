@@ -144,6 +144,11 @@ class RunFolder:
             self._started = True
             return None
         manifest = self.manifest
+        if manifest.get("recipe_hash") != recipe_hash and self._nothing_done(manifest):
+            # Of a set-up that was refused: the mended recipe may have its folder.
+            self.update_manifest(recipe_hash=recipe_hash, status="running", started=now(), finished=None, resumed=[])
+            self._started = True
+            return None
         self._refuse_other_recipe(manifest, recipe_hash)
         if manifest["status"] == "finished":
             raise AlignError(
@@ -175,6 +180,11 @@ class RunFolder:
                 f"{self.path} is not empty and not a run ({', '.join(foreign[:3])}{', ...' if foreign[3:] else ''}): "
                 "choose another output"
             )
+
+    def _nothing_done(self, manifest: Mapping[str, Any]) -> bool:
+        """Whether the run that is here has neither a step nor a checkpoint to lose."""
+        stepped = self.metrics_path.exists() and self.metrics_path.stat().st_size > 0
+        return manifest.get("status") != "finished" and not stepped and self.newest_checkpoint() is None
 
     def _refuse_other_recipe(self, manifest: Mapping[str, Any], recipe_hash: str) -> None:
         theirs = str(manifest.get("recipe_hash"))

@@ -24,8 +24,10 @@ from align.models.hardware import resolve_dtype
 from align.models.load import load_model
 from align.models.packaged import PUBLISHED
 from align.models.scoring import attach_scoring
+from align.rewards.named import load_function
 
 from .grpo import GroupTrainer, reward_function, with_sampled_references
+from .matching import Encoder
 from .memory import ReleaseFreed
 from .pair import PairTrainer
 from .thumbs import ThumbsTrainer
@@ -118,11 +120,15 @@ def _thumbs_trainer(recipe: Recipe, loss: Loss, common: dict[str, Any]) -> Thumb
         loss=loss,
         shift=spec.shift,
         decay=spec.decay,
-        match_prompts=spec.match_prompts,
+        match_prompts=spec.match_prompts and (_encoder(spec.encoder) or True),
         density_ratio=(spec.density_ratio[0], spec.density_ratio[1]),
         density_prompts=spec.density_prompts,
         **common,
     )
+
+
+def _encoder(name: str | None) -> Encoder | None:
+    return None if name is None else load_function(name, "encoder", "a list of texts")
 
 
 def _group_trainer(recipe: Recipe, common: dict[str, Any], output: Path) -> GroupTrainer:

@@ -22,7 +22,7 @@ import contextlib
 import copy
 import inspect
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,9 @@ from trl import KTOConfig, KTOTrainer
 from align.data.report import fault_report
 from align.data.thumbs import check_both_thumbs, thumb_table, tokenize_thumbs
 from align.errors import AlignError
-from align.losses import Loss, LossOutput, SequenceLogps
+from align.losses import Loss, SequenceLogps
 from align.losses.binary import RewardShift, ShiftMode, kto_kl
 from align.losses.catalogue import KINDS, LossFunction
-from align.losses.rows import Rows
 from align.losses.types import UnpairedLogps
 from align.models.scoring import score
 from align.rewards.density import DensityRatio
@@ -57,6 +56,7 @@ from .matching import (
     with_weights,
 )
 from .thumbs_collate import ThumbsCollator, rows_of, with_mismatched
+from .thumbs_loss import sequences, thumbs_output, thumbs_rewards, warn_of_unequal_thumbs
 from .thumbs_metrics import batch_sums, named_means
 
 logger = logging.getLogger(__name__)
@@ -194,28 +194,10 @@ class ThumbsTrainer(Hosted, KTOTrainer):  # type: ignore[misc]
             raise ValueError(f"{dataset_name}: label[{wrong[0]}] is {dataset['label'][wrong[0]]!r}: true or false")
         if dataset_name == "train":
             check_both_thumbs(dataset["label"], "train_dataset")
-            self._check_balance(dataset["label"])
+            warn_of_unequal_thumbs(self.loss, dataset["label"])
         if self.needs_kl and "KL_completion_ids" not in dataset.column_names:
             dataset = with_mismatched(dataset, args.per_device_train_batch_size, args.max_length)
         return dataset if self.density is None else self._with_weights(dataset)
-
-    def _check_balance(self, labels: Sequence[bool]) -> None:
-        """KTO's weights are to make up for unequal numbers of thumbs (arXiv:2402.01306)."""
-        defaults = {name: parameter.default for name, parameter in self.loss.info.parameters.items()}
-        if "desirable_weight" not in defaults:
-            return
-        weights = [{**defaults, **self.loss.settings}[f"{name}_weight"] for name in ("desirable", "undesirable")]
-        up = sum(labels)
-        ratio = weights[0] * up / (weights[1] * (len(labels) - up))
-        if not 1 <= ratio <= 1.5:
-            logger.warning(
-                "%d thumbs up weigh %.3g times as much as %d thumbs down; between 1 and 1.5 is advised: multiply "
-                "desirable_weight by %.3g",
-                up,
-                ratio,
-                len(labels) - up,
-                1 / ratio,
-            )
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -286,14 +268,14 @@ class ThumbsTrainer(Hosted, KTOTrainer):  # type: ignore[misc]
             raise ValueError("compute_metrics would need logits, and none are built; evaluate with align.evals")
         rows = rows_of(inputs)
         tokens = score(model, rows)
-        policy = UnpairedLogps(_sequences(rows, tokens.logps), inputs["label"])
+        policy = UnpairedLogps(sequences(rows, tokens.logps), inputs["label"])
         reference: SequenceLogps | None = None
         if self.needs_reference:
             reference_logps = self._reference_logps(inputs)
             self._check_step_zero(tokens, reference_logps)
-            reference = _sequences(rows, reference_logps)
+            reference = sequences(rows, reference_logps)
         if self.shift is not None and self.model.training and "observed" not in inputs:
-            rewards = thumbs_output(self.loss, policy, reference).rewards[:, 0]
+            rewards = thumbs_rewards(self.loss, policy, reference)
             self.shift.update(rewards, policy.label)
         kl = self._kl(model, inputs) if self.needs_kl else None
         shift = None if self.shift is None else self.shift.value
@@ -314,8 +296,8 @@ class ThumbsTrainer(Hosted, KTOTrainer):  # type: ignore[misc]
     def _kl(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         rows = rows_of(inputs, "KL_")
         with torch.no_grad():
-            policy = _sequences(rows, score(model, rows).logps)
-        return kto_kl(policy, _sequences(rows, self._reference_logps(inputs, "KL_")))
+            policy = sequences(rows, score(model, rows).logps)
+        return kto_kl(policy, sequences(rows, self._reference_logps(inputs, "KL_")))
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """The micro-batches of a step; the reward shift takes them all in before the first is trained on."""
@@ -334,12 +316,12 @@ class ThumbsTrainer(Hosted, KTOTrainer):  # type: ignore[misc]
             rows = rows_of(inputs)
             with self.accelerator.autocast():
                 tokens = score(self.model, rows)
-            policy = UnpairedLogps(_sequences(rows, tokens.logps), inputs["label"])
+            policy = UnpairedLogps(sequences(rows, tokens.logps), inputs["label"])
             reference: SequenceLogps | None = None
             if self.needs_reference:
                 batch["reference_logps"] = self._reference_logps(inputs)
-                reference = _sequences(rows, batch["reference_logps"])
-            rewards.append(thumbs_output(self.loss, policy, reference).rewards[:, 0])
+                reference = sequences(rows, batch["reference_logps"])
+            rewards.append(thumbs_rewards(self.loss, policy, reference))
             labels.append(policy.label)
             batch["observed"] = torch.ones(())
         self.model.train(training)
@@ -398,25 +380,3 @@ class ThumbsTrainer(Hosted, KTOTrainer):  # type: ignore[misc]
                 f"{path}: no reward shift of mode {self.shift.mode} ({str(error).splitlines()[0]}): go on with the "
                 "settings that the run was started with"
             ) from error
-
-
-def thumbs_output(
-    loss: Loss,
-    policy: UnpairedLogps,
-    reference: SequenceLogps | None,
-    *,
-    shift: Tensor | None = None,
-    kl: Tensor | None = None,
-    weight: Tensor | None = None,
-) -> LossOutput:
-    """A loss on thumbs with what of these it takes; a shift or KL that is not given is 0 (rewards do not see it)."""
-    zero = policy.sequence.total.new_zeros(())
-    state = {"shift": zero if shift is None else shift, "kl": zero if kl is None else kl, "weight": weight}
-    takes = inspect.signature(loss.info.function).parameters
-    models: Sequence[Any] = (policy, reference) if loss.info.reference is not False else (policy,)
-    given = {name: value for name, value in state.items() if name in takes}
-    return loss.info.function(*models, **given, **loss.settings)
-
-
-def _sequences(rows: Rows, token_logps: Tensor) -> SequenceLogps:
-    return SequenceLogps(rows.totals(token_logps), rows.lengths())

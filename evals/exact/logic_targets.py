@@ -17,7 +17,8 @@ from align.losses.catalogue import Loss, find_loss
 from align.losses.types import PairLogps, SequenceLogps
 
 from .descent import train_pairs
-from .pair_targets import Case, check_cases, constrained_optimum
+from .pair_optima import constrained_optimum
+from .pair_targets import Case, check_cases
 from .rows import Row, Stack, Target
 from .solvers import normalised
 from .worlds import World, make_world

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from align.config.load import load_recipe
-from align.errors import AlignError
+from align.errors import AlignError, ConfigError
 from align.losses.binary import RewardShift
 from align.run import train
 
@@ -146,6 +146,26 @@ def test_matched_prompts_are_kept_and_used_again(write_recipe, thumbs_file, tmp_
     assert (run(path) / "report.html").exists()
 
 
+ENCODER = """
+import torch
+
+
+def lengths(texts):
+    return torch.tensor([[float(len(text)), float(text.count("a"))] for text in texts])
+"""
+
+
+def test_a_recipe_names_an_encoder(write_recipe, thumbs_file, tmp_path):
+    (tmp_path / "users_encoder.py").write_text(ENCODER, encoding="utf-8")
+    bco = {"match_prompts": True, "encoder": "users_encoder:lengths"}
+    run(thumbs_recipe(write_recipe, thumbs_file, bco=bco))
+    assert len(json.loads((tmp_path / "run" / "density.json").read_text())["coefficients"]) == 2
+    with pytest.raises(ConfigError, match="has no lenghts; did you mean users_encoder:lengths"):
+        run(thumbs_recipe(write_recipe, thumbs_file, bco={**bco, "encoder": "users_encoder:lenghts"}))
+    with pytest.raises(ConfigError, match="embeds prompts for match_prompts: true, which is not set"):
+        run(thumbs_recipe(write_recipe, thumbs_file, bco={"encoder": "users_encoder:lengths"}))
+
+
 def test_thumbs_of_one_kind_stop_the_run(write_recipe, thumbs_file):
     kept = [line for line in thumbs_file.read_text().splitlines() if '"label": true' in line]
     thumbs_file.write_text("\n".join(kept))
@@ -246,6 +266,7 @@ def test_defaults_are_filled_in(write_recipe, thumbs_file):
         "shift": "balanced_ema",
         "decay": 0.9,
         "match_prompts": False,
+        "encoder": None,
         "density_ratio": [0.5, 10.0],
         "density_prompts": 1024,
     }

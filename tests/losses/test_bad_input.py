@@ -287,3 +287,9 @@ def test_sizes_within_a_carrier():
         UnpairedLogps(two, torch.ones(3, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"\(2,\) and \(3,\)"):
         SequenceLogps(-torch.ones(2), torch.ones(3))
+
+
+@pytest.mark.parametrize("name", ["slic_hf", "simpo", "cpo", "orpo", "sft"])
+def test_a_tensor_where_pairs_are_due(name):
+    with pytest.raises(ValueError, match="policy is a Tensor: it must be a PairLogps"):
+        Loss.of(name)(torch.zeros(2), None)

@@ -71,6 +71,15 @@ def test_faults_name_file_row_and_field(
     assert table.counts["set_aside"] == 1
 
 
+def test_a_pair_that_is_not_sure_gives_no_thumbs(read: Callable[..., ThumbTable]) -> None:
+    """Of preferences 0.3, 1 and none, the first alone is set aside: two pairs, four thumbs."""
+    pair = {"prompt": "p", "chosen": "good", "rejected": "bad"}
+    table = read({**pair, "preference": 0.3}, {**pair, "preference": 1}, pair)
+    assert [(fault.row, fault.field) for fault in table.faults] == [(1, "preference")]
+    assert "thumbs are sure" in table.faults[0].reason
+    assert table.counts["completions"] == 4
+
+
 def test_labels_of_a_csv_file_are_text(tmp_path: Path) -> None:
     path = tmp_path / "thumbs.csv"
     path.write_text("prompt,completion,label\np,a,TRUE\np,b,0\np,c,yes\n")

@@ -97,8 +97,15 @@ def test_a_finished_run_is_not_run_again(tmp_path):
     assert read_manifest(run.path)["status"] == "finished"
 
 
-def test_another_recipe_is_refused_with_both_hashes(tmp_path):
+def test_a_refused_set_up_leaves_the_folder_to_the_mended_recipe(tmp_path):
     start(tmp_path / "run")
+    with RunFolder(tmp_path / "run") as run:
+        assert run.open_or_resume("b" * 64) is None
+    assert read_manifest(run.path)["recipe_hash"] == "b" * 64
+
+
+def test_another_recipe_is_refused_with_both_hashes(tmp_path):
+    start(tmp_path / "run", steps=1)
     with pytest.raises(AlignError, match=r"a{12} there, b{12} here"), RunFolder(tmp_path / "run") as run:
         run.open_or_resume("b" * 64)
     assert read_manifest(run.path)["status"] == "interrupted"
