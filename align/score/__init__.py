@@ -5,5 +5,6 @@
 - ``references``  the quantile of the policy's own answers, a prompt: what ``LogSigmoidCentered`` is centred on.
 - ``shards``      results on disk in pieces, so that an interrupted run goes on.
 - ``output``      the input's rows with their new columns, as JSONL or Parquet.
+- ``select``      which rows to keep by their scores: a share, thresholds, groups. Needs nothing else.
 - ``run``         one pass over the data, from rows to the file.
 """
