@@ -14,7 +14,7 @@ from collections import Counter
 from typing import Any
 
 from .fields import EMPTY, FieldError, collecting, content, required, resolve
-from .load import read_rows
+from .load import read_rows, usable
 from .pairs import PAIR_FIELDS, compared
 from .rows import CompletionRow, CompletionTable, Content, Fault, bad_rows, row_id
 
@@ -36,11 +36,7 @@ def read_completions(source: str) -> CompletionTable:
     counts = dict.fromkeys(("rows", "completions", "set_aside", *_FIELDS, "duplicates"), 0)
     table = CompletionTable([], [], counts, source)
     unused: Counter[str] = Counter()
-    for file, number, row in read_rows(source):
-        counts["rows"] += 1
-        if isinstance(row, Fault):
-            table.faults.append(row)
-            continue
+    for file, number, row in usable(read_rows(source), table):
         problems: list[FieldError] = []
         kind = _kind(row)
         found = _answer(row, kind, problems)

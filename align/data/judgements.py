@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .fields import FieldError, collecting, required
-from .load import Row, read_rows
+from .load import Row, read_rows, usable
 from .pairs import Comparison, compared, repeats
 from .rows import Fault, PairRow, PairTable, bad_rows, row_id
 
@@ -50,11 +50,7 @@ def judgement_table(rows: Iterable[Row], source: str = "") -> JudgementTable:
     counts |= dict.fromkeys(("ties", "duplicates", "contradictions", "prompt_repeated", "soft_labels"), 0)
     table = JudgementTable([], [], counts, source)
     unused: Counter[str] = Counter()
-    for file, number, row in rows:
-        counts["rows"] += 1
-        if isinstance(row, Fault):
-            table.faults.append(row)
-            continue
+    for file, number, row in usable(rows, table):
         problems: list[FieldError] = []
         plain = {name: value for name, value in row.items() if name in FIELDS}
         comparisons = compared(plain, problems)

@@ -8,13 +8,13 @@ import importlib.resources
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from align.errors import AlignError
 
-from .rows import Fault
+from .rows import CompletionTable, Fault, PairTable
 
 Row = tuple[str, int, dict[str, Any] | Fault]
 
@@ -50,6 +50,16 @@ def read_rows(source: str) -> Iterator[Row]:
     else:
         raise AlignError(f"{source}: no such file or folder (looked from {Path.cwd()}): check the path")
     return _with_rows(source, rows)
+
+
+def usable(rows: Iterable[Row], table: PairTable | CompletionTable) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """The rows that could be read; the others go to the table's faults, and its count says how many there were."""
+    for file, number, row in rows:
+        table.counts["rows"] += 1
+        if isinstance(row, Fault):
+            table.faults.append(row)
+        else:
+            yield file, number, row
 
 
 def _with_rows(source: str, rows: Iterator[Row]) -> Iterator[Row]:

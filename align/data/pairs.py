@@ -24,7 +24,7 @@ from itertools import combinations
 from typing import Any
 
 from .fields import FieldError, collecting, content, required, resolve
-from .load import Row, read_rows
+from .load import Row, read_rows, usable
 from .rows import Content, Fault, PairRow, PairTable, bad_rows, row_id
 
 PAIR_FIELDS = ("prompt", "chosen", "rejected", "strength", "preference", "margin")
@@ -61,11 +61,7 @@ def pair_table(rows: Iterable[Row], source: str = "") -> PairTable:
     unused: Counter[str] = Counter()
     all_ratings: list[float] = []
     rated: list[int] = []
-    for file, number, row in rows:
-        counts["rows"] += 1
-        if isinstance(row, Fault):
-            table.faults.append(row)
-            continue
+    for file, number, row in usable(rows, table):
         problems: list[FieldError] = []
         kind = _kind(row)
         ranked = kind in ("rankings", "ratings")

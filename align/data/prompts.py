@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .fields import FieldError, collecting, content, required
-from .load import read_rows
+from .load import read_rows, usable
 from .pairs import compared
 from .report import fault_report
 from .rows import CompletionRow, CompletionTable, Content, Fault, bad_rows, row_id
@@ -97,11 +97,7 @@ def read_prompts(source: str, references: Sequence[str] = ()) -> PromptTable:
     table = PromptTable([], [], dict.fromkeys(("rows", "prompts", "set_aside", "duplicates"), 0), source)
     unused: Counter[str] = Counter()
     seen: set[str] = set()
-    for file, number, row in read_rows(source):
-        table.counts["rows"] += 1
-        if isinstance(row, Fault):
-            table.faults.append(row)
-            continue
+    for file, number, row in usable(read_rows(source), table):
         problems: list[FieldError] = []
         prompt = _prompt(row, problems)
         values = _references(row, references, problems)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from align.errors import AlignError
 
 from .fields import FieldError, collecting, content, required, resolve
-from .load import Row, read_rows
+from .load import Row, read_rows, usable
 from .pairs import compared, pair_table
 from .report import describe
 from .rows import CompletionRow, CompletionTable, Content, Fault, PairRow, PairTable, bad_rows, row_id
@@ -87,16 +87,6 @@ class TokenizedRated(TokenizedCompletion):
     """Token ids of a rated answer."""
 
     ratings: tuple[float | None, ...]
-
-    @property
-    def prompt_ids(self) -> list[int]:
-        """What stands before the answer."""
-        return self.input_ids[: self.completion_mask.index(1)]
-
-    @property
-    def completion_ids(self) -> list[int]:
-        """The answer."""
-        return self.input_ids[self.completion_mask.index(1) :]
 
 
 @dataclass
@@ -218,11 +208,7 @@ def rating_table(rows: Iterable[Row], source: str, attributes: Sequence[str]) ->
     counts = dict.fromkeys(("rows", "completions", "set_aside", "rated", "unpaired", "duplicates"), 0)
     table = RatedTable([], [], counts, source)
     unused: Counter[str] = Counter()
-    for file, number, row in rows:
-        counts["rows"] += 1
-        if isinstance(row, Fault):
-            table.faults.append(row)
-            continue
+    for file, number, row in usable(rows, table):
         problems: list[FieldError] = []
         paired = "completion" not in row and {"chosen", "rejected"} <= row.keys()
         found = list((_unpaired if paired else _rated)(row, file, attributes, problems))
@@ -316,15 +302,14 @@ def tokenize_ratings(
     hold = _Limit(tokenizer, max_length, over_long, done.counts)
     kept: list[TokenizedRated] = []
     for row, found in _matched(rows, done.rows):
-        start = found.completion_mask.index(1)
-        prompt = found.input_ids[:start]
+        prompt = found.prompt_ids
         try:
-            ids = hold(prompt, {"completion": found.input_ids[start:]})["completion"]
+            ids = hold(prompt, {"completion": found.completion_ids})["completion"]
         except FieldError as problem:
             shown = {"prompt": row.prompt, "completion": row.completion}
             done.faults.append(Fault(row.source, row.row, problem.field, problem.reason, shown))
             continue
-        kept.append(TokenizedRated([*prompt, *ids], [0] * start + [1] * len(ids), row.row_id, row.ratings))
+        kept.append(TokenizedRated([*prompt, *ids], [0] * len(prompt) + [1] * len(ids), row.row_id, row.ratings))
     done.counts |= {"completions": len(kept), "set_aside": len(done.faults)}
     return TokenizedRatings(kept, done.faults, done.counts)
 

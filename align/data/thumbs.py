@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from align.errors import AlignError
 
 from .fields import FieldError, collecting, content, required, resolve
-from .load import Row, read_rows
+from .load import Row, read_rows, usable
 from .pairs import compared
 from .report import describe
 from .rows import CompletionRow, CompletionTable, Content, Fault, bad_rows, row_id
@@ -61,16 +61,6 @@ class TokenizedThumb(TokenizedCompletion):
 
     label: bool
 
-    @property
-    def prompt_ids(self) -> list[int]:
-        """What stands before the answer."""
-        return self.input_ids[: self.completion_mask.index(1)]
-
-    @property
-    def completion_ids(self) -> list[int]:
-        """The answer."""
-        return self.input_ids[self.completion_mask.index(1) :]
-
 
 @dataclass
 class TokenizedThumbs(TokenizedCompletions):
@@ -100,11 +90,7 @@ def thumb_table(rows: Iterable[Row], source: str = "") -> ThumbTable:
     counts = dict.fromkeys(("rows", "completions", "set_aside", *_FIELDS, "up", "down"), 0)
     table = ThumbTable([], [], counts, source)
     unused: Counter[str] = Counter()
-    for file, number, row in rows:
-        counts["rows"] += 1
-        if isinstance(row, Fault):
-            table.faults.append(row)
-            continue
+    for file, number, row in usable(rows, table):
         problems: list[FieldError] = []
         kind = "unpaired" if "completion" not in row and {"chosen", "rejected"} & row.keys() else "labelled"
         found = _unpaired(row, problems) if kind == "unpaired" else _labelled(row, file, problems)

@@ -83,6 +83,16 @@ class TokenizedCompletion:
         """``input_ids`` on the tokens to learn, -100 elsewhere."""
         return [token if scored else -100 for token, scored in zip(self.input_ids, self.completion_mask, strict=True)]
 
+    @property
+    def prompt_ids(self) -> list[int]:
+        """What stands before the answer."""
+        return self.input_ids[: self.completion_mask.index(1)]
+
+    @property
+    def completion_ids(self) -> list[int]:
+        """The answer."""
+        return self.input_ids[self.completion_mask.index(1) :]
+
 
 @dataclass
 class TokenizedCompletions:
