@@ -75,6 +75,18 @@ def token_logps(hidden: Tensor, target: Tensor, head: Head) -> TokenLogps:
         return TokenLogps(*_TokenLogps.apply(*arguments))  # type: ignore[no-untyped-call]
 
 
+def all_logps(hidden: Tensor, head: Head) -> Tensor:
+    """Log-probs of every token of the vocabulary, (N, V), float32 (or float64), without gradient.
+
+    Args:
+        hidden: hidden states at the positions that predict, (N, H).
+        head: the model's last layer.
+    """
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        logits = _logits(hidden.to(head.weight.dtype), head.weight, head.bias, head.scale, head.soft_cap)
+        return logits.log_softmax(dim=1)
+
+
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float | None) -> Tensor:
     """Capped logits in float32 (or float64), ``hidden`` (M, H) against ``weight`` (V, H) -> (M, V)."""
     logits = hidden @ weight.T

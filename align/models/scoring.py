@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from align.losses.logprobs import Head, TokenLogps, token_logps
+from align.losses.logprobs import Head, TokenLogps, all_logps, token_logps
 from align.losses.rows import Rows, answer_rows
 from align.losses.types import SequenceLogps
 
@@ -33,8 +33,9 @@ def attach_scoring(model: PreTrainedModel) -> None:
     """Let ``model(..., score_source=, score_target=)`` return ``TokenLogps`` of those tokens.
 
     ``score_source`` (N,) indexes the flattened (rows * positions) hidden states and ``score_target`` (N,) names the
-    tokens predicted there. Without them the forward is the original one. It goes through the model's own ``forward``,
-    so that wrappers (PEFT, DDP, autocast, gradient checkpointing) see an ordinary call.
+    tokens predicted there; with ``score_source`` alone it returns the log-probs of the whole vocabulary there, (N, V).
+    Without both the forward is the original one. It goes through the model's own ``forward``, so that wrappers (PEFT,
+    DDP, autocast, gradient checkpointing) see an ordinary call.
 
     Args:
         model: a causal model, the inner one where PEFT wraps it.
@@ -53,10 +54,12 @@ def attach_scoring(model: PreTrainedModel) -> None:
         score_target: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        if score_source is None or score_target is None:
+        if score_source is None:
             return original(*args, **kwargs)
         states = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
         hidden = states.reshape(-1, states.shape[-1])[score_source]
+        if score_target is None:
+            return all_logps(hidden, head_of(self))
         return token_logps(hidden, score_target, head_of(self))
 
     model.forward = types.MethodType(forward, model)
@@ -111,6 +114,21 @@ def score(model: Any, rows: Rows) -> TokenLogps:
     Args:
         model: the causal model, or what wraps it.
     """
+    out = model(**_inputs(model, rows), score_source=rows.source, score_target=rows.target)
+    return TokenLogps(*out)
+
+
+def final_states(model: PreTrainedModel, rows: Rows) -> torch.Tensor:
+    """Hidden states after the last norm, at every position of ``rows``, flat: (R * T, H). The head is not asked.
+
+    Args:
+        model: the causal model itself, without a wrapper.
+    """
+    states = model.base_model(**_inputs(model, rows), use_cache=False).last_hidden_state
+    return states.reshape(-1, states.shape[-1])
+
+
+def _inputs(model: Any, rows: Rows) -> dict[str, torch.Tensor]:
     inner = getattr(model, "module", model)  # DistributedDataParallel hides the model's own attributes
     mask = rows.attention_mask()
     if mask.ndim == 4 and inner.config.get_text_config()._attn_implementation == "eager":
@@ -119,14 +137,7 @@ def score(model: Any, rows: Rows) -> TokenLogps:
         mask = torch.zeros(mask.shape, dtype=inner.dtype, device=mask.device).masked_fill(~mask, lowest)
     # Separate rows count their own positions, so that models without position ids need not know the argument.
     positions = {"position_ids": rows.position_ids} if rows.shared_prompt else {}
-    out = model(
-        input_ids=rows.input_ids,
-        attention_mask=mask,
-        score_source=rows.source,
-        score_target=rows.target,
-        **positions,
-    )
-    return TokenLogps(*out)
+    return {"input_ids": rows.input_ids, "attention_mask": mask, **positions}
 
 
 def sequence_logps(
@@ -142,3 +153,17 @@ def sequence_logps(
     rows = answer_rows(prompts, answers, pad_token_id=pad_token_id).to(model.device)
     with torch.no_grad():
         return SequenceLogps(rows.totals(score(model, rows).logps), rows.lengths())
+
+
+def first_token_logps(model: Any, prompts: Sequence[Sequence[int]], *, pad_token_id: int) -> torch.Tensor:
+    """Log-probs of every token as the first of an answer to each prompt, (N, V), nats, without gradients.
+
+    Args:
+        model: a causal model that ``attach_scoring`` has seen, or what wraps it.
+        prompts: token ids.
+        pad_token_id: fills the rows; it changes nothing.
+    """
+    rows = answer_rows(prompts, [[pad_token_id]] * len(prompts), pad_token_id=pad_token_id).to(model.device)
+    with torch.no_grad():
+        logps: torch.Tensor = model(**_inputs(model, rows), score_source=rows.source)
+    return logps

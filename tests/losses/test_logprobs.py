@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from align.losses import logprobs
-from align.losses.logprobs import Head, token_logps
+from align.losses.logprobs import Head, all_logps, token_logps
 
 
 def plain(hidden: torch.Tensor, target: torch.Tensor, head: Head) -> torch.Tensor:
@@ -52,6 +52,16 @@ def test_equal_to_log_softmax(monkeypatch, bias, scale, cap, train_head, tile):
     theirs = torch.autograd.grad((weights * expected).sum(), inputs)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(("bias", "scale", "cap"), KINDS)
+def test_whole_vocabulary(bias, scale, cap):
+    """Its entries are those of the targets, and it sums to 1; no gradient is kept."""
+    hidden, target, head = case(bias, scale, cap)
+    logps = all_logps(hidden.requires_grad_(), head)
+    torch.testing.assert_close(logps.gather(1, target[:, None])[:, 0], token_logps(hidden, target, head).logps)
+    torch.testing.assert_close(logps.exp().sum(1), torch.ones(11, dtype=torch.float64))
+    assert not logps.requires_grad
 
 
 def test_entropy_and_top():

@@ -18,7 +18,14 @@ from transformers import (
 )
 
 from align.losses.rows import answer_rows, pair_rows
-from align.models.scoring import SHARED_PROMPT_FAMILIES, attach_scoring, score, sequence_logps, why_not_shared_prompt
+from align.models.scoring import (
+    SHARED_PROMPT_FAMILIES,
+    attach_scoring,
+    first_token_logps,
+    score,
+    sequence_logps,
+    why_not_shared_prompt,
+)
 
 SIZES = {
     "vocab_size": 61,
@@ -176,3 +183,17 @@ def test_sequence_logps():
         logps.total, torch.tensor([sum(expected[:3]), sum(expected[3:8]), expected[8]]), rtol=0, atol=1e-5
     )
     assert answer_rows(PROMPTS, CHOSEN, pad_token_id=0).answers == 3
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_first_tokens_are_those_of_the_logits(adapted):
+    """Prompts of different lengths in one batch, each against its own logits; through an adapter too."""
+    model = build(CONFIGS["llama"])
+    if adapted:
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False)).eval()
+    with torch.no_grad():
+        expected = [model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in PROMPTS]
+    attach_scoring(model.get_base_model() if adapted else model)
+    found = first_token_logps(model, PROMPTS, pad_token_id=0)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=1e-5)
+    assert not found.requires_grad
