@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
 from align.data.pairs import pair_table
-from align.data.report import fault_report
 from align.data.tokenize import tokenize_pairs
 from align.errors import AlignError
 from align.losses import Loss, LossOutput, PairLogps, SequenceLogps, combine
@@ -31,6 +30,7 @@ from align.losses.rows import PADDING, Rows
 from align.models.scoring import score, why_not_shared_prompt
 
 from .collate import PairCollator, rows_of
+from .given import check_dataset, tokenized_dataset, untokenized_rows
 from .host import Hosted, loss_with_beta, refuse_what_would_be_dropped
 
 logger = logging.getLogger(__name__)
@@ -105,22 +105,11 @@ class PairTrainer(Hosted, DPOTrainer):  # type: ignore[misc]
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: DPOConfig, dataset_name: str) -> Dataset:
         """Rows of text or messages to token ids, by the rules of ``align.data``; tokenised rows as they are."""
-        if not isinstance(dataset, Dataset):
-            raise ValueError(f"{dataset_name}: a map-style datasets.Dataset is needed, not {type(dataset).__name__}")
-        if {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(dataset.column_names):
-            self._check_soft_labels(dataset, dataset_name)
-            return dataset
-        unread = sorted({"tools", "chat_template_kwargs", "image", "images"} & set(dataset.column_names))
-        if unread:
-            raise ValueError(f"{dataset_name}: columns that are not read here: {', '.join(unread)}")
-        table = pair_table(((dataset_name, number, row) for number, row in enumerate(dataset, 1)), dataset_name)
-        tokenized = tokenize_pairs(table.rows, processing_class, args.max_length)
-        faults = [*table.faults, *tokenized.faults]
-        if faults:
-            logger.warning("%s", fault_report(faults, len(dataset)))
-        if not tokenized.rows:
-            raise AlignError(f"{dataset_name}: no row can be used")
-        dataset = tokenized.dataset()
+        check_dataset(dataset, dataset_name)
+        if not {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(dataset.column_names):
+            table = pair_table(untokenized_rows(dataset, dataset_name), dataset_name)
+            tokenized = tokenize_pairs(table.rows, processing_class, args.max_length)
+            dataset = tokenized_dataset(table, tokenized, dataset_name)
         self._check_soft_labels(dataset, dataset_name)
         return dataset
 

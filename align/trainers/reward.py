@@ -5,9 +5,10 @@ may be wider than one number), the rows, the loss and its metrics. ``tests/align
 every private attribute of TRL that is used here.
 
 A loss says by the names of its arguments which model and which labels it takes: ``chosen, rejected`` are scores of a
-scalar model, ``chosen_embedding`` vectors of a gpm, ``predictions`` those of a model of attributes; ``margin``,
-``strength`` and ``preference`` are columns of the data. A pair with a preference of 0.5 is a tie, half of a vote for
-either answer; a loss that takes no soft labels is averaged over both ways round.
+scalar model, ``chosen_embedding`` vectors of a gpm, ``predictions`` those of a model of attributes, ``delta`` gaps of
+a model of annotators (``align.trainers.pal_backbone``); ``margin``, ``strength`` and ``preference`` are columns of the
+data. A pair with a preference of 0.5 is a tie, half of a vote for either answer; a loss that takes no soft labels is
+averaged over both ways round.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from torch import Tensor, nn
 from trl import RewardConfig
 from trl import RewardTrainer as TrlRewardTrainer
 
-from align.data.report import fault_report
 from align.data.rewards import RewardRules, rating_table, reward_pairs, tokenize_ratings, tokenize_reward_pairs
 from align.errors import AlignError
 from align.losses import Loss, LossOutput
@@ -38,11 +38,13 @@ from align.rewards.batches import padded
 from align.rewards.kinds import kind_trained_by
 from align.rewards.models import RewardModel, RewardOutput
 
+from .given import check_dataset, tokenized_dataset, untokenized_rows
 from .host import Hosted, refuse_what_would_be_dropped
 
 logger = logging.getLogger(__name__)
 
 TRAINED = "trained.safetensors"  # in a checkpoint: the weights that training changes
+_READ = ("input_ids", "attention_mask", "prompt_length", "users")  # what the model reads of a batch
 _PAIR, _RATED = ("prompt_ids", "chosen_ids", "rejected_ids"), ("prompt_ids", "completion_ids", "ratings")
 
 # RewardConfig's own settings that would be dropped here: (field, value that means "off", what to do instead).
@@ -110,8 +112,7 @@ class RewardTrainer(Hosted, TrlRewardTrainer):  # type: ignore[misc]
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: RewardConfig, dataset_name: str) -> Dataset:
         """Rows of text or messages to token ids, by the rules of ``align.data``; tokenised rows as they are."""
-        if not isinstance(dataset, Dataset):
-            raise ValueError(f"{dataset_name}: a map-style datasets.Dataset is needed, not {type(dataset).__name__}")
+        check_dataset(dataset, dataset_name)
         rated = self.reward.config.kind == "attributes"
         if not set(_RATED if rated else _PAIR) <= set(dataset.column_names):
             dataset = self._tokenized(dataset, processing_class, args, dataset_name, rated)
@@ -130,7 +131,7 @@ class RewardTrainer(Hosted, TrlRewardTrainer):  # type: ignore[misc]
     def _tokenized(self, dataset: Dataset, tokenizer: Any, args: RewardConfig, name: str, rated: bool) -> Dataset:
         limits = [limit for limit in (args.max_length, self.reward.config.max_length) if limit is not None]
         limit, over_long = min(limits, default=None), self.rules.over_long
-        rows = ((name, number, row) for number, row in enumerate(dataset, 1))
+        rows = untokenized_rows(dataset, name)
         table: Any
         tokenized: Any
         if rated:
@@ -139,15 +140,9 @@ class RewardTrainer(Hosted, TrlRewardTrainer):  # type: ignore[misc]
         else:
             table = reward_pairs(rows, name, self.rules)
             tokenized = tokenize_reward_pairs(table.rows, tokenizer, limit, over_long)
-        faults = [*table.faults, *tokenized.faults]
-        if faults:
-            logger.warning("%s", fault_report(faults, len(dataset)))
         if cut := sum(count for key, count in tokenized.counts.items() if key.startswith("truncated_")):
             logger.warning("%s: %d answers were cut at %d tokens with their prompts", name, cut, limit)
-        if not tokenized.rows:
-            raise AlignError(f"{name}: no row can be used")
-        found: Dataset = tokenized.dataset()
-        return found
+        return tokenized_dataset(table, tokenized, name)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -158,7 +153,7 @@ class RewardTrainer(Hosted, TrlRewardTrainer):  # type: ignore[misc]
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        found: RewardOutput = model(inputs["input_ids"], inputs["attention_mask"], inputs["prompt_length"])
+        found: RewardOutput = model(**{name: inputs[name] for name in _READ if name in inputs})
         labels = dict(inputs)
         if "strength" in labels:
             labels["strength"] = labels["strength"] / self.mean_strength
@@ -237,8 +232,8 @@ class _Host(nn.Module):
         self.config = copy.deepcopy(reward.carrier.config)
         self.config.num_labels = 1  # TRL insists; the head is as wide as it is
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, prompt_length: Tensor) -> RewardOutput:
-        output: RewardOutput = self.reward(input_ids, attention_mask, prompt_length)
+    def forward(self, **batch: Tensor) -> RewardOutput:
+        output: RewardOutput = self.reward(**batch)
         return output
 
     def add_model_tags(self, tags: Any) -> None:
@@ -295,6 +290,8 @@ def reward_output(loss: Loss, found: RewardOutput, labels: Mapping[str, Tensor])
     if "predictions" in takes:
         return function(found.values, labels["ratings"], **settings)
     chosen, rejected = found.values.chunk(2)
+    if "delta" in takes:  # the preferred answer is the right one
+        return function(chosen - rejected, torch.ones_like(chosen), **settings)
     given = {name: labels[name] for name in ("margin", "strength", "preference") if name in takes and name in labels}
     if "scale" in takes and found.scale is not None:
         one, other = found.scale.chunk(2)
@@ -320,7 +317,7 @@ def _fitting(given: str | LossFunction | Loss, model: RewardModel) -> tuple[Loss
     """The loss for this model, and whether strengths are to be divided by their mean."""
     loss = Loss.of(given)
     takes = inspect.signature(loss.info.function).parameters
-    wanted = kind_trained_by(loss.info)
+    wanted = "pal" if "delta" in takes else kind_trained_by(loss.info)
     if wanted is None:
         raise ValueError(f"{loss.info.name} trains no reward model from pairs or ratings")
     if wanted != model.config.kind:

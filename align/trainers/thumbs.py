@@ -34,7 +34,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import KTOConfig, KTOTrainer
 
-from align.data.report import fault_report
 from align.data.thumbs import check_both_thumbs, thumb_table, tokenize_thumbs
 from align.errors import AlignError
 from align.losses import Loss, SequenceLogps
@@ -44,6 +43,7 @@ from align.losses.types import UnpairedLogps
 from align.models.scoring import score
 from align.rewards.density import DensityRatio
 
+from .given import check_dataset, tokenized_dataset, untokenized_rows
 from .host import Hosted, loss_with_beta, refuse_what_would_be_dropped
 from .matching import (
     DENSITY,
@@ -172,20 +172,11 @@ class ThumbsTrainer(Hosted, KTOTrainer):  # type: ignore[misc]
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: KTOConfig, dataset_name: str) -> Dataset:
         """Rows of text or messages to token ids, by the rules of ``align.data``; tokenised rows as they are."""
-        if not isinstance(dataset, Dataset):
-            raise ValueError(f"{dataset_name}: a map-style datasets.Dataset is needed, not {type(dataset).__name__}")
+        check_dataset(dataset, dataset_name)
         if not set(_ROW) <= set(dataset.column_names):
-            unread = sorted({"tools", "chat_template_kwargs", "image", "images"} & set(dataset.column_names))
-            if unread:
-                raise ValueError(f"{dataset_name}: columns that are not read here: {', '.join(unread)}")
-            table = thumb_table(((dataset_name, number, row) for number, row in enumerate(dataset, 1)), dataset_name)
+            table = thumb_table(untokenized_rows(dataset, dataset_name), dataset_name)
             tokenized = tokenize_thumbs(table.rows, processing_class, args.max_length)
-            faults = [*table.faults, *tokenized.faults]
-            if faults:
-                logger.warning("%s", fault_report(faults, len(dataset)))
-            if not tokenized.rows:
-                raise AlignError(f"{dataset_name}: no row can be used")
-            dataset = tokenized.dataset()
+            dataset = tokenized_dataset(table, tokenized, dataset_name)
             if self.needs_kl and table.counts["unpaired"]:
                 # The two answers of a pair stand side by side, and neither is a mismatched answer to their prompt.
                 dataset = dataset.shuffle(seed=args.seed)
