@@ -14,6 +14,7 @@
 - ``laws``       what a loss may obey, and how each declares where it stands.
 - ``combine``    weighted sums of losses.
 - ``rows``       token ids of pairs as tensors: one row a pair with a shared prompt, or one row an answer.
+- ``similarity`` CHES, its length-normalised form and their baselines: how alike a model sees the answers of a pair.
 - ``logprobs``   log-probs of completion tokens from hidden states and the head's weight, without the logits of every
   position, with their own backward.
 
