@@ -27,8 +27,8 @@ def score(
         typer.Option(
             "--with",
             metavar="[NAME=]SPEC",
-            help="A rule (module:function), a reward model (its folder, its run, a hub id), or logps; "
-            "several with commas, or by giving the option again.",
+            help="A rule (module:function), a reward model (its folder, its run, a hub id), or what --model says: "
+            "logps, ches, ches_ln, last_inner, edit; several with commas, or by giving the option again.",
         ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="What to write: .jsonl or .parquet.")] = Path(
@@ -36,7 +36,9 @@ def score(
     ),
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="Policy, for logps and reference answers: run, folder, name or hub id."),
+        typer.Option(
+            "--model", "-m", help="Policy, for logps, ches and reference answers: run, folder, name or hub id."
+        ),
     ] = None,
     quantile: Annotated[
         float | None,
@@ -55,12 +57,15 @@ def score(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of one forward pass.")] = 16,
     dtype: Annotated[str, typer.Option(help="Of all models: auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
-    """Add columns of rewards and log-probs to a data set.
+    """Add columns of rewards, log-probs and similarity to a data set.
 
-    A pair gets NAME_chosen and NAME_rejected, a single answer NAME_completion. Rows that cannot be scored are set
-    aside with the reason. The same command goes on with what was interrupted.
+    A pair gets NAME_chosen and NAME_rejected, a single answer NAME_completion; ches and its kin compare the answers of
+    a pair, and get one column NAME. Rows that cannot be scored are set aside with the reason. The same command goes on
+    with what was interrupted.
 
         align score pairs.jsonl --with align.rewards.rules:everyday_answer,runs/reward_bt -o scored.jsonl
+
+        align score pairs.jsonl --with ches,ches_ln,logps --model smollm2-135m-instruct -o scored.jsonl
     """
     _check_options(source, output, dtype, quantile)
     from align.score.references import Draws
@@ -103,16 +108,18 @@ def _check_options(source: str, output: Path, dtype: str, quantile: float | None
 def _scorers(
     named: dict[str, str], policy: Policy | None, draws: Draws | None, dtype: str, batch_size: int
 ) -> list[Scorer]:
+    from align.score.policy import PolicyScorer
     from align.score.references import ReferenceScorer
     from align.score.run import processes
     from align.score.scorers import OF_THE_MODEL, AnswerScorer, ModelScorer, RuleScorer, reward_folder
 
     scorers: list[Scorer] = []
     rewards: list[AnswerScorer] = []
+    words = {name: spec for name, spec in named.items() if spec in OF_THE_MODEL}
+    if words and policy is not None:
+        scorers.append(PolicyScorer(words, policy))
     for name, spec in named.items():
-        if spec in OF_THE_MODEL:
-            assert policy is not None  # checked above: the word needs a model
-            scorers.append(OF_THE_MODEL[spec](name, policy))
+        if name in words:
             continue
         folder = reward_folder(spec)
         reward: RuleScorer | ModelScorer
@@ -137,7 +144,10 @@ def _show(outcome: Outcome) -> None:
 
     counts = outcome.counts
     cut = f" · {counts['cut']:,} answers cut to fit" if counts["cut"] else ""
-    print(f"{counts['scored']:,} of {counts['rows']:,} rows scored · {counts['set_aside']:,} set aside{cut}")
+    moved = f" · {counts['moved']:,} whose prompt ends in other tokens before an answer" if counts["moved"] else ""
+    print(f"{counts['scored']:,} of {counts['rows']:,} rows scored · {counts['set_aside']:,} set aside{cut}{moved}")
+    if (flagged := outcome.columns.pop("one_token", None)) and (count := round(flagged["n"] * flagged["mean"])):
+        print(f"{count:,} pairs whose answers are single tokens: CHES says little of them (column one_token)")
     width = max((len(name) for name in outcome.columns), default=0)
     for name, found in outcome.columns.items():
         print(f"  {name:<{width}}  mean {found['mean']:.4g}  ({found['min']:.4g} to {found['max']:.4g})")

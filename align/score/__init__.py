@@ -1,7 +1,9 @@
-"""Columns of rewards and log-probs for a data set (``align score``).
+"""Columns of rewards, log-probs and similarity for a data set (``align score``).
 
 - ``rows``        a row as scorers see it: an id, a prompt, and answers by field.
-- ``scorers``     what makes columns: a rule, a reward model, a policy's log-probs; the names that ``--with`` knows.
+- ``scorers``     what makes columns: a rule, a reward model; the names that ``--with`` knows.
+- ``policy``      what the model itself says: log-probs, CHES and its kin, in one pass.
+- ``dataset``     the same for a ``datasets.Dataset`` in a script of one's own: ``ches_scores``, ``filter_by``.
 - ``references``  the quantile of the policy's own answers, a prompt: what ``LogSigmoidCentered`` is centred on.
 - ``shards``      results on disk in pieces, so that an interrupted run goes on.
 - ``output``      the input's rows with their new columns, as JSONL or Parquet.

@@ -4,7 +4,8 @@ The input is read as a stream, in shards of consecutive rows. Within a shard, ro
 length; a row that a scorer refuses is set aside with the reason, and the others are scored without it. A shard that is
 on disk is not scored again, so a run that was killed loses the shard in flight and nothing else, and ends in the same
 file.
-Started by ``accelerate launch`` or ``torchrun``, each process takes every n-th shard, and the first writes the file.
+Started by ``accelerate launch`` or ``torchrun``, n processes take every n-th of the missing shards, and the first one
+writes the file.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from .scorers import Columns, Scorer
 from .shards import Line, Shards, check_same
 
 SHARD_ROWS = 256
+_COUNTED = ("cut", "moved")  # of Scored
 
 
 @dataclass
@@ -45,7 +47,8 @@ class Outcome:
 
     Attributes:
         output: the file.
-        counts: ``rows`` (read), ``scored``, ``set_aside``, ``cut`` (answers that were too long for a scorer).
+        counts: ``rows`` (read), ``scored``, ``set_aside``, ``cut`` (answers that were too long for a scorer) and
+            ``moved`` (rows whose prompt ends in other tokens when an answer follows).
         columns: of each new column of numbers: ``n``, ``mean``, ``min``, ``max``; of lists, over their entries.
         faults: why rows were set aside, of a file that holds them.
         rejected: that file; None where there are no faults.
@@ -122,22 +125,23 @@ def _score_shards(
     source: str, scorers: Sequence[Scorer], shards: Shards, total: int, batch_size: int, shard_rows: int
 ) -> None:
     state = processes()
-    mine = range(state.process_index, math.ceil(total / shard_rows), state.num_processes)
-    here = {number for number in mine if shards.read(number) is not None}
-    sizes = {number: min(shard_rows, total - number * shard_rows) for number in mine}
+    count = math.ceil(total / shard_rows)
+    missing = [number for number in range(count) if shards.read(number) is None]
+    state.wait_for_everyone()  # all see what is missing before anyone adds to it
+    mine = set(missing[state.process_index :: state.num_processes])
+    sizes = {number: min(shard_rows, total - number * shard_rows) for number in range(count)}
     which = "" if state.num_processes == 1 else f" (process {state.process_index + 1} of {state.num_processes})"
-    done = sum(sizes[number] for number in here)
-    with progress(f"scoring{which}", sum(sizes.values()), done) as advance, _each_warning_once():
+    done = total - sum(sizes[number] for number in missing)
+    ours = done + sum(sizes[number] for number in mine)
+    with progress(f"scoring{which}", ours, done) as advance, _each_warning_once():
         rows = enumerate(read_rows(source), start=1)
-        for number in range(math.ceil(total / shard_rows)):
+        for number in range(count):
             part = list(islice(rows, shard_rows))
-            if number not in mine:
-                continue
-            if number in here:
+            if number in mine:
+                shards.write(number, score_rows(scorers, part, batch_size))
+                advance(len(part))
+            elif number not in missing and state.is_main_process:
                 _check_unchanged(shards, shards.read(number) or [], part)
-                continue
-            shards.write(number, _score_shard(scorers, part, batch_size))
-            advance(len(part))
 
 
 def _check_unchanged(shards: Shards, lines: Sequence[Line], part: Sequence[tuple[int, Row]]) -> None:
@@ -162,7 +166,8 @@ def _read(row: Row) -> ScoreRow | list[FieldError]:
     return problems if found is None else found
 
 
-def _score_shard(scorers: Sequence[Scorer], part: Sequence[tuple[int, Row]], batch_size: int) -> list[Line]:
+def score_rows(scorers: Sequence[Scorer], part: Sequence[tuple[int, Row]], batch_size: int) -> list[Line]:
+    """The lines of a shard (see ``shards``): of each numbered row its columns, or why it is set aside."""
     lines: dict[int, Line] = {}
     rows: dict[int, ScoreRow] = {}
     for number, row in part:
@@ -170,18 +175,19 @@ def _score_shard(scorers: Sequence[Scorer], part: Sequence[tuple[int, Row]], bat
         if isinstance(found, ScoreRow):
             _check_id(found, row)
             rows[number] = found
-            lines[number] = {"row": number, "row_id": found.row_id, "columns": {}, "cut": 0}
+            lines[number] = {"row": number, "row_id": found.row_id, "columns": {}, **dict.fromkeys(_COUNTED, 0)}
         else:
             lines[number] = _set_aside(number, found)
     for scorer in scorers:
         numbers = sorted((n for n in rows if "columns" in lines[n]), key=lambda n: (-rows[n].size, n))
         for start in range(0, len(numbers), batch_size):
             batch = numbers[start : start + batch_size]
-            found_each, cut = _score_batch(scorer, [rows[number] for number in batch])
-            lines[batch[0]]["cut"] = lines[batch[0]].get("cut", 0) + cut
+            found_each, counts = _score_batch(scorer, [rows[number] for number in batch])
+            for name, count in counts.items():
+                lines[batch[0]][name] += count
             for number, columns in zip(batch, found_each, strict=True):
                 if isinstance(columns, FieldError):
-                    lines[number] = _set_aside(number, [columns]) | {"cut": lines[number]["cut"]}
+                    lines[number] = _set_aside(number, [columns]) | {name: lines[number][name] for name in _COUNTED}
                 else:
                     _check_new(columns, lines[number]["columns"], rows[number])
                     lines[number]["columns"] |= columns
@@ -201,17 +207,19 @@ def _set_aside(number: int, problems: Sequence[FieldError]) -> Line:
     return {"row": number, "faults": [{"field": p.field, "reason": p.reason} for p in problems]}
 
 
-def _score_batch(scorer: Scorer, rows: Sequence[ScoreRow]) -> tuple[list[Columns | FieldError], int]:
-    """Columns of each row, or why it has none. Where a batch is refused, each of its rows is tried alone."""
+def _score_batch(scorer: Scorer, rows: Sequence[ScoreRow]) -> tuple[list[Columns | FieldError], dict[str, int]]:
+    """Columns of each row, or why it has none, and counts. Of a batch that is refused, each row is tried alone."""
     try:
         scored = scorer.score(rows)
     except (ValueError, TemplateError) as error:
         if len(rows) > 1:
             alone = [_score_batch(scorer, [row]) for row in rows]
-            return [columns for found, _ in alone for columns in found], sum(cut for _, cut in alone)
+            counts = {name: sum(count[name] for _, count in alone) for name in _COUNTED}
+            return [columns for found, _ in alone for columns in found], counts
         reason = str(error).removeprefix("row 0: ")
-        return [error if isinstance(error, FieldError) else FieldError(scorer.name, reason)], 0
-    return list(scored.columns), scored.cut
+        fault = error if isinstance(error, FieldError) else FieldError(scorer.name, reason)
+        return [fault], dict.fromkeys(_COUNTED, 0)
+    return list(scored.columns), {name: getattr(scored, name) for name in _COUNTED}
 
 
 def _check_new(columns: Columns, others: Columns, row: ScoreRow) -> None:
@@ -244,10 +252,11 @@ def _each_warning_once() -> Iterator[None]:
 def _write(source: str, shards: Shards, output: Path, about: Path, count: int) -> None:
     faults: list[Fault] = []
     statistics: dict[str, list[float]] = {}
-    counts = {"rows": 0, "scored": 0, "set_aside": 0, "cut": 0}
+    counts = dict.fromkeys(("rows", "scored", "set_aside", *_COUNTED), 0)
     for line, (file, row, content) in zip(shards.lines(count), read_rows(source), strict=True):
         counts["rows"] += 1
-        counts["cut"] += line.get("cut", 0)
+        for name in _COUNTED:
+            counts[name] += line.get(name, 0)
         if "columns" in line:
             counts["scored"] += 1
             _collect(statistics, line["columns"])

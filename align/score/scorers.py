@@ -1,8 +1,8 @@
-"""What makes columns: a rule, a reward model, or a policy's log-probs.
+"""What makes columns: a rule, a reward model, or (``policy``) the model that is to be trained.
 
-A further one is a class with ``name``, ``identity`` and ``score`` (see ``Scorer``), and, where a word stands for it in
-``--with``, an entry in ``OF_THE_MODEL``. ``score`` is given rows of like length, as many as one forward pass takes,
-and raises for a row that it cannot score: the pass then finds out which one it was, and sets that one aside.
+A further one is a class with ``name``, ``identity`` and ``score`` (see ``Scorer``). ``score`` is given rows of like
+length, as many as one forward pass takes, and raises for a row that it cannot score: the pass then finds out which one
+it was, and sets that one aside.
 """
 
 from __future__ import annotations
@@ -16,17 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import torch
-
 from align.data.fields import FieldError
-from align.data.rows import CompletionRow, PairRow
-from align.data.tokenize import tokenize_completions, tokenize_pairs
 from align.errors import AlignError, ConfigError
-from align.losses.rows import Rows, answer_rows, pair_rows
 from align.models.fingerprint import weights_hash
 from align.models.hardware import resolve_dtype
 from align.models.load import LOAD_ERRORS, LoadedModel, load_run
-from align.models.scoring import attach_scoring, score, why_not_shared_prompt
 from align.rewards.encoding import encode_answers
 from align.rewards.models import CONFIG_FILE, RewardModel
 from align.rewards.named import Reward, load_reward
@@ -42,10 +36,12 @@ class Scored(NamedTuple):
     Args:
         columns: one mapping a row, from names to what JSON holds.
         cut: answers that were too long, of which the beginning was scored.
+        moved: rows whose prompt ends in other tokens when an answer follows.
     """
 
     columns: list[Columns]
     cut: int = 0
+    moved: int = 0
 
 
 class Scorer(Protocol):
@@ -107,7 +103,7 @@ class RuleScorer:
             raise FieldError(self.name, f"the rule fails: {type(error).__name__}: {error}") from error
         if len(values) != len(answers):
             raise FieldError(self.name, f"the rule gave {len(values)} numbers for {len(answers)} answers")
-        return _finite(self.name, values)
+        return finite(self.name, values)
 
 
 def _code(rule: Callable[..., Any]) -> str | None:
@@ -131,7 +127,10 @@ class ModelScorer:
         try:
             self.model = RewardModel.from_pretrained(folder, dtype=torch_dtype).to(device)
         except LOAD_ERRORS as error:
-            reason = f"not a rule (module:function), and not a reward model: {str(error).partition(chr(10))[0]}"
+            known = ", ".join(OF_THE_MODEL)
+            reason = (
+                f"no rule (module:function), none of {known}, and no reward model: {str(error).partition(chr(10))[0]}"
+            )
             raise AlignError(f"--with {folder}: {reason}") from error
         self.name = name
         self.batch_size = batch_size
@@ -215,6 +214,11 @@ class Policy:
         """
         loaded = load_run(spec, dtype=dtype)
         loaded.model.to(device)
+        return cls.of(spec, loaded, max_length, batch_size)
+
+    @classmethod
+    def of(cls, spec: str, loaded: LoadedModel, max_length: int | None, batch_size: int) -> Policy:
+        """A model that is loaded, with its own limit where none is given."""
         limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
         return cls(spec, loaded, max_length or limit, batch_size)
 
@@ -226,69 +230,14 @@ class Policy:
         return {"model": self.spec, "dtype": str(model.dtype), "weights": weights, "max_length": self.max_length}
 
 
-class LogpsScorer:
-    """``logps``: each answer's log-prob under the model, summed over its tokens, nats; ``logps_tokens``: how many.
-
-    Prompts, answers and their end tokens are those of training, and so is the limit: an answer that is too long keeps
-    its first tokens.
-    """
-
-    def __init__(self, name: str, policy: Policy) -> None:
-        self.name = name
-        self.policy = policy
-        model = policy.loaded.model
-        attach_scoring(model.get_base_model() if hasattr(model, "get_base_model") else model)
-        self.shared = why_not_shared_prompt(model) is None
-        self.identity = {"logps": policy.identity, "shared_prompt": self.shared}
-
-    def score(self, rows: Sequence[ScoreRow]) -> Scored:
-        laid, cut = self._lay_out(rows)
-        if laid is None:
-            return Scored([{} for _ in rows])
-        layout, order = laid
-        layout = layout.to(self.policy.loaded.model.device)
-        with torch.no_grad():
-            totals = layout.totals(score(self.policy.loaded.model, layout).logps).tolist()
-        lengths = layout.lengths().tolist()
-        named = {
-            self.name: _finite(self.name, [totals[place] for place in order]),
-            f"{self.name}_tokens": [lengths[place] for place in order],
-        }
-        return Scored(by_answer(rows, named), cut)
-
-    def _lay_out(self, rows: Sequence[ScoreRow]) -> tuple[tuple[Rows, list[int]] | None, int]:
-        """The rows of one forward pass, and where in them each answer is, in the order of ``ScoreRow.each``."""
-        tokenizer, limit = self.policy.loaded.tokenizer, self.policy.max_length
-        pad = int(tokenizer.pad_token_id)
-        if all("rejected" in row.answers for row in rows):
-            pairs = [PairRow(r.row_id, "", n, r.prompt, r.each[0], r.each[1]) for n, r in enumerate(rows)]
-            done = tokenize_pairs(pairs, tokenizer, limit)
-            _raise_fault(done.faults)
-            prompts = [pair.prompt_ids for pair in done.rows]
-            chosen, rejected = [p.chosen_ids for p in done.rows], [p.rejected_ids for p in done.rows]
-            layout = pair_rows(prompts, chosen, rejected, pad_token_id=pad, shared_prompt=self.shared)
-            cut = done.counts["truncated_chosen"] + done.counts["truncated_rejected"]
-            order = [place + half * len(rows) for place in range(len(rows)) for half in (0, 1)]
-            return (layout, order), cut
-        each = [CompletionRow(r.row_id, "", n, r.prompt, a) for n, r in enumerate(rows) for a in r.each]
-        if not each:
-            return None, 0
-        single = tokenize_completions(each, tokenizer, limit)
-        _raise_fault(single.faults)
-        starts = [row.completion_mask.index(1) for row in single.rows]
-        prompts = [row.input_ids[:start] for row, start in zip(single.rows, starts, strict=True)]
-        answers = [row.input_ids[start:] for row, start in zip(single.rows, starts, strict=True)]
-        layout = answer_rows(prompts, answers, pad_token_id=pad)
-        return (layout, list(range(len(each)))), single.counts["truncated_completion"]
-
-
-def _raise_fault(faults: Sequence[Any]) -> None:
-    if faults:
-        raise FieldError(faults[0].field, faults[0].reason.replace("data.max_length", "--max-length"))
-
-
-OF_THE_MODEL: dict[str, Callable[[str, Policy], Scorer]] = {"logps": LogpsScorer}
-"""Words of ``--with`` that stand for what the model of ``--model`` says."""
+OF_THE_MODEL = {
+    "logps": "each answer's log-prob, nats, and its tokens",
+    "ches": "CHES of a pair: the higher, the more its chosen answer will fall",
+    "ches_ln": "CHES, length-normalised: what to filter by",
+    "last_inner": "inner product of the answers' last hidden states",
+    "edit": "minus the normalised edit distance of the answers' tokens",
+}
+"""Words of ``--with`` that stand for what the model of ``--model`` says; ``policy.PolicyScorer`` makes the columns."""
 
 
 def by_answer(rows: Sequence[ScoreRow], named: Mapping[str, Sequence[float]]) -> list[Columns]:
@@ -303,7 +252,12 @@ def by_answer(rows: Sequence[ScoreRow], named: Mapping[str, Sequence[float]]) ->
     return found
 
 
-def _finite(name: str, values: list[float]) -> list[float]:
+def finite(name: str, values: list[float]) -> list[float]:
+    """The values, all of them finite numbers.
+
+    Raises:
+        FieldError: one is not.
+    """
     for value in values:
         if not math.isfinite(value):
             raise FieldError(name, f"{value}: not a finite number")
@@ -319,7 +273,8 @@ def named_specs(specs: Sequence[str]) -> dict[str, str]:
         ConfigError: no spec, a name twice, or a name that is none.
     """
     found: dict[str, str] = {}
-    problems = [] if specs else [("--with", "name what is to be added: module:function, a reward model, logps")]
+    what = f"name what is to be added: module:function, a reward model, {', '.join(OF_THE_MODEL)}"
+    problems = [] if specs else [("--with", what)]
     for given in specs:
         name, equals, spec = given.partition("=")
         if not equals:

@@ -16,9 +16,10 @@ from align.data.tokenize import tokenize_pair
 from align.errors import AlignError, ConfigError
 from align.models.load import LoadedModel
 from align.rewards.models import RewardModel
+from align.score.policy import PolicyScorer
 from align.score.references import Draws, ReferenceScorer
 from align.score.rows import ScoreRow, score_row
-from align.score.scorers import LogpsScorer, ModelScorer, Policy, RuleScorer, named_specs, reward_folder
+from align.score.scorers import ModelScorer, Policy, RuleScorer, named_specs, reward_folder
 
 PAIRS = [
     {"prompt": "the inner thing", "chosen": " another garden", "rejected": " ant"},
@@ -138,7 +139,7 @@ def test_answers_that_are_cut_are_counted(make_reward: Callable[..., str]) -> No
 @pytest.mark.parametrize("shared", [True, False])
 def test_logps_are_those_of_the_model(policy: Policy, shared: bool) -> None:
     """Each token's log-prob from the logits of its own row, prompt and answer as training tokenises them."""
-    scorer = LogpsScorer("logps", policy)
+    scorer = PolicyScorer({"logps": "logps"}, policy)
     scorer.shared = shared
     columns = scorer.score([row(fields) for fields in PAIRS]).columns
     model, tokenizer = policy.loaded.model, policy.loaded.tokenizer
@@ -155,7 +156,7 @@ def test_logps_are_those_of_the_model(policy: Policy, shared: bool) -> None:
 
 def test_logps_of_single_answers_and_too_long_ones(policy: Policy) -> None:
     """Rows of several kinds meet in one batch; a prompt over the limit is a fault that names the option."""
-    scorer = LogpsScorer("logps", policy)
+    scorer = PolicyScorer({"logps": "logps"}, policy)
     mixed = [row(PAIRS[0]), row({"prompt": "cat", "completions": [" a", "b" * 90]}), row({"prompt": "alone"})]
     pair, several, alone = scorer.score(mixed).columns
     together = scorer.score([row(PAIRS[0])]).columns[0]

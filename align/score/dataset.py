@@ -1,0 +1,128 @@
+"""Scoring and filtering a ``datasets.Dataset`` in a script of one's own.
+
+scored = ches_scores(dataset, model, tokenizer)
+kept = filter_by(scored, "ches_ln", keep=0.5)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+from datasets import Dataset
+
+from align.errors import AlignError
+from align.models.load import LoadedModel
+from align.tracking.progress import progress
+
+from .policy import OF_PAIRS, PolicyScorer
+from .run import score_rows
+from .scorers import Policy
+from .select import select
+from .shards import Line
+
+logger = logging.getLogger(__name__)
+
+PART = 1024
+"""Rows that are read at once, and sorted by length."""
+
+
+def ches_scores(
+    dataset: Dataset,
+    model: Any,
+    tokenizer: Any,
+    *,
+    columns: Sequence[str] = ("ches", "ches_ln"),
+    max_length: int | None = None,
+    batch_size: int = 16,
+) -> Dataset:
+    """The data set with ``row_id``, the columns, and ``one_token`` where CHES is asked for.
+
+    A row that cannot be scored stays, with null in the new columns; a warning names these rows and says why.
+
+    Args:
+        dataset: pairs, ``[prompt,] chosen, rejected``, as text or as messages.
+        model: a causal model, or one with a LoRA adapter; it is left as it was.
+        tokenizer: its tokenizer; prompts and answers are tokenised as for training.
+        columns: of ``ches``, ``ches_ln``, ``last_inner``, ``edit``.
+        max_length: limit of prompt and answer, tokens; None is the model's own.
+        batch_size: pairs of one forward pass.
+
+    Raises:
+        AlignError: no ``Dataset``, an unknown column, one that the data has, or no row that can be scored.
+    """
+    if not isinstance(dataset, Dataset):
+        raise AlignError(f"a {type(dataset).__name__} is no datasets.Dataset: name one split, and read it whole")
+    unknown = [name for name in columns if name not in OF_PAIRS]
+    if unknown or not columns:
+        raise AlignError(f"columns {list(columns)}: choose from {', '.join(OF_PAIRS)}")
+    policy = Policy.of("the model", LoadedModel(model, tokenizer, ""), max_length, batch_size)
+    scorer = PolicyScorer({name: name for name in columns}, policy)
+    rows = enumerate((("dataset", n, row) for n, row in enumerate(dataset.with_format(None), start=1)), start=1)
+    lines: list[Line] = []
+    with progress("scoring", len(dataset)) as advance:
+        while part := list(islice(rows, PART)):
+            lines += score_rows([scorer], part, batch_size)
+            advance(len(part))
+    _tell_faults(lines)
+    for name in ["row_id", *next(line["columns"] for line in lines if "columns" in line)]:
+        values = [line.get("row_id") if name == "row_id" else line.get("columns", {}).get(name) for line in lines]
+        dataset = dataset.add_column(name, values)
+    return dataset
+
+
+def _tell_faults(lines: Sequence[Line]) -> None:
+    faults = [
+        f"row {line['row']}: {one['field']}: {one['reason']}" for line in lines for one in line.get("faults", ())
+    ]
+    if not any("columns" in line for line in lines):
+        raise AlignError(f"no row can be scored; the first: {faults[0] if faults else 'there is none'}")
+    if faults:
+        more = f"\n  and {len(faults) - 10:,} more" if len(faults) > 10 else ""
+        shown = "\n  ".join(faults[:10])
+        logger.warning("%d of %d rows have no score:\n  %s%s", len(faults), len(lines), shown, more)
+
+
+def filter_by(
+    dataset: Dataset,
+    column: str,
+    *,
+    keep: float | None = None,
+    below: float | None = None,
+    above: float | None = None,
+    groups: str | None = None,
+) -> Dataset:
+    """The rows whose score is lowest, or under and over thresholds, in the order of the data.
+
+    Rows without a score are never kept; a warning says how many.
+
+    Args:
+        column: numbers or nulls.
+        keep, below, above: as in ``select.select``.
+        groups: a column; ``keep`` is then a share of each of its groups.
+
+    Raises:
+        AlignError: no such column, or no row with a score.
+        ValueError: as ``select.select``.
+    """
+    for name in filter(None, (column, groups)):
+        if name not in dataset.column_names:
+            raise AlignError(f"no column {name}: there are {', '.join(dataset.column_names)}")
+    plain = dataset.with_format(None)
+    places = [place for place, score in enumerate(plain[column]) if score is not None]
+    if not places:
+        raise AlignError(f"no row has a number in column {column}")
+    if len(places) < len(dataset):
+        logger.warning("%d of %d rows have no %s and are left out", len(dataset) - len(places), len(dataset), column)
+    scores = list(plain[column])
+    named = None if groups is None else list(plain[groups])
+    found = select(
+        [scores[place] for place in places],
+        keep=keep,
+        below=below,
+        above=above,
+        groups=None if named is None else [str(named[place]) for place in places],
+    )
+    return dataset.select([places[position] for position in found.kept])

@@ -1,0 +1,180 @@
+"""What the model that is to be trained says of rows: log-probs, and how alike it sees the answers of a pair.
+
+All columns come of one forward pass a batch, over the rows of training: the prompt of a pair is computed once for both
+answers, and the head only where log-probs are asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+
+from align.data.fields import FieldError
+from align.data.rows import CompletionRow, PairRow
+from align.data.tokenize import TokenizedPair, tokenize_completions, tokenize_pairs
+from align.errors import AlignError
+from align.losses.logprobs import token_logps
+from align.losses.rows import Rows, answer_rows, pair_rows
+from align.losses.similarity import AnswerStates, ches, ches_ln, edit_similarity, last_inner
+from align.models.scoring import attach_scoring, final_states, head_of, why_not_shared_prompt
+
+from .rows import ScoreRow
+from .scorers import Columns, Policy, Scored, by_answer, finite
+
+logger = logging.getLogger(__name__)
+
+OF_STATES: dict[str, Callable[[AnswerStates, AnswerStates], torch.Tensor]] = {
+    "ches": ches,
+    "ches_ln": ches_ln,
+    "last_inner": last_inner,
+}
+OF_PAIRS = (*OF_STATES, "edit")
+"""Words whose column is one number a pair."""
+
+ONE_TOKEN = "one_token"
+"""Column beside ``ches`` and ``ches_ln``: neither answer has more than one token before its end token. Such answers
+part in nothing that CHES sees but the state before the end token, and without that in nothing: it is then 0."""
+
+
+class PolicyScorer:
+    """Columns of what a model says.
+
+    Prompts, answers and their end tokens are those of training, and so is the limit: an answer that is too long keeps
+    its first tokens.
+
+    Args:
+        columns: names, and the words of ``OF_THE_MODEL`` that they stand for.
+        policy: the model. Dropout is off while it scores.
+    """
+
+    def __init__(self, columns: Mapping[str, str], policy: Policy) -> None:
+        self.name = ",".join(columns)
+        self.columns = dict(columns)
+        self.policy = policy
+        given = policy.loaded.model
+        if getattr(getattr(given, "active_peft_config", None), "is_prompt_learning", False):
+            raise AlignError(
+                f"{policy.spec}: an adapter of learnt prompts, which is not supported: merge it, or use LoRA"
+            )
+        self.model = given.get_base_model() if hasattr(given, "get_base_model") else given
+        reason = why_not_shared_prompt(self.model)
+        self.shared = reason is None
+        words = set(self.columns.values())
+        if "logps" in words:
+            attach_scoring(self.model)  # refuses a head that is more than a product, a bias, a scale and a cap
+        if reason and words != {"edit"}:
+            logger.warning("separate rows for chosen and rejected answers: %s", reason)
+
+    @cached_property
+    def identity(self) -> Mapping[str, Any]:
+        """The model, its weights and limit, and the words."""
+        return {"columns": self.columns, "policy": self.policy.identity, "shared_prompt": self.shared}
+
+    def score(self, rows: Sequence[ScoreRow]) -> Scored:
+        laid = self._lay_out(rows)
+        if laid is None:
+            return Scored([{} for _ in rows])
+        found: list[Columns] = [{} for _ in rows]
+        states = self._states(laid)
+        pairs: tuple[AnswerStates, AnswerStates] | None = None
+        if states is not None and not OF_STATES.keys().isdisjoint(self.columns.values()):
+            pairs = self._summed(states, laid.rows)
+        for name, word in self.columns.items():
+            if word == "logps":
+                assert states is not None  # the forward pass was made for it
+                values = by_answer(rows, self._logps(name, states, laid))
+            elif word == "edit":
+                values = [{name: edit_similarity(pair.chosen_ids, pair.rejected_ids)} for pair in laid.pairs]
+            else:
+                assert pairs is not None
+                values = [{name: value} for value in OF_STATES[word](*pairs).tolist()]
+            for columns, new in zip(found, values, strict=True):
+                columns |= new
+        if {"ches", "ches_ln"} & set(self.columns.values()):
+            for columns, pair in zip(found, laid.pairs, strict=True):
+                columns[ONE_TOKEN] = all(self._content(ids) <= 1 for ids in (pair.chosen_ids, pair.rejected_ids))
+        return Scored(found, laid.cut, laid.moved)
+
+    def _states(self, laid: _Laid) -> torch.Tensor | None:
+        if set(self.columns.values()) == {"edit"}:
+            return None
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                return final_states(self.model, laid.rows)
+        finally:
+            self.model.train(training)
+
+    def _summed(self, states: torch.Tensor, rows: Rows) -> tuple[AnswerStates, AnswerStates]:
+        try:
+            summed = AnswerStates.gather(states, rows.source, rows.answer, rows.answers).to("cpu")
+        except ValueError as error:
+            raise FieldError("model", str(error).partition(": ")[2]) from error
+        half = rows.answers // 2
+        return summed[:half], summed[half:]
+
+    def _logps(self, name: str, states: torch.Tensor, laid: _Laid) -> dict[str, list[float]]:
+        with torch.no_grad():
+            logps = token_logps(states[laid.rows.source], laid.rows.target, head_of(self.model)).logps
+        totals, lengths = laid.rows.totals(logps).tolist(), laid.rows.lengths().tolist()
+        return {
+            name: finite(name, [totals[place] for place in laid.order]),
+            f"{name}_tokens": [lengths[place] for place in laid.order],
+        }
+
+    def _content(self, ids: Sequence[int]) -> int:
+        """Tokens of an answer without its end token, which one that was cut has not."""
+        return len(ids) - (ids[-1] == self.policy.loaded.tokenizer.eos_token_id)
+
+    def _lay_out(self, rows: Sequence[ScoreRow]) -> _Laid | None:
+        """The rows of one forward pass; None where no row has an answer."""
+        tokenizer, limit = self.policy.loaded.tokenizer, self.policy.max_length
+        pad = int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+        if all("rejected" in row.answers for row in rows):
+            pairs = [PairRow(r.row_id, "", n, r.prompt, r.each[0], r.each[1]) for n, r in enumerate(rows)]
+            done = tokenize_pairs(pairs, tokenizer, limit)
+            _raise_fault(done.faults)
+            prompts = [pair.prompt_ids for pair in done.rows]
+            chosen, rejected = [p.chosen_ids for p in done.rows], [p.rejected_ids for p in done.rows]
+            layout = pair_rows(prompts, chosen, rejected, pad_token_id=pad, shared_prompt=self.shared)
+            cut = done.counts["truncated_chosen"] + done.counts["truncated_rejected"]
+            order = [place + half * len(rows) for place in range(len(rows)) for half in (0, 1)]
+            return _Laid(layout.to(self.model.device), order, done.rows, cut, done.counts["boundary_moved"])
+        for name, word in self.columns.items():
+            if word in OF_PAIRS:
+                raise FieldError(name, f"{word} compares chosen with rejected, and this row has no pair")
+        each = [CompletionRow(r.row_id, "", n, r.prompt, a) for n, r in enumerate(rows) for a in r.each]
+        if not each:
+            return None
+        single = tokenize_completions(each, tokenizer, limit)
+        _raise_fault(single.faults)
+        starts = [row.completion_mask.index(1) for row in single.rows]
+        prompts = [row.input_ids[:start] for row, start in zip(single.rows, starts, strict=True)]
+        answers = [row.input_ids[start:] for row, start in zip(single.rows, starts, strict=True)]
+        layout = answer_rows(prompts, answers, pad_token_id=pad).to(self.model.device)
+        counts = single.counts
+        return _Laid(layout, list(range(len(each))), [], counts["truncated_completion"], counts["boundary_moved"])
+
+
+class _Laid(NamedTuple):
+    """Rows of one forward pass.
+
+    ``order``: where in them each answer is, in the order of ``ScoreRow.each``. ``pairs``: their tokens; empty unless
+    all are pairs. ``cut`` and ``moved`` as in ``Scored``.
+    """
+
+    rows: Rows
+    order: list[int]
+    pairs: list[TokenizedPair]
+    cut: int
+    moved: int
+
+
+def _raise_fault(faults: Sequence[Any]) -> None:
+    if faults:
+        raise FieldError(faults[0].field, faults[0].reason.replace("data.max_length", "--max-length"))
