@@ -91,6 +91,8 @@ def model_problems(
     """The problems of a recipe that pydantic found, one per key; ``elsewhere``: see ``unknown_key``."""
     found: dict[str, str] = {}
     for detail in error.errors():
+        if detail["type"] == "default_factory_not_called":  # it waits for another key, which is named itself
+            continue
         keys, annotation, value = _locate(detail["loc"], model, data)
         where = ".".join(keys)
         if detail["type"] == "extra_forbidden":
@@ -110,7 +112,8 @@ def leaves(model: type[BaseModel], prefix: str = "") -> dict[str, str]:
     found: dict[str, str] = {}
     for name, field in model.model_fields.items():
         section = _section(field.annotation)
-        if section is BaseModel:
+        named_by_user = any(get_origin(member) is dict for member in _members(field.annotation))
+        if section is BaseModel or named_by_user:
             found.setdefault(name, f"{prefix}{name}")
         else:
             found.update({k: v for k, v in leaves(section, f"{prefix}{name}.").items() if k not in found})

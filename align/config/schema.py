@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 if TYPE_CHECKING:
     from align.data.prompts import PromptRules
@@ -75,6 +75,42 @@ class ModelSpec(Section):
     """Run Python code that comes with the model: only for a source that you trust."""
 
 
+def _quantiles(value: list[float] | None) -> list[float] | None:
+    if value is not None and (len(value) != 2 or not 0 <= value[0] < value[1] <= 1):
+        raise ValueError(f"is {value}; it must be [from, to], with 0 <= from < to <= 1")
+    return value
+
+
+class FilterRule(Section):
+    """Which rows stay, by their values in one column: one of keep, window, below and above, or the last two."""
+
+    keep: float | None = Field(default=None, gt=0, le=1)
+    """The share with the lowest values: floor(keep N) rows, at least one; of equal values, those that come first."""
+    window: Annotated[list[float] | None, AfterValidator(_quantiles)] = None
+    """[from, to]: the rows between two quantiles; [0.5, 1] is the half with the highest values."""
+    below: float | None = None
+    """Rows under this value."""
+    above: float | None = None
+    """Rows over this value."""
+    group: Text | None = None
+    """Column of the data, such as a language or a task: keep and window then hold within each group."""
+    quotas: dict[str, Annotated[float, Field(gt=0, le=1)]] | None = None
+    """keep for some of the groups, by name."""
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> FilterRule:
+        given = [name for name in ("keep", "window", "below", "above") if getattr(self, name) is not None]
+        if len(given) != 1 and given != ["below", "above"]:
+            raise ValueError(f"has {' and '.join(given) or 'no rule'}; give one of keep, window, below, above")
+        if self.below is not None and self.above is not None and self.below <= self.above:
+            raise ValueError(f"below is {self.below:g} and above is {self.above:g}: nothing lies between")
+        if self.group is not None and given[0] in ("below", "above"):
+            raise ValueError(f"group goes with keep and window: {given[0]} is one value for all")
+        if self.quotas and (self.group is None or given != ["keep"]):
+            raise ValueError("quotas go with keep, for the other groups, and with group")
+        return self
+
+
 class DataSpec(Section):
     """What to learn from."""
 
@@ -88,6 +124,10 @@ class DataSpec(Section):
     """Stop when more than this fraction of the rows cannot be used."""
     shared_prompt: bool = True
     """Compute the prompt once for both answers, where the model's layers allow it."""
+    filter: dict[str, FilterRule] | None = None
+    """Which rows of data.train are trained on, by columns of the data (align score makes them), or by what the model
+    scores before training: ches_ln, ches, last_inner, edit. Several rules each look at all rows; those stay that
+    every rule keeps."""
 
 
 class GenerationSpec(Section):

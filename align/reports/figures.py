@@ -186,8 +186,8 @@ def curve(title: str, label: str, caption: str, series: Sequence[Series]) -> Pic
         return Picture(title, _svg(figure, axes, series, alternative), caption)
 
 
-def histogram(title: str, label: str, caption: str, series: Sequence[Series]) -> Picture:
-    """Counts in shared bins."""
+def histogram(title: str, label: str, caption: str, series: Sequence[Series], cuts: Sequence[float] = ()) -> Picture:
+    """Counts in shared bins, and lines at the cuts."""
     with _style(title):
         figure, axes = _axes()
         edges = _edges(np.concatenate([np.asarray(s.y, dtype=float) for s in series]))
@@ -195,12 +195,16 @@ def histogram(title: str, label: str, caption: str, series: Sequence[Series]) ->
             counts, _ = np.histogram(values.y, bins=edges)
             axes.stairs(counts, edges, label=values.name, linewidth=1.4, **style)
             axes.stairs(counts, edges, fill=True, color=style["color"], alpha=0.15)
+        for cut in cuts:
+            axes.axvline(cut, color=INK, linewidth=1.0, linestyle=(0, (2, 2)))
         axes.set_xlabel(label)
         axes.set_ylabel("count")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
         alternative = f"{title}, histogram. " + " ".join(
             f"{s.name}: mean {np.mean(s.y):.4g}, from {min(s.y):.4g} to {max(s.y):.4g}." for s in series if len(s.y)
         )
+        if cuts:
+            alternative += f" Cut at {' and '.join(f'{cut:.4g}' for cut in cuts)}."
         return Picture(title, _svg(figure, axes, series, alternative), caption)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ def read_run(run: Path) -> RunRecord:
         metrics=read_metrics(run / "metrics.jsonl"),
         evals=evals,
         samples=_read_jsonl(run / "samples.jsonl"),
-        faults=_group(_read_jsonl(run / "rejected_rows.jsonl")),
+        faults=group_faults(_read_jsonl(run / "rejected_rows.jsonl")),
     )
 
 
@@ -128,7 +128,8 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _group(faults: list[dict[str, Any]]) -> list[FaultGroup]:
+def group_faults(faults: Iterable[Mapping[str, Any]]) -> list[FaultGroup]:
+    """Faults by field and reason, most frequent first; reasons that differ in a number only are one."""
     kinds: Counter[tuple[str, str]] = Counter()
     first: dict[tuple[str, str], Mapping[str, Any]] = {}
     for fault in faults:

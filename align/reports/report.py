@@ -59,21 +59,26 @@ def render_report(run: Path) -> Path:
     return target
 
 
-def _page(record: RunRecord) -> str:
-    environment = Environment(
+def html_environment() -> Environment:
+    """Templates of pages: what they are given is text, and is escaped."""
+    return Environment(
         loader=PackageLoader("align.reports", package_path=""),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
+
+
+def _page(record: RunRecord) -> str:
+    environment = html_environment()
     environment.filters["decimals"] = _decimals
     environment.filters["capitalise"] = capitalise
-    script = _asset("report.js")
+    script = asset("report.js")
     data = record.section("data")
     return environment.get_template("report.html.j2").render(
         title=f"{method_name(record.recipe)} on {model_name(record)}",
-        css=Markup(_asset("report.css")),
+        css=Markup(asset("report.css")),
         js=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         status_note=STATUS.get(record.manifest.get("status", ""), ""),
@@ -97,7 +102,8 @@ def _page(record: RunRecord) -> str:
     )
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """Styles or script of the pages."""
     return files("align.reports").joinpath(name).read_text(encoding="utf-8")
 
 
