@@ -1,0 +1,300 @@
+"""CHES and its kin as columns: equal to a plain loop, whatever stands beside a row, and bad rows named."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from align.data.fields import FieldError
+from align.data.rows import row_id
+from align.data.tokenize import tokenize_pair
+from align.errors import AlignError
+from align.models.load import LoadedModel
+from align.score.dataset import ches_scores, filter_by
+from align.score.policy import PolicyScorer
+from align.score.rows import ScoreRow, score_row
+from align.score.scorers import Policy
+
+WORDS = ("ches", "ches_ln", "last_inner", "edit")
+Rows = list[dict[str, Any]]
+
+
+def pairs(count: int, seed: int = 0) -> Rows:
+    """Text and messages, short and long, each answer another."""
+    rng = random.Random(seed)
+    words = ["the", "inner", "thing", "an", "apple", "garden", "hint", "there", "ant"]
+
+    def text(most: int) -> str:
+        return "".join(f" {rng.choice(words)}" for _ in range(rng.randint(1, most)))
+
+    rows: Rows = []
+    for number in range(count):
+        prompt, chosen, rejected = text(12), f"{text(9)} {number}", text(9)
+        if number % 3 == 0:
+            said = [{"role": "assistant", "content": answer} for answer in (chosen, rejected)]
+            rows.append({"prompt": [{"role": "user", "content": prompt}], "chosen": said[:1], "rejected": said[1:]})
+        else:
+            rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return rows
+
+
+def read(rows: Sequence[dict[str, Any]]) -> list[ScoreRow]:
+    found = [score_row(row, []) for row in rows]
+    assert None not in found
+    return [row for row in found if row is not None]
+
+
+@pytest.fixture
+def policy(make_tiny_model: Callable[..., LlamaForCausalLM], tiny_tokenizer: PreTrainedTokenizerFast) -> Policy:
+    return Policy("tiny", LoadedModel(make_tiny_model(), tiny_tokenizer, ""), max_length=256, batch_size=4)
+
+
+def scorer(policy: Policy, *words: str) -> PolicyScorer:
+    return PolicyScorer({word: word for word in words or WORDS}, policy)
+
+
+def plain_loop(row: dict[str, Any], model: Any, tokenizer: Any) -> dict[str, float]:
+    """Two forward passes over one unpadded row each, all hidden states, by definition."""
+    pair = tokenize_pair(row["prompt"], row["chosen"], row["rejected"], tokenizer, None)
+    states = []
+    for answer in (pair.chosen_ids, pair.rejected_ids):
+        with torch.no_grad():
+            out = model(input_ids=torch.tensor([pair.prompt_ids + answer]), output_hidden_states=True)
+        states.append(out.hidden_states[-1][0, len(pair.prompt_ids) - 1 : -1].double())
+    w, r = (state.sum(0) for state in states)
+    mean_w, mean_r = (state.mean(0) for state in states)
+    return {
+        "ches": float(w @ r - w @ w),
+        "ches_ln": float(mean_w @ mean_r - mean_w @ mean_w),
+        "last_inner": float(states[0][-1] @ states[1][-1]),
+    }
+
+
+def test_float32_is_within_1e_4_of_the_plain_loop_in_float64(policy: Policy) -> None:
+    rows = pairs(40)
+    found = scorer(policy).score(read(rows)).columns
+    wide = copy.deepcopy(policy.loaded.model).double()
+    for row, columns in zip(rows, found, strict=True):
+        for name, value in plain_loop(row, wide, policy.loaded.tokenizer).items():
+            assert columns[name] == pytest.approx(value, rel=1e-4)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_nothing_beside_a_row_changes_it(policy: Policy, shared: bool) -> None:
+    """Alone, in batches of 2 and of 17, in another order, with a long neighbour that pads all others."""
+    rows = read(pairs(17))
+    of = scorer(policy)
+    of.shared = shared
+    alone = {row.row_id: of.score([row]).columns[0] for row in rows}
+    long = read([{"prompt": "a" * 90, "chosen": "b" * 60, "rejected": "c"}])
+    others = [rows, rows[::-1], rows + long, *(rows[start : start + 2] for start in range(0, 17, 2))]
+    for batch in others:
+        for row, columns in zip(batch, of.score(batch).columns, strict=True):
+            if row.row_id in alone:
+                assert columns == pytest.approx(alone[row.row_id], rel=1e-5)
+
+
+def test_a_family_that_takes_separate_rows(
+    tiny_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tiny_tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.3
+    )
+    model = GPT2LMHeadModel(config).eval()
+    rows = pairs(9)
+    of = scorer(Policy("gpt2", LoadedModel(model, tiny_tokenizer, ""), 256, 4))
+    assert "separate rows for chosen and rejected answers: gpt2" in caplog.text
+    for row, columns in zip(rows, of.score(read(rows)).columns, strict=True):
+        for name, value in plain_loop(row, copy.deepcopy(model).double(), tiny_tokenizer).items():
+            assert columns[name] == pytest.approx(value, rel=1e-4)
+
+
+def test_the_prompt_is_computed_once_and_the_head_is_not_asked(policy: Policy) -> None:
+    """One call of the backbone, one row a pair, of prompt, chosen and rejected; logps is what asks the head."""
+    row = pairs(2)[1]
+    pair = tokenize_pair(row["prompt"], row["chosen"], row["rejected"], policy.loaded.tokenizer, None)
+    model = policy.loaded.model
+    seen: list[torch.Size] = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    model.lm_head.register_forward_pre_hook(lambda module, args: pytest.fail("logits were computed"))
+    scorer(policy).score(read([row]))
+    assert seen == [(1, len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids))]
+    scorer(policy, "edit").score(read([row]))
+    assert len(seen) == 1
+
+
+def test_all_columns_come_of_one_pass(policy: Policy) -> None:
+    """And each is what it is alone."""
+    rows = read(pairs(5))
+    together = scorer(policy, *WORDS, "logps").score(rows).columns
+    for word in (*WORDS, "logps"):
+        for columns, all_columns in zip(scorer(policy, word).score(rows).columns, together, strict=True):
+            assert {name: all_columns[name] for name in columns} == pytest.approx(columns, rel=1e-6)
+
+
+def test_bf16_ranks_as_float32_does(policy: Policy) -> None:
+    rows = read(pairs(60))
+    exact = torch.tensor([columns["ches_ln"] for columns in scorer(policy).score(rows).columns])
+    policy.loaded.model.bfloat16()
+    rounded = torch.tensor([columns["ches_ln"] for columns in scorer(policy).score(rows).columns])
+    ranks = torch.stack([exact.argsort().argsort(), rounded.argsort().argsort()]).double()
+    assert float(torch.corrcoef(ranks)[0, 1]) > 0.99
+
+
+def test_through_an_adapter(policy: Policy) -> None:
+    """What LoRA changes is in the scores; a model in training is scored without dropout and goes on training."""
+    model = policy.loaded.model
+    before = scorer(policy).score(read(pairs(3))).columns[0]
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, lora_dropout=0.5)
+    adapted = get_peft_model(model, config).train()
+    of = scorer(Policy("adapted", LoadedModel(adapted, policy.loaded.tokenizer, ""), 256, 4))
+    found = of.score(read(pairs(3))).columns[0]
+    assert found == of.score(read(pairs(3))).columns[0]
+    assert found["ches"] != pytest.approx(before["ches"], rel=1e-3)
+    assert adapted.training
+    merged = adapted.eval().merge_and_unload()
+    wanted = scorer(Policy("merged", LoadedModel(merged, policy.loaded.tokenizer, ""), 256, 4))
+    assert wanted.score(read(pairs(3))).columns[0] == pytest.approx(found, rel=1e-3)
+
+
+def test_answers_of_one_token_are_flagged(policy: Policy) -> None:
+    """The words an and in are tokens: with the end token two states each, and CHES 0 where a limit leaves one."""
+    rows = read(
+        [{"prompt": "cat", "chosen": "an", "rejected": "in"}, {"prompt": "cat", "chosen": "an", "rejected": "xyz"}]
+    )
+    assert [columns["one_token"] for columns in scorer(policy).score(rows).columns] == [True, False]
+    short = scorer(Policy("tiny", policy.loaded, max_length=4, batch_size=4))
+    (cut,) = short.score(rows[:1]).columns
+    assert (cut["ches"], cut["ches_ln"], cut["one_token"]) == (0.0, 0.0, True)
+    assert short.score(rows[:1]).cut == 2
+    assert "one_token" not in scorer(policy, "edit").score(rows).columns[0]
+
+
+def test_prompts_whose_end_moves_are_counted(policy: Policy, caplog: pytest.LogCaptureFixture) -> None:
+    """A prompt's t and an answer's he merge into one token: both answers begin at it, and one warning says so."""
+    rows = read([{"prompt": "cat t", "chosen": "he an", "rejected": "in"}, *pairs(2)])
+    found = scorer(policy).score(rows)
+    assert found.moved == 1
+    assert "the end of the prompt is tokenised otherwise" in caplog.text
+
+
+def test_what_cannot_be_scored_is_refused(policy: Policy) -> None:
+    of = scorer(policy)
+    for row, message in (
+        ({"prompt": "cat", "completion": "an"}, "ches compares chosen with rejected, and this row has no pair"),
+        ({"prompt": "cat " * 100, "chosen": "an", "rejected": "in"}, "over --max-length 256 before any answer"),
+        ({"prompt": "cat", "chosen": " a", "rejected": " a<|im_end|>"}, "equal to rejected in tokens"),
+    ):
+        with pytest.raises(FieldError, match=message):
+            of.score(read([row]))
+    poison(policy.loaded)
+    with pytest.raises(FieldError, match="a hidden state is not finite"):
+        of.score(read([{"prompt": "cat", "chosen": "z", "rejected": "in"}]))
+
+
+def poison(loaded: LoadedModel) -> None:
+    """The letter z has no finite embedding."""
+    with torch.no_grad():
+        loaded.model.get_input_embeddings().weight[loaded.tokenizer.convert_tokens_to_ids("z")] = torch.nan
+
+
+def test_a_data_set_in_a_script(
+    make_tiny_model: Callable[..., LlamaForCausalLM],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Scores row by row, nulls and a warning for the bad ones, and the lowest half of the others."""
+    loaded = LoadedModel(make_tiny_model(), tiny_tokenizer, "")
+    poison(loaded)
+    bad = [{"prompt": "cat", "chosen": "z", "rejected": "an"}, {"prompt": "cat", "chosen": "", "rejected": "an"}]
+    text = [row for row in pairs(20) if isinstance(row["prompt"], str)][:10]
+    rows = [*text[:4], *bad, *text[4:]]
+    scored = ches_scores(Dataset.from_list(rows), loaded.model, tiny_tokenizer, columns=WORDS, batch_size=3)
+    assert scored.column_names == ["prompt", "chosen", "rejected", "row_id", *WORDS, "one_token"]
+    assert "2 of 12 rows have no score" in caplog.text
+    assert "row 5: model: a hidden state is not finite" in caplog.text
+    assert "row 6: chosen: empty" in caplog.text
+    assert [place for place, value in enumerate(scored["ches_ln"]) if value is None] == [4, 5]
+    assert scored["row_id"][0] == row_id(rows[0]["prompt"], rows[0]["chosen"], rows[0]["rejected"])
+    for row in scored.select(range(4)):
+        for name, value in plain_loop(row, loaded.model, tiny_tokenizer).items():
+            assert row[name] == pytest.approx(value, rel=1e-4)
+    kept = filter_by(scored, "ches_ln", keep=0.5)
+    values = [value for value in scored["ches_ln"] if value is not None]
+    assert kept["ches_ln"] == [value for value in values if value in sorted(values)[:5]]
+    assert "2 of 12 rows have no ches_ln and are left out" in caplog.text
+    named = scored.add_column("kind", ["a", "b"] * 6)
+    assert sorted(filter_by(named, "ches_ln", keep=0.5, groups="kind")["kind"]) == ["a", "a", "b", "b"]
+    assert all(value < 0 for value in filter_by(scored, "ches_ln", below=0)["ches_ln"])
+
+
+def test_a_data_set_that_cannot_be_scored(policy: Policy) -> None:
+    data, model, tokenizer = Dataset.from_list(pairs(3)[1:]), policy.loaded.model, policy.loaded.tokenizer
+    with pytest.raises(AlignError, match="choose from ches, ches_ln, last_inner, edit"):
+        ches_scores(data, model, tokenizer, columns=["chess"])
+    with pytest.raises(AlignError, match="name one split"):
+        ches_scores({"train": data}, model, tokenizer)  # type: ignore[arg-type]
+    with pytest.raises(AlignError, match="no row can be scored; the first: row 1: prompt"):
+        ches_scores(data, model, tokenizer, max_length=3)
+    scored = ches_scores(data, model, tokenizer)
+    with pytest.raises(AlignError, match="a column ches already"):
+        ches_scores(scored, model, tokenizer)
+    with pytest.raises(AlignError, match="no column chess: there are prompt"):
+        filter_by(scored, "chess", keep=0.5)
+    with pytest.raises(ValueError, match="a share or thresholds"):
+        filter_by(scored, "ches")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in pairs(30)), encoding="utf-8")
+    return path
+
+
+def test_the_command(align: Callable[..., Any], source: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """One pass, all columns; an unknown word is told with those that are known."""
+    done = align(
+        "score", source, "--with", "ches,ln=ches_ln,logps", "--model", tiny_model_dir, "-o", tmp_path / "o.jsonl"
+    )
+    assert done.exit_code == 0, done.output
+    row = json.loads((tmp_path / "o.jsonl").read_text().splitlines()[0])
+    assert {"ches", "ln", "one_token", "logps_chosen", "logps_tokens_rejected"} <= row.keys()
+    assert "one_token" not in done.stdout
+    missing = align("score", source, "--with", "ches", "-o", tmp_path / "p.jsonl")
+    assert "--model  is missing: ches needs it" in missing.stderr
+    wrong = align("score", source, "--with", "chess", "-o", tmp_path / "p.jsonl")
+    assert wrong.exit_code == 1
+    assert "none of logps, ches, ches_ln" in wrong.stderr
+
+
+def test_two_processes_write_the_file_of_one(source: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """By torchrun, over gloo: 720 rows in three shards, of which the first process scores two."""
+    rows = source.read_text(encoding="utf-8")
+    source.write_text("".join(rows.replace(" the", f" the{n}") for n in range(24)), encoding="utf-8")  # three shards
+    command = ["score", str(source), "--with", "ches,ches_ln,logps", "--model", str(tiny_model_dir)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    one = [sys.executable, "-m", "align"]
+    two = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "align"]
+    outputs = {}
+    for name, launcher in (("one", one), ("two", two)):
+        output = outputs[name] = tmp_path / f"{name}.jsonl"
+        subprocess.run([*launcher, *command, "-o", str(output)], env=environment, check=True, capture_output=True)
+    assert outputs["one"].read_bytes() == outputs["two"].read_bytes()
+    assert len(outputs["one"].read_text(encoding="utf-8").splitlines()) == 24 * 30
