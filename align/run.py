@@ -32,6 +32,7 @@ from align.reports.card import write_card
 from align.reports.report import render_report
 from align.rewards.models import RewardModel
 from align.run_pal import run_pal
+from align.score.training import TrainingFilter, filter_training
 from align.tracking.callback import tracked
 from align.tracking.files import write_json, write_text
 from align.tracking.manifest import run_facts
@@ -94,6 +95,8 @@ def _run(
         shutil.rmtree(run.path / "eval", ignore_errors=True)  # of weights that are gone
     else:
         _same_data(run, splits)
+    if recipe.data.filter is not None:
+        splits["train"] = _filter(recipe, tokenizer, splits["train"], run, resumed=checkpoint is not None)
     if recipe.pal is not None:
         _run_pal(recipe, splits, run, source, command)
         return
@@ -177,9 +180,15 @@ def show_plan(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
         )
         return
     arguments = training_arguments(recipe, Path(recipe.output), tokenizer)
-    planned = plan(recipe, arguments, _row_lengths(recipe, split))
+    lengths = _row_lengths(recipe, split)
+    if recipe.data.filter is not None:
+        chosen = TrainingFilter(recipe, split)
+        out.print(chosen.describe(), highlight=False)
+        count = chosen.expected() or len(lengths)
+        lengths = [lengths[place * len(lengths) // count] for place in range(count)]
+    planned = plan(recipe, arguments, lengths)
     out.print(
-        f"{len(split.tokenized.rows):,} rows · {planned.steps:,} steps of {planned.pairs_per_step} "
+        f"{len(lengths):,} rows · {planned.steps:,} steps of {planned.pairs_per_step} "
         f"({planned.epochs:.2g} epochs) · about {planned.tokens_per_step:,} tokens a step",
         f"{planned.parameters / 1e6:,.1f} M parameters, {planned.trainable / 1e6:,.1f} M trained",
         f"memory, estimated: {planned.peak_gb:.1f} GB = "
@@ -227,6 +236,23 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, run: Path | 
             console.print(fault_report(split.faults, split.table.counts["rows"], kept_in), highlight=False)
         split.check(spec.max_bad_fraction)
     return splits
+
+
+def _filter(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, split: Split, run: RunFolder, *, resumed: bool
+) -> Split:
+    """What ``data.filter`` keeps; a run goes on with the rows that it started with, or not at all."""
+    kept, facts, words = filter_training(recipe, tokenizer, split, run.path)
+    before = run.manifest.get("filter", {}).get("kept_ids")
+    if resumed and before is not None and before != facts["kept_ids"]:
+        raise AlignError(
+            f"{split.table.source}: data.filter keeps other rows than when {run.path} was started: bring the old "
+            "scores back, or choose another output"
+        )
+    run.update_manifest(filter=facts)
+    console.print(words, highlight=False, soft_wrap=True)
+    kept.check(recipe.data.max_bad_fraction)
+    return kept
 
 
 def _same_data(run: RunFolder, splits: dict[str, Split]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from align.data.prompts import PromptRules
     from align.data.rewards import RewardRules
     from align.data.rows import CompletionTable, Fault, PairTable
-    from align.data.splits import DataKind
+    from align.data.splits import DataKind, Split
 
 
 def validate(
@@ -55,7 +56,11 @@ def _validate_recipe(source: str) -> None:
     tokenizer = load_tokenizer(recipe.model.name, trust_remote_code=recipe.model.trust_remote_code)
     for data in filter(None, (recipe.data.train, recipe.data.eval)):
         print()
-        _show_tokenized(data, tokenizer, recipe.data, recipe.data_kind, recipe.data_rules)
+        split = _show_tokenized(data, tokenizer, recipe.data, recipe.data_kind, recipe.data_rules)
+        if recipe.data.filter is not None and data == recipe.data.train:
+            from align.score.training import TrainingFilter
+
+            print(f"\ndata.filter\n{indent(TrainingFilter(recipe, split).describe(), '  ')}")
 
 
 def _validate_data(source: str, model: str | None) -> None:
@@ -97,13 +102,14 @@ def _show_tokenized(
     spec: DataSpec,
     kind: DataKind,
     rules: PromptRules | RewardRules | None = None,
-) -> None:
+) -> Split:
     from align.data.splits import read_split
 
     split = read_split(source, tokenizer, spec.max_length, kind=kind, rules=rules)
     print(_described(split.table, tokenizer, spec.max_length))
     _check(split.faults, split.table.counts["rows"], spec.max_bad_fraction)
     split.check(spec.max_bad_fraction)
+    return split
 
 
 def _described(

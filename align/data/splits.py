@@ -31,10 +31,12 @@ class Split:
     Attributes:
         table: the rows as they were read.
         tokenized: those that can be used, as token ids.
+        dropped: usable rows that ``data.filter`` has taken out of ``tokenized``; None where there is no filter.
     """
 
     table: PairTable | CompletionTable
     tokenized: TokenizedPairs | TokenizedCompletions
+    dropped: int | None = None
 
     @property
     def faults(self) -> list[Fault]:
@@ -51,6 +53,8 @@ class Split:
     def facts(self) -> dict[str, Any]:
         """What a manifest says of it: source, fingerprint, counts."""
         counts = {**self.table.counts, **self.tokenized.counts, "set_aside": bad_rows(self.faults)}
+        if self.dropped is not None:
+            counts |= {"kept": len(self.tokenized.rows), "dropped": self.dropped}
         return {"source": self.table.source, "sha256": self.table.fingerprint(), **counts}
 
     def check(self, max_bad_fraction: float) -> None:

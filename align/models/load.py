@@ -131,6 +131,21 @@ def _require_causal(name: str, config: Any) -> None:
     raise AlignError(f"{name}: {what} is not a causal language model; alignment needs one that writes token by token")
 
 
+def load_policy(
+    name: str, adapter: str | None = None, *, dtype: str, attention: str, trust_remote_code: bool
+) -> tuple[Any, str]:
+    """``load_model``, with an adapter on it where one is named.
+
+    Raises:
+        AlignError: the model or the adapter cannot be loaded.
+    """
+    options: dict[str, Any] = {"dtype": dtype, "attention": attention, "trust_remote_code": trust_remote_code}
+    if adapter is None:
+        return load_model(name, **options)
+    loaded = _with_adapter(name, Path(adapter).expanduser(), **options)
+    return loaded.model, loaded.dtype_reason
+
+
 def load_run(name: str, *, dtype: str = "auto") -> LoadedModel:
     """What ``name`` says can answer: a run folder, an adapter folder, or any model.
 

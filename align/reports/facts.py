@@ -76,7 +76,12 @@ METRICS: dict[str, tuple[str, str]] = {
     "displacement/frac_chosen_down": ("Chosen answers that became less likely", PERCENT),
     "displacement/largest_fall": ("Largest fall of a chosen answer", NATS),
 }
-COUNTS = {"set_aside": "rows set aside", "truncated": "answers cut at the length limit"}
+COUNTS = {
+    "set_aside": "rows set aside",
+    "truncated": "answers cut at the length limit",
+    "kept": "kept by the filter, and trained on",
+    "dropped": "dropped by the filter",
+}
 REFERENCES = {
     "none": "none: the loss does not compare with a reference",
     "adapters-off": "the same weights with the adapter switched off",
@@ -219,6 +224,20 @@ def data_rows(data: dict[str, Any]) -> list[tuple[str, list[str]]]:
         (COUNTS.get(name, name.replace("_", " ")), [_cell(name, part.get(name)) for part in data.values()])
         for name in names
     ]
+
+
+def filter_words(record: RunRecord) -> str:
+    """What ``data.filter`` did; empty where the recipe has none, or the run did not come to it."""
+    found = record.section("filter")
+    if not found:
+        return ""
+    counts, scored = found["counts"], ", ".join(found["scored"])
+    made = f" ({scored}: scored with the model before training)" if scored else ""
+    return (
+        f"{found['description']}{made}. {counts['kept']:,} of {counts['rows']:,} usable rows were trained on; "
+        f"{counts['dropped']:,} were dropped"
+        + (f" and {counts['set_aside']:,} had no score" if counts["set_aside"] else "")
+    )
 
 
 def capitalise(text: str) -> str:

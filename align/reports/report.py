@@ -18,6 +18,7 @@ from .facts import (
     capitalise,
     commands,
     data_rows,
+    filter_words,
     headline,
     interval_words,
     judge,
@@ -95,6 +96,7 @@ def _page(record: RunRecord) -> str:
         samples=[_sample(row) for row in record.samples],
         data=list(data),
         data_rows=data_rows(data),
+        filtered=filter_words(record),
         faults=record.faults,
         commands=commands(record),
         recipe_text=record.recipe_text,
@@ -115,7 +117,7 @@ def _what(record: RunRecord) -> list[tuple[str, str]]:
         found.append(("Reference", REFERENCES.get(kind, kind)))
     for name, label in (("train", "Training data"), ("eval", "Held-out data")):
         if part := data.get(name):
-            pairs = part.get("pairs", part.get("completions", part.get("rows")))
+            pairs = part.get("kept", part.get("pairs", part.get("completions", part.get("rows"))))
             found.append(
                 (label, f"{part.get('source', '')}, {pairs:,} examples" if pairs is not None else part["source"])
             )

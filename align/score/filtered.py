@@ -78,13 +78,16 @@ class Filtered:
         return list(dict.fromkeys(name for one in self.table.candidates for name in one.lengths))
 
 
-def write_filtered(folder: Path, filtered: Filtered, rows: Rows, suffix: str = ".jsonl") -> None:
+def write_filtered(
+    folder: Path, filtered: Filtered, rows: Rows, suffix: str = ".jsonl", parts: Sequence[str] = ("kept", "dropped")
+) -> None:
     """Write the folder in one step: ``kept``, ``dropped``, ``reasons.jsonl``, ``filter.json`` and ``report.html``.
 
     Args:
         folder: that is not there yet, or is empty.
         rows: the rows behind the candidates, in their order.
         suffix: ``.jsonl`` or ``.parquet``, of kept and dropped.
+        parts: which of the two to write.
 
     Raises:
         AlignError: something is there already, or Parquet cannot hold the rows.
@@ -94,7 +97,8 @@ def write_filtered(folder: Path, filtered: Filtered, rows: Rows, suffix: str = "
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        for name, kept in (("kept", True), ("dropped", False)):
+        for name in parts:
+            kept = name == "kept"
             if any(verdict.kept is kept for verdict in filtered.verdicts):
                 write_rows(partial / f"{name}{suffix}", lambda kept=kept: _part(filtered, rows, kept))  # type: ignore[misc]
         write_text(partial / "reasons.jsonl", "".join(_reasons(filtered)))
@@ -133,7 +137,12 @@ def _reasons(filtered: Filtered) -> Iterator[str]:
 def facts(filtered: Filtered) -> dict[str, Any]:
     """Source, rules and counts, for files that say what was done."""
     rules = {column: rule.model_dump(exclude_none=True) for column, rule in filtered.rules.items()}
-    return {"source": filtered.source, "rules": rules, "counts": filtered.counts}
+    return {
+        "source": filtered.source,
+        "rules": rules,
+        "description": describe(filtered.rules),
+        "counts": filtered.counts,
+    }
 
 
 def summary(filtered: Filtered) -> str:
