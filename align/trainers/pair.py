@@ -156,6 +156,7 @@ class PairTrainer(Hosted, DPOTrainer):  # type: ignore[misc]
         output: LossOutput,
     ) -> None:
         """Metrics of a batch, summed over processes in one reduction."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
         chosen_tokens = rows.answer < rows.answers // 2
         margins = output.chosen_rewards - output.rejected_rewards
         by_pair = {
@@ -171,13 +172,19 @@ class PairTrainer(Hosted, DPOTrainer):  # type: ignore[misc]
             **output.metrics,
         }
         if reference is not None:
-            chosen = policy.chosen.total - reference.chosen.total
+            chosen = (policy.chosen.total - reference.chosen.total).detach()
+            rejected = (policy.rejected.total - reference.rejected.total).detach()
             by_pair |= {
                 "displacement/chosen_delta": chosen,
                 "displacement/chosen_delta_per_token": chosen / policy.chosen.length,
-                "displacement/rejected_delta": policy.rejected.total - reference.rejected.total,
+                "displacement/rejected_delta": rejected,
+                "displacement/rejected_delta_per_token": rejected / policy.rejected.length,
                 "displacement/frac_chosen_down": (chosen < 0).float(),
             }
+            # Of all batches since the last log, in which the others are averaged.
+            falls = metrics["displacement/largest_fall"]
+            fall = self.accelerator.gather(chosen.float().min().neg().clamp(min=0)[None]).max()
+            falls[:] = [max([*falls, float(fall)])]
         sums = {name: value.detach().float().sum() for name, value in by_pair.items()}
         sums |= {
             "entropy": tokens.entropy.float().sum(),
@@ -190,7 +197,6 @@ class PairTrainer(Hosted, DPOTrainer):  # type: ignore[misc]
         reduced = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="sum").tolist()
         total = dict(zip(sums, reduced, strict=True))
 
-        metrics = self._metrics["train" if self.model.training else "eval"]
         for name in by_pair:
             metrics[name].append(total[name] / total["pairs"])
         metrics["entropy"].append(total["entropy"] / total["scored"])

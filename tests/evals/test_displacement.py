@@ -7,7 +7,12 @@ import json
 import pytest
 import torch
 
-from align.evals.displacement import displacement_suite
+from align.evals.displacement import (
+    displacement_difference,
+    displacement_suite,
+    gained_tokens,
+    largest_decreases,
+)
 from align.losses.types import PairLogps, SequenceLogps
 
 
@@ -32,6 +37,7 @@ def test_by_hand():
             "chosen_delta": -4 / 3,
             "chosen_delta_per_token": -0.5,
             "rejected_delta": -2.0,
+            "rejected_delta_per_token": -1.0,
             "frac_chosen_down": 2 / 3,
             "largest_fall": 4.0,
         }
@@ -58,7 +64,7 @@ def test_nothing_fell():
     assert result["n"] == 2
     assert result["metrics"]["largest_fall"]["value"] == 0.0
     assert result["metrics"]["frac_chosen_down"] == {"value": 0.0, "low": None, "high": None, "n": 1}
-    assert [metric["n"] for metric in result["metrics"].values()] == [1, 1, 1, 1, 2]
+    assert [metric["n"] for metric in result["metrics"].values()] == [1, 1, 1, 1, 1, 2]
 
 
 def test_refuses_other_pairs():
@@ -66,3 +72,37 @@ def test_refuses_other_pairs():
         displacement_suite(pairs([-1.0], [-1.0], [3]), pairs([-1.0], [-1.0], [2]), ["a"])
     with pytest.raises(ValueError, match="1 pairs and 2 row ids"):
         displacement_suite(pairs([-1.0], [-1.0], [3]), pairs([-1.0], [-1.0], [3]), ["a", "b"])
+
+
+def test_a_difference_is_paired():
+    """One model moved every chosen answer a nat less far than the other: 1 with no doubt, though the rows differ."""
+    reference = pairs([-50.0, -10.0, -2.0], [-20.0, -20.0, -20.0], [2, 4, 1])
+    other = pairs([-55.0, -9.0, -2.5], [-20.0, -20.0, -20.0], [2, 4, 1])
+    policy = pairs([-54.0, -8.0, -1.5], [-22.0, -22.0, -22.0], [2, 4, 1])
+    found = displacement_difference(policy, other, reference)
+    assert found["chosen_delta"] == {"value": 1.0, "low": 1.0, "high": 1.0, "n": 3}
+    assert found["rejected_delta"]["value"] == -2.0
+    assert found["frac_chosen_down"]["value"] == pytest.approx(-1 / 3)  # 1 of 3 fell, against 2 of 3
+    grouped = displacement_difference(policy, other, reference, groups=["p", "p", "q"])
+    assert grouped["chosen_delta_per_token"]["n"] == 2
+
+
+def test_largest_decrease_by_hand():
+    """Of one answer .5 -> .8 -> .3 -> .4: .8 - .3, between steps 1 and 2. The other rises: 0."""
+    steps = [[0.5, 0.1], [0.8, 0.2], [0.3, 0.3], [0.4, 0.4]]
+    found = largest_decreases([logps(torch.tensor(row).log().tolist(), [1, 1]) for row in steps])
+    assert found.tolist() == pytest.approx([0.5, 0.0], abs=1e-6)
+    with pytest.raises(ValueError, match="1 step: a decrease is between two"):
+        largest_decreases([logps([-1.0], [1])])
+
+
+def test_tokens_that_gained():
+    """Token 2 gained .3, token 0 gained .1; token 3 stayed, token 1 lost: neither is told."""
+    before, after = torch.tensor([0.1, 0.6, 0.1, 0.2]), torch.tensor([0.2, 0.2, 0.4, 0.2])
+    found = gained_tokens(before, after, lambda ids: "abcd"[ids[0]])
+    assert [(token["id"], token["token"]) for token in found] == [(2, "c"), (0, "a")]
+    assert (found[0]["before"], found[0]["after"]) == pytest.approx((0.1, 0.4))
+    result = displacement_suite(pairs([-1.0], [-1.0], [3]), pairs([-1.0], [-1.0], [3]), ["a"], gained=found)
+    assert result["gained"] == found
+    with pytest.raises(ValueError, match="different vocabularies"):
+        gained_tokens(before, after[:2], str)

@@ -187,8 +187,29 @@ def test_metrics_by_hand(tmp_path, tiny_tokenizer, make_tiny_model, dataset):
     expected = sum(n - p + 1 for n, p in zip(lengths, prompts, strict=True)) / 4
     assert log["length/chosen_tokens"] == pytest.approx(expected)
     assert 0 <= log["displacement/frac_chosen_down"] <= 1
+    assert log["displacement/rejected_delta"] < log["displacement/rejected_delta_per_token"] < 0
     assert log["perf/tokens_per_s"] > 0
     assert log["perf/peak_rss_gb"] > 0.1
+
+
+def test_largest_fall_is_the_largest_of_all_batches(tmp_path, tiny_tokenizer, make_tiny_model, dataset):
+    """Logged once in two steps of one pair each: it is that of the pair which fell most, and no mean over batches."""
+
+    def trained(logging_steps: int) -> list[dict[str, float]]:
+        trainer = PairTrainer(
+            model=make_tiny_model(),
+            args=arguments(tmp_path, per_device_train_batch_size=1, max_steps=4, logging_steps=logging_steps),
+            train_dataset=dataset,
+            processing_class=tiny_tokenizer,
+            loss="dpo",
+        )
+        return steps(trainer)
+
+    each, both = trained(1), trained(2)
+    falls = [max(0.0, -log["displacement/chosen_delta"]) for log in each]
+    assert [log["displacement/largest_fall"] for log in each] == pytest.approx(falls, rel=1e-5)
+    assert both[1]["displacement/largest_fall"] == pytest.approx(max(falls[2:]), rel=1e-5)
+    assert falls[2] != falls[3]
 
 
 def test_shared_and_separate_rows_train_alike(tmp_path, tiny_tokenizer, make_tiny_model, dataset):
