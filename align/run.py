@@ -32,6 +32,7 @@ from align.reports.card import write_card
 from align.reports.report import render_report
 from align.rewards.models import RewardModel
 from align.run_pal import run_pal
+from align.score.preflight import preflight as describe_risk
 from align.score.training import TrainingFilter, filter_training
 from align.tracking.callback import tracked
 from align.tracking.files import write_json, write_text
@@ -166,6 +167,13 @@ def _finish(run: RunFolder, mirror: WandbMirror | None, timings: dict[str, float
         sync = mirror.finish()
         if sync:
             console.print(f"W&B, offline: {sync}", soft_wrap=True)
+
+
+def preflight(recipe: Recipe, rows: int) -> str:
+    """What ``rows`` of the training pairs say of likelihood displacement, in words; nothing is written."""
+    disable_telemetry()
+    tokenizer = load_tokenizer(recipe.model.name, trust_remote_code=recipe.model.trust_remote_code)
+    return describe_risk(recipe, tokenizer, read_splits(recipe, tokenizer, None)["train"], rows)
 
 
 def show_plan(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from align.errors import ConfigError
+
 from .disk import writing_to
 
 
@@ -21,6 +23,11 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print eight rows with their masks, and exit.")
     ] = False,
+    preflight: Annotated[
+        bool,
+        typer.Option("--preflight", help="Score a sample of the pairs, say what to expect, recommend a filter, exit."),
+    ] = False,
+    preflight_rows: Annotated[int, typer.Option(min=2, metavar="N", help="Pairs of the sample.")] = 256,
 ) -> None:
     """Train, evaluate before and after, and write the report.
 
@@ -29,10 +36,16 @@ def train(
         align train quickstart training.max_steps=20 output=runs/short
     """
     from align.config.load import load_recipe
+    from align.run import preflight as look
     from align.run import train as run
 
+    if dry_run and preflight:
+        raise ConfigError("align train", [("--preflight", "goes without --dry-run: each prints, and writes nothing")])
     changes = overrides or []
     checked = load_recipe(recipe, changes)
+    if preflight:
+        print(look(checked, preflight_rows))
+        return
     command = ["align", "train", recipe, *changes]
     output = Path(checked.output)
     try:
@@ -59,7 +72,10 @@ def _show_result(run: Path) -> None:
     print(f"report  {run / 'report.html'}")
     if trains_reward(record.recipe):
         print(f"score   align score DATA --with {shlex.quote(str(run / 'model'))} --output OUT.jsonl")
-    elif not is_pal(record.recipe):
+    elif is_pal(record.recipe):
+        model = shlex.quote(f"{run / 'model'}@mean")
+        print(f"score   align score DATA --with {model} --output OUT.jsonl   # or @annotator:NAME")
+    else:
         print(f"chat    align generate --model {shlex.quote(str(run))} --chat")
 
 

@@ -190,7 +190,7 @@ def histogram(title: str, label: str, caption: str, series: Sequence[Series], cu
     """Counts in shared bins, and lines at the cuts."""
     with _style(title):
         figure, axes = _axes()
-        edges = _edges(np.concatenate([np.asarray(s.y, dtype=float) for s in series]))
+        edges = _edges(np.concatenate([np.asarray(s.y, dtype=float) for s in series]), cuts)
         for values, style in zip(series, STYLES, strict=False):
             counts, _ = np.histogram(values.y, bins=edges)
             axes.stairs(counts, edges, label=values.name, linewidth=1.4, **style)
@@ -261,10 +261,15 @@ def _finite(values: Sequence[float | None]) -> list[float]:
     return [float(v) for v in values if v is not None and np.isfinite(v)]
 
 
-def _edges(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """At most 24 bins over all values; one bin around them where they are all the same."""
+def _edges(values: np.ndarray[Any, Any], cuts: Sequence[float] = ()) -> np.ndarray[Any, Any]:
+    """At most 24 bins over all values, an edge at the first cut; one bin around values that are all the same."""
     if not len(values) or values.min() == values.max():
         middle = values[0] if len(values) else 0.0
         return np.array([middle - 0.5, middle + 0.5])
     edges = np.histogram_bin_edges(values, bins="auto")
-    return edges if len(edges) <= 25 else np.linspace(values.min(), values.max(), 25)
+    edges = edges if len(edges) <= 25 else np.linspace(values.min(), values.max(), 25)
+    if cuts and values.min() < cuts[0] < values.max():
+        width = edges[1] - edges[0]
+        first, last = (round((end - cuts[0]) / width + side) for end, side in ((edges[0], -0.5), (edges[-1], 0.5)))
+        edges = cuts[0] + width * np.arange(first, last + 1)
+    return edges

@@ -1,0 +1,141 @@
+"""``align train --preflight``: what a sample of the pairs says of likelihood displacement, and a filter to paste."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+from itertools import pairwise
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from align.config.schema import FilterRule, Recipe
+from align.data.splits import Split
+from align.errors import ConfigError
+
+from .filter import EQUAL, SHORT, describe, places
+from .filtered import Filtered
+from .shards import Line
+from .training import TrainingFilter, can_score, policy_scorer, score_pairs
+
+COLUMN = "ches_ln"
+LARGEST, LEAST = 0.5, 0.05
+"""Shares that are recommended: no more than half of the data, and the study's own 5 % (arXiv:2410.08847) at least."""
+BINS, WIDTH = 10, 40
+
+
+def preflight(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, split: Split, rows: int) -> str:
+    """Score a sample with the model of the recipe, and say what to expect.
+
+    Args:
+        split: the training data, all of it.
+        rows: how many pairs to score; drawn by the recipe's seed.
+
+    Raises:
+        ConfigError: the run does not train a policy on pairs.
+        AlignError: the model cannot be loaded, or too many pairs cannot be scored.
+    """
+    if not can_score(recipe):
+        what = f"scores pairs for a policy, and method: {recipe.method} trains on something else; leave it out"
+        raise ConfigError("align train", [("--preflight", what)])
+    sample = _sample(split, rows, int(recipe.training.get("seed", 0)))
+    chosen = _by(recipe, sample, FilterRule(keep=1.0))
+    lines: dict[str, Line] = {}
+    made = f"from its column {COLUMN}"
+    if chosen.scored:
+        scorer = policy_scorer(recipe, tokenizer, [COLUMN])
+        made = f"scored with {recipe.model.name} in {str(scorer.model.dtype).removeprefix('torch.')}"
+        lines = score_pairs(scorer, [row for row, _ in chosen.rows], recipe)
+    scored = chosen.judged(lines)
+    values = np.array([one.scores[COLUMN] for one in scored.table.candidates])
+    said = [
+        f"{len(chosen.rows):,} of {len(split.tokenized.rows):,} pairs of {recipe.data.train}, {made}",
+        "",
+        f"{COLUMN}: the higher, the more a chosen answer is expected to lose with its rejected one",
+        *_histogram(values),
+        *_facts(scored, split, values),
+        "",
+        *_recommendation(recipe, sample, split, lines, scored),
+    ]
+    return "\n".join(said)
+
+
+def _sample(split: Split, rows: int, seed: int) -> Split:
+    every = split.tokenized.rows
+    places = sorted(random.Random(seed).sample(range(len(every)), min(rows, len(every))))
+    return replace(split, tokenized=replace(split.tokenized, rows=[every[place] for place in places]))
+
+
+def _by(recipe: Recipe, sample: Split, rule: FilterRule) -> TrainingFilter:
+    data = recipe.data.model_copy(update={"filter": {COLUMN: rule}})
+    return TrainingFilter(recipe.model_copy(update={"data": data}), sample)
+
+
+def _histogram(values: np.ndarray[Any, Any]) -> list[str]:
+    low, high = np.quantile(values, [0.01, 0.99])
+    if low == high:
+        return [f"  {low:.4g} for every pair"]
+    counts, edges = np.histogram(np.clip(values, low, high), bins=BINS, range=(low, high))
+    names = [f"{start:.4g} to {stop:.4g}" for start, stop in pairwise(edges)]
+    names = [f"to {edges[1]:.4g}", *names[1:-1], f"over {edges[-2]:.4g}"]
+    width = max(map(len, names))
+    return [
+        f"  {name:>{width}}  {'█' * round(WIDTH * count / counts.max())} {count:,}"
+        for name, count in zip(names, counts, strict=True)
+    ]
+
+
+def _facts(scored: Filtered, split: Split, values: np.ndarray[Any, Any]) -> list[str]:
+    candidates = scored.table.candidates
+    ends = np.quantile(values, [0, 0.05, 0.5, 0.95, 1])
+    names = ("least", "5 %", "median", "95 %", "most")
+    above = int((values > 0).sum())
+    halves = np.array_split(np.argsort(values, kind="stable"), 2)
+    tokens = {name: np.array([one.lengths[name] for one in candidates]) for name in ("chosen", "rejected")}
+    lengths = [
+        f"{name} {' and '.join(f'{part[half].mean():.0f}' for half in halves if len(half))}"
+        for name, part in tokens.items()
+    ]
+    identical, unscored = sum(fault.reason == EQUAL for fault in split.table.faults), len(scored.table.faults)
+    repeated = split.table.counts["duplicates"]
+    return [
+        "  " + " · ".join(f"{name} {value:.4g}" for name, value in zip(names, ends, strict=True)),
+        f"  above 0: {above:,} ({100 * above / len(values):.1f} %): there it expects the chosen answer to fall itself",
+        f"  mean tokens in the lower and in the higher half: {', '.join(lengths)}",
+        f"  one-token answers {_short(scored):,} (the score says little there) · without a score {unscored:,}",
+        f"  all of the data: repeated pairs {repeated:,} · pairs of equal answers {identical:,}",
+    ]
+
+
+def _short(scored: Filtered) -> int:
+    return sum(one.short == SHORT for one in scored.table.candidates)
+
+
+def _recommendation(
+    recipe: Recipe, sample: Split, split: Split, lines: dict[str, Line], scored: Filtered
+) -> list[str]:
+    """A share that leaves out what is above 0, and the half that is most at risk; none where scores say little."""
+    candidates = scored.table.candidates
+    if 2 * _short(scored) > len(candidates):
+        return ["no filter is recommended: most answers are single tokens, of which the score says little"]
+    below = sum(one.scores[COLUMN] <= 0 for one in candidates) / len(candidates)
+    share = max(LEAST, min(LARGEST, math.floor(20 * below) / 20))
+    rule = FilterRule(keep=share)
+    kept = _by(recipe, sample, rule).judged(lines)
+    changes = []
+    for field in scored.fields:
+        before, after = kept.lengths(field)
+        changes.append(f"{field} {fmean(before):.0f} -> {fmean(after):.0f}")
+    said = [
+        "recommended, to paste in the recipe (less is safer and leaves less to learn from; the study kept 5 %):",
+        "  data:",
+        f"    filter: {{{COLUMN}: {{keep: {share:g}}}}}",
+        f"it keeps {places(len(split.tokenized.rows), rule)[1]:,} of {len(split.tokenized.rows):,} pairs; "
+        f"in the sample, mean tokens {', '.join(changes)}",
+    ]
+    if recipe.data.filter is not None:
+        said.append(f"the recipe filters already, which is not counted above: {describe(recipe.data.filter)}")
+    return said

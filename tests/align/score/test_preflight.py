@@ -1,0 +1,102 @@
+"""align train --preflight: a sample is scored, the risk shown, and a filter recommended that the recipe takes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import Result
+
+from align.config.load import load_recipe
+
+Align = Callable[..., Result]
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path, tiny_model_dir: Path) -> Callable[..., Path]:
+    """A recipe on pairs that are given, or on 40 of words."""
+
+    def write(rows: list[dict[str, Any]] | None = None, **changes: Any) -> Path:
+        words = ["the cat", "inner thing", "another garden", "an apple", "hint then"]
+        pairs = [
+            {"prompt": f"say {n}", "chosen": f" {words[n % 5]} {n}", "rejected": f" {words[n % 3]} no"}
+            for n in range(40)
+        ]
+        data = tmp_path / "pairs.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows or pairs), encoding="utf-8")
+        recipe = {
+            "method": "dpo",
+            "model": {"name": str(tiny_model_dir), "dtype": "float32"},
+            "data": {"train": str(data), "max_length": 64, "max_bad_fraction": 0.5},
+            "output": str(tmp_path / "run"),
+            **changes,
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_what_is_said_and_the_filter_that_is_recommended(align: Align, write_recipe, tmp_path: Path) -> None:
+    path = write_recipe()
+    before = sorted(tmp_path.iterdir())
+    result = align("train", path, "--preflight", "--preflight-rows", 30)
+    assert result.exit_code == 0, result.stderr
+    assert "30 of 40 pairs of" in result.stdout
+    counts = [int(count) for count in re.findall(r"^ +\S.*  █* (\d+)$", result.stdout, re.MULTILINE)]
+    assert (len(counts), sum(counts)) == (10, 30)
+    assert "one-token answers 0" in result.stdout
+    assert "repeated pairs 0 · pairs of equal answers 0" in result.stdout
+    assert sorted(tmp_path.iterdir()) == before
+
+    pasted = yaml.safe_load("\n".join(re.findall(r"^  (data:|  filter: .*)$", result.stdout, re.MULTILINE)))
+    share = pasted["data"]["filter"]["ches_ln"]["keep"]
+    above = int(re.search(r"above 0: (\d+)", result.stdout)[1])
+    assert share == max(0.05, min(0.5, int(20 * (30 - above) / 30) / 20))
+    assert f"it keeps {max(1, int(40 * share + 1e-9))} of 40 pairs" in result.stdout
+    recipe = yaml.safe_load(path.read_text())
+    recipe["data"] |= pasted["data"]
+    path.write_text(yaml.safe_dump(recipe))
+    assert load_recipe(str(path)).data.filter["ches_ln"].keep == share
+    assert "the recipe filters already" in align("train", path, "--preflight").stdout
+
+
+def test_the_sample_is_the_same_every_time(align: Align, write_recipe) -> None:
+    path = write_recipe()
+    said = {align("train", path, "--preflight", "--preflight-rows", 10).stdout for _ in range(2)}
+    assert len(said) == 1
+
+
+def test_repeats_equal_answers_and_short_ones_are_counted(align: Align, write_recipe) -> None:
+    """Answers of one letter are one token: CHES says little of them, and no filter is recommended."""
+    rows = [{"prompt": f"say {n}", "chosen": "abcdefgh"[n], "rejected": "z"} for n in range(8)]
+    rows += [rows[0], {**rows[1], "chosen": "z"}, {"prompt": "say more", "chosen": "the cat", "rejected": "the ant"}]
+    result = align("train", write_recipe(rows), "--preflight")
+    assert result.exit_code == 0, result.stderr
+    assert "10 of 10 pairs" in result.stdout
+    assert "one-token answers 9" in result.stdout
+    assert "repeated pairs 1 · pairs of equal answers 1" in result.stdout
+    assert "no filter is recommended: most answers are single tokens" in result.stdout
+
+
+def test_a_column_of_the_data_is_taken_as_it_is(align: Align, write_recipe) -> None:
+    rows = [{"prompt": f"p {n}", "chosen": f"a {n}", "rejected": "b c", "ches_ln": n - 7.5} for n in range(10)]
+    result = align("train", write_recipe(rows), "--preflight")
+    assert "from its column ches_ln" in result.stdout
+    assert "above 0: 2 (20.0 %)" in result.stdout
+    assert "filter: {ches_ln: {keep: 0.5}}" in result.stdout
+
+
+def test_what_it_is_not_for(align: Align, write_recipe) -> None:
+    result = align("train", write_recipe(method="sft"), "--preflight")
+    assert result.exit_code == 2
+    assert "--preflight  scores pairs for a policy, and method: sft trains on something else" in result.stderr
+    result = align("train", write_recipe(), "--preflight", "--dry-run")
+    assert result.exit_code == 2
+    assert "goes without --dry-run" in result.stderr
