@@ -20,7 +20,7 @@ from align.config.schema import Recipe
 from align.data.rows import Content
 from align.data.splits import Split
 from align.data.tokenize import encode_prompt
-from align.evals.displacement import displacement_suite
+from align.evals.displacement import displacement_suite, gained_tokens
 from align.evals.generation import compare
 from align.evals.goals import goals_suite
 from align.evals.kl import LogRatios, log_ratios
@@ -28,13 +28,14 @@ from align.evals.preference import preference_suite
 from align.evals.reward import ratings_suite, reward_suite
 from align.evals.sampling import Sample, sample
 from align.evals.thumbs import thumbs_suite
+from align.heldout import answer_logps, first_tokens, pair_logps
 from align.losses import PairLogps, SequenceLogps, combine
 from align.losses.general_preference import gpm_score
-from align.losses.rows import Rows, answer_rows, pair_rows
+from align.losses.rows import answer_rows
 from align.losses.types import UnpairedLogps
 from align.models.ends import end_tokens
 from align.models.memory import release_freed
-from align.models.scoring import score, sequence_logps
+from align.models.scoring import sequence_logps
 from align.rewards.models import RewardOutput
 from align.rewards.named import load_reward
 from align.tracking.files import write_json, write_text
@@ -88,6 +89,7 @@ class _Pairs:
         self.losses = losses_of(recipe)
         self.built = built
         self.pad_token_id = int(tokenizer.pad_token_id)
+        self.decode = tokenizer.decode
         self.shared_prompt = getattr(built.trainer, "shared_prompt", False)
         self.rows: Sequence[Any] = held_out.tokenized.rows
         self.ids = [row.row_id for row in held_out.tokenized.rows]
@@ -107,40 +109,15 @@ class _Pairs:
         return preference_suite(rewards[:, 0], rewards[:, 1], self.ids, groups=self.groups, settings=settings)
 
     def displacement(self) -> dict[str, Any]:
-        return displacement_suite(*self.logps, self.ids, groups=self.groups)
+        after = first_tokens(self.built.trainer.model, self.rows, pad_token_id=self.pad_token_id)
+        with self.built.untrained() as untrained:
+            before = first_tokens(untrained, self.rows, pad_token_id=self.pad_token_id)
+        gained = gained_tokens(before, after, self.decode)
+        return displacement_suite(*self.logps, self.ids, groups=self.groups, gained=gained)
 
     def _score(self, model: Any, name: str) -> PairLogps:
-        def lay_out(part: Sequence[Any]) -> Rows:
-            return pair_rows(
-                [row.prompt_ids for row in part],
-                [row.chosen_ids for row in part],
-                [row.rejected_ids for row in part],
-                pad_token_id=self.pad_token_id,
-                shared_prompt=self.shared_prompt,
-            )
-
-        sizes = [len(row.chosen_ids) + len(row.rejected_ids) for row in self.rows]
-        totals, lengths = _scored(model, self.rows, sizes, lay_out, 2, f"scoring held-out pairs, {name} model")
-        return PairLogps(SequenceLogps(totals[0], lengths[0]), SequenceLogps(totals[1], lengths[1]))
-
-
-def _scored(
-    model: Any, data: Sequence[Any], sizes: Sequence[int], lay_out: Callable[[Sequence[Any]], Rows], k: int, what: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs and lengths of the k answers of each row of ``data``, (k, N) each; the largest rows go first."""
-    order = sorted(range(len(data)), key=lambda i: -sizes[i])
-    totals = torch.zeros(k, len(data))
-    lengths = torch.zeros(k, len(data), dtype=torch.long)
-    model.eval()
-    with progress(what, len(order)) as advance, torch.no_grad():
-        for start in range(0, len(order), BATCH):
-            part = order[start : start + BATCH]
-            rows = lay_out([data[i] for i in part]).to(model.device)
-            totals[:, part] = rows.totals(score(model, rows).logps).view(k, -1).cpu()
-            lengths[:, part] = rows.lengths().view(k, -1).cpu()
-            release_freed()
-            advance(len(part))
-    return totals, lengths
+        pad, shared = self.pad_token_id, self.shared_prompt
+        return pair_logps(model, self.rows, f"{name} model", pad_token_id=pad, shared_prompt=shared)
 
 
 def _thumbs(recipe: Recipe, built: Built, tokenizer: PreTrainedTokenizerBase, held_out: Split) -> dict[str, Any]:
@@ -149,7 +126,7 @@ def _thumbs(recipe: Recipe, built: Built, tokenizer: PreTrainedTokenizerBase, he
     pad = int(tokenizer.pad_token_id)
 
     def logps(model: Any, name: str) -> SequenceLogps:
-        totals, lengths = _scored(
+        totals, lengths = answer_logps(
             model,
             data,
             [len(row.input_ids) for row in data],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from align.errors import AlignError
 from .hardware import resolve_dtype
 from .packaged import packaged_model
 
+ADAPTER_CONFIG = "adapter_config.json"
 LOAD_ERRORS = (OSError, ValueError, ImportError, SafetensorError)
 
 
@@ -147,7 +148,7 @@ def load_policy(
 
 
 def load_run(name: str, *, dtype: str = "auto") -> LoadedModel:
-    """What ``name`` says can answer: a run folder, an adapter folder, or any model.
+    """What ``name`` says can answer: a run folder, a checkpoint of one, an adapter folder, or any model.
 
     A run is loaded by its adapter on the model that it was trained from, or by its own weights after full training;
     in both cases with its recipe's ``model.attention`` and ``model.trust_remote_code``.
@@ -156,19 +157,72 @@ def load_run(name: str, *, dtype: str = "auto") -> LoadedModel:
         AlignError: the run has not finished, or the weights are missing or cannot be loaded.
     """
     folder = Path(name).expanduser()
-    resolved = folder / "config.resolved.yaml"
-    if resolved.is_file():
-        spec = yaml.safe_load(resolved.read_text())["model"]
-        options = {key: spec[key] for key in ("attention", "trust_remote_code") if key in spec}
-        if (folder / "adapter").is_dir():
-            return _with_adapter(spec["name"], folder / "adapter", dtype=dtype, **options)
-        if (folder / "model").is_dir():
-            return _whole(str(folder / "model"), dtype=dtype, **options)
+    spec = _spec_of_run(folder)
+    if spec is not None:
+        options = _options_of(spec)
+        adapter, model = (folder, folder) if _is_checkpoint(folder) else (folder / "adapter", folder / "model")
+        if (adapter / ADAPTER_CONFIG).is_file():
+            return _with_adapter(spec["name"], adapter, dtype=dtype, **options)
+        if model.is_dir():
+            return _whole(str(model), dtype=dtype, **options)
         raise AlignError(f"{name}: this run has no trained weights yet; finish it with the command that started it")
-    if (folder / "adapter_config.json").is_file():
-        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        return _with_adapter(base, folder, dtype=dtype)
+    if (folder / ADAPTER_CONFIG).is_file():
+        return _with_adapter(_base_of(folder), folder, dtype=dtype)
     return _whole(name, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run or an adapter was trained from.
+
+    Attributes:
+        name: the model, as its recipe names it.
+        adapter: the adapter that training went on from, if there was one.
+        options: ``attention`` and ``trust_remote_code`` of the recipe.
+        dtype: of the recipe; the same model in two dtypes is one origin.
+    """
+
+    name: str
+    adapter: str | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+    dtype: str = field(default="auto", compare=False)
+
+    def load(self, *, dtype: str) -> LoadedModel:
+        """The model as it was before training, its weights in ``dtype``.
+
+        Raises:
+            AlignError: it cannot be found or loaded.
+        """
+        if self.adapter is None:
+            return _whole(self.name, dtype=dtype, **dict(self.options))
+        return _with_adapter(self.name, Path(self.adapter).expanduser(), dtype=dtype, **dict(self.options))
+
+
+def origin_of(name: str) -> Origin | None:
+    """What a run, a checkpoint of one or an adapter was trained from; None for any other model."""
+    folder = Path(name).expanduser()
+    spec = _spec_of_run(folder)
+    if spec is not None:
+        return Origin(spec["name"], spec.get("adapter"), tuple(_options_of(spec).items()), spec.get("dtype", "auto"))
+    return Origin(_base_of(folder)) if (folder / ADAPTER_CONFIG).is_file() else None
+
+
+def _spec_of_run(folder: Path) -> dict[str, Any] | None:
+    """Section ``model`` of the recipe of a run, or of the run that a checkpoint is of; None for any other folder."""
+    resolved = (folder.absolute().parent if _is_checkpoint(folder) else folder) / "config.resolved.yaml"
+    return dict(yaml.safe_load(resolved.read_text())["model"]) if resolved.is_file() else None
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return folder.absolute().name.startswith("checkpoint-")
+
+
+def _options_of(spec: dict[str, Any]) -> dict[str, Any]:
+    return {key: spec[key] for key in ("attention", "trust_remote_code") if key in spec}
+
+
+def _base_of(adapter: Path) -> str:
+    return str(json.loads((adapter / ADAPTER_CONFIG).read_text())["base_model_name_or_path"])
 
 
 def _whole(name: str, *, trust_remote_code: bool = False, **options: str) -> LoadedModel:
