@@ -181,6 +181,9 @@ def show_plan(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
     split = read_splits(recipe, tokenizer, None)["train"]
     out = Console()
     out.print(show_masks(split.tokenized, tokenizer))
+    chosen = TrainingFilter(recipe, split) if recipe.data.filter is not None else None
+    if chosen is not None:
+        out.print(chosen.describe(), highlight=False, soft_wrap=True)
     if recipe.pal is not None:
         people = f"{split.table.counts['annotators']:,} annotators"
         out.print(
@@ -189,9 +192,7 @@ def show_plan(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
         return
     arguments = training_arguments(recipe, Path(recipe.output), tokenizer)
     lengths = _row_lengths(recipe, split)
-    if recipe.data.filter is not None:
-        chosen = TrainingFilter(recipe, split)
-        out.print(chosen.describe(), highlight=False)
+    if chosen is not None:
         count = chosen.expected() or len(lengths)
         lengths = [lengths[place * len(lengths) // count] for place in range(count)]
     planned = plan(recipe, arguments, lengths)

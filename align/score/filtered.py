@@ -214,10 +214,9 @@ def _compositions(filtered: Filtered) -> list[Composition]:
         lines.append((f"{column}, mean", f"{means[0]:.4g}", f"{means[1]:.4g}"))
     found = [Composition("Rows, lengths and scores", lines)]
     for name in _groups(filtered):
-        before, after = (_shares(part, name) for part in (filtered.table.candidates, kept))
-        found.append(
-            Composition(f"Rows by {name}", [(group, share, after.get(group, "0")) for group, share in before.items()])
-        )
+        left = _shares(kept, name)
+        shares = _shares(filtered.table.candidates, name).items()
+        found.append(Composition(f"Rows by {name}", [(group, share, left.get(group, "0")) for group, share in shares]))
     return found
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import replace
 from itertools import pairwise
 from statistics import fmean
 from typing import Any
@@ -19,7 +18,7 @@ from align.errors import ConfigError
 from .filter import EQUAL, SHORT, describe, places
 from .filtered import Filtered
 from .shards import Line
-from .training import TrainingFilter, can_score, policy_scorer, score_pairs
+from .training import TrainingFilter, can_score, only, policy_scorer, score_pairs
 
 COLUMN = "ches_ln"
 LARGEST, LEAST = 0.5, 0.05
@@ -66,7 +65,7 @@ def preflight(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, split: Split, 
 def _sample(split: Split, rows: int, seed: int) -> Split:
     every = split.tokenized.rows
     places = sorted(random.Random(seed).sample(range(len(every)), min(rows, len(every))))
-    return replace(split, tokenized=replace(split.tokenized, rows=[every[place] for place in places]))
+    return only(split, [every[place] for place in places])
 
 
 def _by(recipe: Recipe, sample: Split, rule: FilterRule) -> TrainingFilter:

@@ -66,8 +66,9 @@ class TrainingFilter:
     def rows(self) -> list[tuple[Any, Any]]:
         """The usable rows, as read and as token ids."""
         read = iter(self.split.table.rows)
+        usable: list[Any] = list(self.split.tokenized.rows)
         # Tokenising keeps the order, and refuses all rows of one content or none.
-        return [(next(row for row in read if row.row_id == ids.row_id), ids) for ids in self.split.tokenized.rows]
+        return [(next(row for row in read if row.row_id == ids.row_id), ids) for ids in usable]
 
     @cached_property
     def raw(self) -> dict[tuple[str, int], dict[str, Any]]:
@@ -209,8 +210,13 @@ def filter_training(
         kept_in = run / FOLDER / "rejected_rows.jsonl"
         words = f"{fault_report(filtered.table.faults, filtered.table.rows, kept_in)}\n{words}"
     section = facts(filtered) | {"scored": chosen.scored, "kept_ids": [ids.row_id for ids in kept]}
-    tokenized = replace(split.tokenized, rows=kept)
-    return replace(split, tokenized=tokenized, dropped=len(chosen.rows) - len(kept)), section, words
+    return only(split, kept, dropped=len(chosen.rows) - len(kept)), section, words
+
+
+def only(split: Split, rows: list[Any], dropped: int | None = None) -> Split:
+    """The split with some of its usable rows."""
+    tokenized: Any = split.tokenized
+    return replace(split, tokenized=replace(tokenized, rows=rows), dropped=dropped)
 
 
 def _content(row: Any) -> dict[str, Any]:
