@@ -1,0 +1,160 @@
+"""Tokens drawn one by one, without replacement, from uniforms that depend on (seed, position) alone."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+BLOCK = 256
+"""Tokens whose mass is summed together: about the square root of a large vocabulary."""
+
+Accepts = Callable[[int], bool]
+"""Whether a token may come next. End tokens are ids like the others."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A token and its weight; proper where the sampler says so: ``E[w 1{token = t}] = q(t) 1{t allowed}``.
+
+    Args:
+        token: an allowed one; None in a dead end.
+        log_weight: ``log w``, nats; -inf in a dead end.
+        evaluations: how many tokens the constraint was asked about.
+    """
+
+    token: int | None
+    log_weight: float
+    evaluations: int
+
+    @property
+    def dead(self) -> bool:
+        """Whether there was no allowed token to be found, or none within the budget."""
+        return self.token is None
+
+
+class Source(Protocol):
+    """Where a sampler's randomness comes from."""
+
+    def uniform(self) -> float:
+        """A number over 0 and under 1."""
+        ...
+
+    def failures(self, success: float) -> int:
+        """How many trials fail before the first success, if one succeeds with this probability."""
+        ...
+
+
+class Draws:
+    """Uniforms as a function of seed, stream, position and their number in this row; of nothing else.
+
+    A position that is drawn twice gives the same token twice, and no other row of a batch has a say. The bits are
+    BLAKE2b of the four.
+
+    Args:
+        seed: of the request; requests with the same seed see the same uniforms.
+        position: number of the token in its sequence.
+        stream: what tells sequences of one request apart, such as the number of a particle.
+    """
+
+    def __init__(self, seed: int, position: int, stream: int | str = 0) -> None:
+        self._name = f"{seed}/{stream}/{position}"
+        self._blocks = 0
+        self._words: list[int] = []
+
+    def uniform(self) -> float:
+        """The next uniform: the middle of one of 2^52 equal cells, so neither 0 nor 1."""
+        if not self._words:
+            digest = hashlib.blake2b(f"{self._name}/{self._blocks}".encode()).digest()
+            self._words = list(struct.unpack("<8Q", digest))
+            self._blocks += 1
+        return ((self._words.pop() >> 12) + 0.5) * 2.0**-52
+
+    def failures(self, success: float) -> int:
+        """Geometric, by inversion of one uniform; ``success`` is over 0."""
+        if success >= 1:
+            return 0
+        return math.floor(math.log(self.uniform()) / math.log1p(-success))
+
+
+class Live:
+    """The tokens that were not removed yet, and their mass: an inverse CDF on two levels, blocks and tokens.
+
+    Nothing is sorted. A removed token's block is summed anew, as are the blocks' sums, so what is left is never the
+    difference of two larger numbers: a last token of probability 1e-30 is found and has its own weight. There is no
+    tolerance under which a row counts as exhausted; it is when no token is left that float64 can tell from
+    probability 0 (about 1e-308). A vocabulary that is refused as a whole costs one question a token, unless a budget
+    ends it.
+
+    Args:
+        logq: log-probabilities, (V,); -inf for tokens that are never drawn. They need not sum to one: all weights are
+            with respect to the measure as it is given.
+
+    Raises:
+        ValueError: not of shape (V,), or NaN or +inf among them.
+    """
+
+    def __init__(self, logq: NDArray[np.float64]) -> None:
+        if logq.ndim != 1 or not logq.size:
+            raise ValueError(f"logq has shape {logq.shape} and must have (V,): one row, a number for each token")
+        self._p = np.exp(logq, dtype=np.float64)
+        self._sums = np.add.reduceat(self._p, np.arange(0, logq.size, BLOCK))
+        self._upto = np.cumsum(self._sums)
+        if not math.isfinite(self.mass):
+            bad = int(np.flatnonzero(~(logq < math.inf))[0])
+            raise ValueError(f"logq[{bad}] is {logq[bad]}: a log-probability is a finite number or -inf")
+
+    @property
+    def mass(self) -> float:
+        """Sum of the probabilities of the tokens that are left; 0 if none is."""
+        return float(self._upto[-1])
+
+    @property
+    def largest(self) -> float:
+        """Probability of the likeliest token that is left."""
+        return float(self._p.max())
+
+    def draw(self, uniform: float) -> int:
+        """A token that is left, with probability in proportion to its own; it stays. Some token must be left."""
+        block = _first_over(self._upto, uniform * self._upto[-1])
+        before = self._upto[block - 1] if block else 0.0
+        begin = block * BLOCK
+        upto = np.cumsum(self._p[begin : begin + BLOCK])
+        return begin + _first_over(upto, uniform * self._upto[-1] - before)
+
+    def remove(self, token: int) -> float:
+        """Take a token away; gives the probability that it had."""
+        p = float(self._p[token])
+        block = token // BLOCK
+        self._p[token] = 0.0
+        self._sums[block] = self._p[block * BLOCK : (block + 1) * BLOCK].sum()
+        np.cumsum(self._sums, out=self._upto)
+        return p
+
+
+def _first_over(upto: NDArray[np.float64], target: float) -> int:
+    """Index of the first running sum over the target, which rounding may have put on the last of them."""
+    index = int(upto.searchsorted(target, side="right"))
+    return index if index < len(upto) else int(upto.searchsorted(upto[-1]))
+
+
+def ask(accepts: Accepts, token: int) -> bool:
+    """The constraint's verdict on a token; what it raises goes through, with the token noted.
+
+    Raises:
+        ValueError: the verdict is not a Boolean.
+    """
+    try:
+        verdict = accepts(token)
+    except Exception as error:
+        error.add_note(f"the constraint was asked about token {token}")
+        raise
+    if not isinstance(verdict, bool | np.bool_):
+        raise ValueError(f"the constraint's verdict on token {token} is {verdict!r}: it must be True or False")
+    return bool(verdict)
