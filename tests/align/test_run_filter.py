@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from align.cli import app
 from align.config.load import load_recipe
 from align.data.pairs import read_pairs
 from align.errors import AlignError, ConfigError
@@ -247,3 +249,13 @@ def test_a_dry_run_knows_the_filter(write_recipe, scored_file, tmp_path, capsys)
     assert "kept 4 · dropped 20 · set aside 0 of 24 rows" in shown
     assert "4 rows · 6 steps of 4" in shown
     assert not (tmp_path / "run").exists()
+
+
+def test_validate_knows_the_filter(write_recipe, scored_file):
+    result = CliRunner().invoke(app, ["validate", str(write_recipe(data={"filter": {"ches_ln": {"keep": 0.5}}}))])
+    assert result.exit_code == 0
+    assert "before training\n  of 24 rows, 12 will be trained on" in result.stdout
+    wrong = write_recipe(data={"train": str(scored_file), "filter": {"qualty": {"keep": 0.5}}})
+    result = CliRunner().invoke(app, ["validate", str(wrong)])
+    assert result.exit_code == 2
+    assert "did you mean quality?" in result.stderr
