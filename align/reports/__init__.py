@@ -4,5 +4,6 @@
 - ``facts``: what both the page and the card say: the method with its formula, the measured numbers with intervals.
 - ``figures``: curves and histograms as inline SVG, the same bytes for the same numbers.
 - ``report``: ``report.html``: one file, no network, readable on a phone and in the dark.
+- ``filtered``: the page of a filter: scores with the cut, both ends side by side, before and after.
 - ``card``: ``README.md``: the model card, with nothing in it that was not measured.
 """

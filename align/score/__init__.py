@@ -1,4 +1,4 @@
-"""Columns of rewards, log-probs and similarity for a data set (``align score``).
+"""Columns of rewards, log-probs and similarity for a data set (``align score``), and what to keep by them.
 
 - ``rows``        a row as scorers see it: an id, a prompt, and answers by field.
 - ``scorers``     what makes columns: a rule, a reward model; the names that ``--with`` knows.
@@ -9,4 +9,8 @@
 - ``output``      the input's rows with their new columns, as JSONL or Parquet.
 - ``select``      which rows to keep by their scores: a share, thresholds, groups. Needs nothing else.
 - ``run``         one pass over the data, from rows to the file.
+- ``filter``      rules on columns, and a verdict with its reason for every row (``align filter``).
+- ``filtered``    what a filter writes: rows that stay and that go, reasons, a page.
+- ``training``    ``data.filter`` of a recipe: the rows that a run trains on, scored by its model where need be.
+- ``preflight``   a look at a sample before training (``align train --preflight``).
 """
