@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -65,7 +64,8 @@ class Filtered:
         kept, total = len(self.kept), len(self.table.candidates)
         found = {"rows": self.table.rows, "kept": kept, "dropped": total - kept, "set_aside": self.table.rows - total}
         flags = Counter("repeated" if flag.startswith("repeats") else flag for v in self.verdicts for flag in v.flags)
-        return found | {"identical": self.table.identical, "repeated": 0} | dict(sorted(flags.items()))
+        flags["identical"] = self.table.identical
+        return found | {name: flags[name] for name in FLAGS if flags[name]}
 
     def lengths(self, field: str) -> tuple[list[int], list[int]]:
         """Lengths of an answer field, of all rows and of those that stay."""
@@ -74,8 +74,8 @@ class Filtered:
 
     @property
     def fields(self) -> list[str]:
-        """The answer fields."""
-        return list(dict.fromkeys(name for one in self.table.candidates for name in one.lengths))
+        """The answer fields of the rows that stay."""
+        return list(dict.fromkeys(name for one in self.kept for name in one.lengths))
 
 
 def write_filtered(
@@ -93,8 +93,8 @@ def write_filtered(
         AlignError: something is there already, or Parquet cannot hold the rows.
     """
     check_free(folder)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a call that was killed
     partial.mkdir(parents=True)
     try:
         for name in parts:

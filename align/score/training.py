@@ -201,8 +201,7 @@ def filter_training(
         for (row, _), one, verdict in zip(rows, filtered.table.candidates, filtered.verdicts, strict=True):
             yield {**_content(row), **one.scores, "reason": verdict.reason}
 
-    for leftover in (run / FOLDER, *run.glob(f".{FOLDER}.*.partial")):  # of this very run, before it was interrupted
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(run / FOLDER, ignore_errors=True)  # of this very run, before it was interrupted
     write_filtered(run / FOLDER, filtered, contents, parts=("dropped",))
     kept = [ids for (_, ids), verdict in zip(rows, filtered.verdicts, strict=True) if verdict.kept]
     words = summary(filtered)

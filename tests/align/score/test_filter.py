@@ -89,7 +89,7 @@ def test_every_row_is_kept_or_dropped_with_a_reason(align: Align, data: Path, tm
     }
     about = json.loads((out / "filter.json").read_text())
     assert about["rules"] == {"ches_ln": {"keep": 0.5}}
-    assert about["counts"] == {"rows": 10, "kept": 5, "dropped": 5, "set_aside": 0, "identical": 0, "repeated": 0}
+    assert about["counts"] == {"rows": 10, "kept": 5, "dropped": 5, "set_aside": 0}
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
