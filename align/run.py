@@ -31,7 +31,7 @@ from align.models.scoring import sequence_logps
 from align.reports.card import write_card
 from align.reports.report import render_report
 from align.rewards.models import RewardModel
-from align.run_pal import run_pal
+from align.run_pal import COMPARED, compare_trained, run_pal
 from align.score.preflight import preflight as describe_risk
 from align.score.training import TrainingFilter, filter_training
 from align.tracking.callback import tracked
@@ -93,20 +93,21 @@ def _run(
     write_text(run.path / "config.resolved.yaml", resolved_yaml(recipe))
     splits = read_splits(recipe, tokenizer, run.path)
     if checkpoint is None:
-        shutil.rmtree(run.path / "eval", ignore_errors=True)  # of weights that are gone
+        for leftover in ("eval", COMPARED):  # of weights that are gone
+            shutil.rmtree(run.path / leftover, ignore_errors=True)
     else:
         _same_data(run, splits)
     if recipe.data.filter is not None:
         splits["train"] = _filter(recipe, tokenizer, splits["train"], run, resumed=checkpoint is not None)
-    if recipe.pal is not None:
+    if recipe.pal is not None and recipe.pal.frozen:
         _run_pal(recipe, splits, run, source, command)
         return
     held_out = splits.get("eval")
     built = build(
         recipe,
         tokenizer,
-        splits["train"].tokenized.dataset(),
-        held_out.tokenized.dataset() if held_out else None,
+        splits["train"].dataset(),
+        held_out.dataset() if held_out else None,
         run.path,
     )
     trainer = built.trainer
@@ -123,7 +124,11 @@ def _run(
     with tracked(trainer, run, mirror), interruptible(trainer):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trained = time.monotonic()
-    results = evaluate(recipe, built, tokenizer, held_out, run.path) if held_out and recipe.evals else {}
+    results = {}
+    if held_out and recipe.pal is not None and recipe.evals:
+        results = {"pal": compare_trained(recipe, built, held_out, run.path)}
+    elif held_out and recipe.evals:
+        results = evaluate(recipe, built, tokenizer, held_out, run.path)
     evaluated = time.monotonic()
     _save(recipe, trainer, tokenizer, run)
     timings = {"set_up": ready - began, "train": trained - ready, "eval": evaluated - trained}
@@ -132,7 +137,7 @@ def _run(
 
 
 def _run_pal(recipe: Recipe, splits: dict[str, Split], run: RunFolder, source: str, command: Sequence[str]) -> None:
-    """Method pal, which no trainer of transformers runs and which needs no checkpoints: its embeddings are kept."""
+    """Method pal on a frozen backbone: no trainer of transformers, and no checkpoints, since embeddings are kept."""
     began = time.monotonic()
     facts = run_facts(command, int(recipe.training.get("seed", 42)))
     run.update_manifest(**facts, recipe=source, data={name: split.facts for name, split in splits.items()})
@@ -184,11 +189,10 @@ def show_plan(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
     chosen = TrainingFilter(recipe, split) if recipe.data.filter is not None else None
     if chosen is not None:
         out.print(chosen.describe(), highlight=False, soft_wrap=True)
-    if recipe.pal is not None:
+    if recipe.pal is not None and recipe.pal.frozen:
         people = f"{split.table.counts['annotators']:,} annotators"
-        out.print(
-            f"{len(split.tokenized.rows):,} judgements of {people} · {recipe.pal.epochs} epochs", highlight=False
-        )
+        epochs = f"{recipe.pal.epochs} epochs"
+        out.print(f"{len(split.tokenized.rows):,} judgements of {people} · {epochs}", highlight=False)
         return
     arguments = training_arguments(recipe, Path(recipe.output), tokenizer)
     lengths = _row_lengths(recipe, split)
@@ -215,7 +219,7 @@ def _row_lengths(recipe: Recipe, split: Split) -> list[int]:
             return lengths
         longest = recipe.grpo.max_completion_length
         return [length + longest for length in lengths for _ in range(recipe.grpo.num_generations)]
-    prompts = 1 if recipe.data.shared_prompt and recipe.reward is None else 2
+    prompts = 1 if recipe.data.shared_prompt and recipe.reward is None and recipe.pal is None else 2
     return [
         prompts * len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids) for row in split.tokenized.rows
     ]
@@ -303,7 +307,7 @@ def _save(recipe: Recipe, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, 
     Merging rounds the weights to their dtype: what that does to the log-probs of training answers is measured
     and stands in the manifest as ``merged.mean_change``, nats a token.
     """
-    if recipe.reward is not None:
+    if recipe.reward is not None or recipe.pal is not None:
         _save_reward(trainer.reward, trainer, run)
         return
     model = trainer.model

@@ -1,37 +1,49 @@
-"""``method: pal``: a reward an annotator, trained on embeddings of a frozen backbone, and how it compares.
+"""``method: pal``: a reward an annotator, and how it compares with one reward for all.
 
-The embeddings are computed once and kept (``pal.cache``); training then takes seconds to minutes, so that a run that
-was interrupted begins training anew, with the embeddings that it has.
+On a frozen backbone the embeddings are computed once and kept (``pal.cache``); training then takes seconds to minutes,
+so that a run that was interrupted begins training anew, with the embeddings that it has. A trained backbone has a
+trainer (``align.trainers.pal_backbone``) as other methods have; here is what its model is compared with.
 """
 
 from __future__ import annotations
 
+import copy
+import json
+import shutil
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
-from align.config.schema import PalSpec, Recipe
-from align.data.judgements import JudgementRow
-from align.data.rows import Content
+from align.config.schema import PalSpec, Recipe, RewardSpec
+from align.data.judgements import JudgementTable, read_judgements
+from align.data.report import check_fraction, fault_report
+from align.data.rewards import tokenize_reward_pairs
 from align.data.splits import Split
 from align.errors import AlignError
 from align.evals.pal import Margins, pal_suite
-from align.models.embeddings import EmbeddingCache
 from align.models.hardware import resolve_dtype
-from align.models.load import LOAD_ERRORS, locate
-from align.models.packaged import PUBLISHED, cache_folder
+from align.models.load import LOAD_ERRORS
 from align.rewards.models import RewardModel
-from align.rewards.pal import Pal, PalA, PalB
-from align.tracking.progress import progress
-from align.trainers.pal import Judgements, train_linear, train_pal
+from align.rewards.pal import Pal
+from align.rewards.pal_model import FITTED_FILE, PalRewardModel, is_pal
+from align.tracking.callback import tracked
+from align.tracking.files import write_json
+from align.tracking.run_folder import RunFolder
+from align.trainers.build import Built
+from align.trainers.build_pal import Log, backbone_of, build_pal, embedded, embedding_cache, trained
+from align.trainers.build_reward import build_reward
+from align.trainers.interrupt import interruptible
+from align.trainers.pal import Judgements, train_linear
 
-Log = Callable[[int, dict[str, float]], None]
+COMPARED = "compared"  # in a run folder: checkpoints of what a model on a trained backbone is compared with
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,7 @@ class PalRun:
         seconds: of embedding and of training.
     """
 
-    model: Pal
+    model: PalRewardModel
     facts: dict[str, Any]
     result: dict[str, Any] | None
     seconds: dict[str, float]
@@ -64,11 +76,16 @@ def run_pal(recipe: Recipe, splits: dict[str, Split], log: Log) -> PalRun:
     """
     spec = recipe.pal or PalSpec()
     began = time.monotonic()
-    backbone, facts = _backbone(recipe)
-    cache = EmbeddingCache(Path(spec.cache or cache_folder() / "embeddings"), backbone)
+    try:
+        backbone, facts = backbone_of(recipe)
+    except LOAD_ERRORS as error:
+        raise AlignError(f"{recipe.model.name}: cannot be loaded as a backbone: {error}") from error
+    if torch.cuda.is_available():
+        backbone.to("cuda")
+    cache = embedding_cache(spec, backbone)
     facts["weights_sha256"] = cache.weights_sha256
-    data = {name: _embedded(split.used, cache, name) for name, split in splits.items()}
-    embedded = time.monotonic()
+    data = {name: embedded(split.dataset(), cache, name) for name, split in splits.items()}
+    ready = time.monotonic()
     seed = int(recipe.training.get("seed", 42))
     model = trained(spec, data["train"], spec.groups, seed, log)
     facts |= {"embeddings_computed": cache.computed, "embeddings_kept": len(cache)}
@@ -76,93 +93,24 @@ def run_pal(recipe: Recipe, splits: dict[str, Split], log: Log) -> PalRun:
     done = time.monotonic()
     result = None
     if "eval" in data and "pal" in recipe.evals:
-        result = _compared(spec, model, data, seed)
-    return PalRun(model, {"model": facts}, result, {"set_up": embedded - began, "train": done - embedded})
+        single, linear = trained(spec, data["train"], 1, seed), train_linear(data["train"])
+        left, right, _ = data["eval"].pairs()
+        others = {"one group": _margin(single, data["eval"]), "Bradley-Terry": linear(right) - linear(left)}
+        result = _compared(spec, model, data["eval"], others, seed)
+    timings = {"set_up": ready - began, "train": done - ready}
+    return PalRun(backbone.attach(model), {"model": facts}, result, timings)
 
 
-def trained(spec: PalSpec, data: Judgements, groups: int, seed: int, log: Log | None = None) -> Pal:
-    """A model of this many groups, trained on the judgements."""
-    torch.manual_seed(seed)
-    sizes: dict[str, Any] = {"groups": groups, "dimension": spec.dimension, "depth": spec.depth}
-    kind = {"a": PalA, "b": PalB}[spec.variant]
-    model: Pal = kind(data.answers.shape[1], sorted(set(data.users)), **sizes)
-    with progress(f"training, {groups} group{'s' * (groups > 1)}", spec.epochs) as advance:
+def _compared(spec: PalSpec, model: Pal, held_out: Judgements, others: dict[str, Tensor], seed: int) -> dict[str, Any]:
+    """Held-out judgements of annotators who are in training, and of new ones, whose weights a few of theirs give.
 
-        def after_epoch(epoch: int, loss: float) -> bool:
-            if log is not None:
-                log(epoch, {"loss": loss, "epoch": float(epoch)})
-            advance(1)
-            return False
-
-        train_pal(
-            model,
-            data,
-            epochs=spec.epochs,
-            batch_size=spec.batch_size,
-            loss=spec.loss,
-            projectors=spec.learning_rate,
-            users=spec.users_learning_rate,
-            seed=seed,
-            after_epoch=after_epoch,
-        )
-    return model
-
-
-def _backbone(recipe: Recipe) -> tuple[RewardModel, dict[str, Any]]:
-    spec = recipe.model
-    dtype, reason = resolve_dtype(spec.dtype)
-    options: dict[str, Any] = {"dtype": dtype}
-    if spec.attention != "auto":
-        options["attn_implementation"] = spec.attention
-    if spec.trust_remote_code:
-        options["trust_remote_code"] = True
-    try:
-        model = RewardModel.create(locate(spec.name), frozen=True, max_length=recipe.data.max_length, **options)
-    except LOAD_ERRORS as error:
-        raise AlignError(f"{spec.name}: cannot be loaded as a backbone: {error}") from error
-    if torch.cuda.is_available():
-        model = model.to("cuda")
-    name = str(dtype).removeprefix("torch.")
-    facts = {"name": spec.name, **PUBLISHED.get(spec.name, {}), "dtype": name, "dtype_reason": reason}
-    return model, facts
-
-
-def _embedded(rows: Sequence[Any], cache: EmbeddingCache, name: str) -> Judgements:
-    """Judgements on a table with each answer to each prompt once; the preferred answer is the right one."""
-    place: dict[str, int] = {}
-    prompts: list[Content] = []
-    answers: list[Content] = []
-
-    def row_of(prompt: Any, answer: Any) -> int:
-        key = repr((prompt, answer))
-        if key not in place:
-            place[key] = len(prompts)
-            prompts.append(prompt)
-            answers.append(answer)
-        return place[key]
-
-    judged: list[JudgementRow] = list(rows)
-    left = torch.tensor([row_of(row.prompt, row.rejected) for row in judged])
-    right = torch.tensor([row_of(row.prompt, row.chosen) for row in judged])
-    with progress(f"embeddings, {name} data", len(prompts)) as advance:
-        states = cache.embed(prompts, answers, advance=advance)
-    label = torch.ones(len(judged))
-    return Judgements(*states, left, right, label, [row.annotator for row in judged])
-
-
-def _compared(spec: PalSpec, model: Pal, data: dict[str, Judgements], seed: int) -> dict[str, Any]:
-    """Held-out judgements of annotators who are in training, and of new ones, whose weights a few of theirs give."""
-    train, held_out = data["train"], data["eval"]
-    single = trained(spec, train, 1, seed)
-    linear = train_linear(train)
-    known = set(train.users)
-
-    def shared(part: Judgements) -> dict[str, Tensor]:
-        left, right, _ = part.pairs()
-        return {"one group": _margin(single, part), "Bradley-Terry": linear(right) - linear(left)}
-
-    seen = held_out.of([user for user in held_out.users if user in known])
-    parts = {"seen": Margins({"PAL": _margin(model, seen), **shared(seen)}, seen.users)}
+    Args:
+        others: margins of what the model is compared with, on all held-out judgements, (N,) by name.
+    """
+    known = set(model.settings["users"])
+    seen = [row for row, user in enumerate(held_out.users) if user in known]
+    margins = {"PAL": _margin(model, held_out.part(seen)), **{name: found[seen] for name, found in others.items()}}
+    parts = {"seen": Margins(margins, held_out.part(seen).users)}
     most = max(spec.shots)
     counts = Counter(user for user in held_out.users if user not in known)
     new = sorted(user for user, count in counts.items() if count > most)
@@ -170,32 +118,86 @@ def _compared(spec: PalSpec, model: Pal, data: dict[str, Judgements], seed: int)
         generator = torch.Generator().manual_seed(seed)
         tested, fitted = [], []
         for user in new:
-            own = held_out.of([user])
-            order = torch.randperm(len(own), generator=generator)
-            shown, rest = own.part(order[:most]), own.part(order[most:])
-            tested.append(rest)
+            own = torch.tensor([row for row, name in enumerate(held_out.users) if name == user])
+            own = own[torch.randperm(len(own), generator=generator)]
+            shown, rest = held_out.part(own[:most]), held_out.part(own[most:])
+            tested.append(own[most:])
             fitted.append({count: _fitted(model, shown.part(range(count)), rest) for count in (0, *spec.shots)})
-        rest = held_out.part([])
-        rest = Judgements(
-            rest.answers,
-            rest.prompts,
-            torch.cat([part.left for part in tested]),
-            torch.cat([part.right for part in tested]),
-            torch.cat([part.label for part in tested]),
-            [user for part in tested for user in part.users],
-        )
+        rows = torch.cat(tested)
         by_count = {f"PAL, {count} pairs": torch.cat([row[count] for row in fitted]) for count in (0, *spec.shots)}
-        parts["unseen"] = Margins({**by_count, **shared(rest)}, rest.users)
+        margins = {**by_count, **{name: found[rows] for name, found in others.items()}}
+        parts["unseen"] = Margins(margins, held_out.part(rows).users)
     table = torch.softmax(model.logits.weight.detach(), -1)
     settings = {
         "groups": spec.groups,
         "variant": spec.variant,
+        "backbone": "frozen" if spec.frozen else "trained, and for each that PAL is compared with too",
         "shots": list(spec.shots),
         "new_annotators": len(counts),
         "new_annotators_with_too_few_judgements": len(counts) - len(new),
         "weights": dict(zip(model.settings["users"], table.tolist(), strict=True)),
     }
-    return pal_suite(parts, against=("one group", "Bradley-Terry"), settings=settings)
+    return pal_suite(parts, against=tuple(others), settings=settings)
+
+
+def compare_trained(recipe: Recipe, built: Built, held_out: Split, run: Path) -> dict[str, Any]:
+    """``eval/pal.json`` of a model whose backbone was trained.
+
+    What it is compared with is trained in the same way on a backbone of its own: a PAL model of one group, and
+    ``method: bradley_terry``. All three begin as they are fitted to embeddings of the backbone before training (the
+    linear reward by its optimum), and have the same judgements, order, steps and rate of the backbone. Each has its
+    checkpoints in the run folder until the comparison is written, so that an interrupted run goes on where it stopped.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted; the checkpoint is complete.
+    """
+    path = run / "eval" / "pal.json"
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+    assert recipe.pal is not None
+    train, start = built.trainer.train_dataset, train_linear(built.trainer.judgements)
+    linear = recipe.model_copy(update={"method": "bradley_terry", "pal": None, "reward": RewardSpec()})
+    makers: dict[str, Callable[[Path], Built]] = {
+        "one group": lambda folder: build_pal(recipe, train, folder, groups=1),
+        "Bradley-Terry": lambda folder: _at_optimum(build_reward(linear, train, None, folder), start),
+    }
+    others = {name: _margins_of(name, make, held_out, run / COMPARED / name) for name, make in makers.items()}
+    model: PalRewardModel = built.trainer.reward
+    with built.trainer.accelerator.autocast():
+        data = _judged(model, held_out.dataset())
+    pal = copy.deepcopy(model.pal).cpu()
+    result = _compared(recipe.pal, pal, data, others, int(recipe.training.get("seed", 42)))
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, result)
+    shutil.rmtree(run / COMPARED)
+    return result
+
+
+def _at_optimum(built: Built, reward: Callable[[Tensor], Tensor]) -> Built:
+    """A scalar model whose head is this linear reward, but for a constant."""
+    model: RewardModel = built.trainer.reward
+    ends = torch.cat([torch.eye(model.hidden_size), torch.zeros(1, model.hidden_size)])
+    values = reward(ends)
+    with torch.no_grad():
+        model.carrier.score.weight.copy_((values[:-1] - values[-1])[None])
+    return built
+
+
+def _margins_of(name: str, make: Callable[[Path], Built], held_out: Split, folder: Path) -> Tensor:
+    """Train, or go on with it, and tell how much better each preferred answer of the held-out judgements is."""
+    trainer = make(folder).trainer
+    checkpoint = RunFolder(folder).newest_checkpoint()
+    print(f"for comparison: {name}", file=sys.stderr, flush=True)
+    with tracked(trainer), interruptible(trainer):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    rows = held_out.dataset()[:]
+    with trainer.accelerator.autocast():
+        left, right = (
+            trainer.reward.score_ids(rows["prompt_ids"], rows[side]) for side in ("rejected_ids", "chosen_ids")
+        )
+    margins: Tensor = right - left
+    return margins
 
 
 def _margin(model: Pal, part: Judgements) -> Tensor:
@@ -213,3 +215,76 @@ def _fitted(model: Pal, shown: Judgements, rest: Judgements) -> Tensor:
     with torch.no_grad():
         margin: Tensor = model.reward(right, weights, prompts) - model.reward(left, weights, prompts)
     return margin
+
+
+@dataclass(frozen=True)
+class FittedAnnotator:
+    """A new annotator.
+
+    Attributes:
+        name: of the data.
+        judgements: that the weights were fitted to.
+        weights: K, on the simplex.
+        before, after: share of these judgements that is ranked right, by the mean of the known annotators and by the
+            weights.
+    """
+
+    name: str
+    judgements: int
+    weights: list[float]
+    before: float
+    after: float
+
+
+def fit_annotators(model: str, source: str) -> tuple[list[FittedAnnotator], int]:
+    """Weights of the new annotators in some judgements, written to ``annotators.json`` beside a PAL model.
+
+    All else stays as it is. An annotator who was fitted before is fitted anew.
+
+    Args:
+        model: folder of a PAL model, or of its run.
+        source: judgements, as for training.
+
+    Returns:
+        The new annotators, by name, and the number of judgements by annotators of training, which are left out.
+
+    Raises:
+        AlignError: no PAL model, rows that cannot be used (over 5 % of them), or nobody who is new.
+    """
+    folder = Path(model).expanduser()
+    folder = folder / "model" if is_pal(folder / "model") else folder
+    if not is_pal(folder):
+        raise AlignError(f"{model}: no pal.json in this folder, so it holds no PAL model; name what method: pal wrote")
+    table = read_judgements(source)
+    if table.faults:
+        print(fault_report(table.faults, table.counts["rows"]), file=sys.stderr)
+    check_fraction(table.faults, table.counts["rows"], 0.05)
+    try:
+        judge = PalRewardModel.from_pretrained(folder, dtype=resolve_dtype("auto")[0])
+    except LOAD_ERRORS as error:
+        raise AlignError(f"{model}: cannot be loaded: {error}") from error
+    known = set(judge.pal.settings["users"])
+    rows = [row for row in table.rows if row.annotator not in known]
+    if not rows:
+        raise AlignError(f"{source}: all annotators are of the model's training, and have their weights already")
+    ids = tokenize_reward_pairs(rows, judge.tokenizer, judge.config.max_length)
+    data = _judged(judge, Split(JudgementTable(rows, [], table.counts, source), ids).dataset())
+    found = []
+    for name in sorted(set(data.users)):
+        left, right, prompts = (own := data.of([name])).pairs()
+        weights = judge.pal.fit_user(left, right, own.label, prompts, prior="mean")
+        shares = [
+            float((judge.pal.reward(right, w, prompts) > judge.pal.reward(left, w, prompts)).float().mean())
+            for w in (judge.pal.prior("mean"), weights)
+        ]
+        found.append(FittedAnnotator(name, len(own), weights.tolist(), *shares))
+    write_json(folder / FITTED_FILE, {**judge.fitted, **{one.name: one.weights for one in found}})
+    return found, len(table.rows) - len(rows)
+
+
+def _judged(model: PalRewardModel, dataset: Dataset) -> Judgements:
+    """Tokenised judgements as the model's backbone sees them now; the preferred answer is the right one."""
+    rows, count = dataset[:], len(dataset)
+    states = model.embed_ids(rows["prompt_ids"] * 2, [*rows["rejected_ids"], *rows["chosen_ids"]])
+    left = torch.arange(count)
+    return Judgements(*states, left, left + count, torch.ones(count), rows["annotator"])

@@ -20,7 +20,7 @@ from .heads import check_even
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("scalar", "attributes", "gpm")
+KINDS = ("scalar", "attributes", "gpm", "pal")
 FORMAT = 1
 
 
@@ -29,7 +29,7 @@ class RewardConfig:
     """What ``reward.json`` holds.
 
     Args:
-        kind: ``scalar``, ``attributes`` or ``gpm``.
+        kind: ``scalar``, ``attributes``, ``gpm``, or ``pal``, whose head stands in files of its own.
         width: columns of the head: 1, the number of attributes, or the dimension of the embedding.
         tau: temperature of preference probabilities, ``sigma(score / tau)``.
         unit_norm, gate: of a gpm.
@@ -101,7 +101,8 @@ class RewardConfig:
             raise ValueError(f"dimension is that of a gpm's embedding, and this model is {kind}")
         if ranking is not None and kind != "attributes":
             raise ValueError(f"ranking weighs attributes, and this model is {kind}")
-        width = {"scalar": 1, "attributes": len(attributes), "gpm": 2 if dimension is None else dimension}[kind]
+        widths = {"attributes": len(attributes), "gpm": 2 if dimension is None else dimension}
+        width = widths.get(kind, 1)
         return cls(
             kind=kind,
             width=width,

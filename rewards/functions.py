@@ -24,7 +24,7 @@ from torch import Tensor
 from align.losses.checks import check_finite
 
 from .expression import Expression, Part, SampledReference, parse_expression
-from .named import Reward, load_reward
+from .named import Reward, load_reward, split_choice
 
 if TYPE_CHECKING:
     from .encoding import Content
@@ -130,21 +130,22 @@ class RewardFunction:
 def load_scorer(name: str, *, batch_size: int = 16) -> Scorer:
     """What ``name`` says: a rule (``module:function``), or a reward model (its folder, its run or a hub id).
 
+    Of a PAL model, ``FOLDER@WHO`` says whose reward (``PalRewardModel.choose``).
+
     Raises:
-        ValueError: no such rule; OSError: no such model.
+        ValueError: no such rule, or a choice of annotator that is missing, unknown or out of place; OSError: no such
+            model.
     """
     if is_rule(name):
         return rule_scorer(load_reward(name))
-    from .models import CONFIG_FILE, RewardModel  # transformers: not for rules
+    from .pal_model import load_reward_model  # transformers: not for rules
 
-    trained = Path(name).expanduser() / "model"  # in a run's folder
-    found = trained if (trained / CONFIG_FILE).is_file() else name
-    return model_scorer(RewardModel.from_pretrained(found), batch_size=batch_size)
+    return model_scorer(load_reward_model(name), batch_size=batch_size)
 
 
 def is_rule(name: str) -> bool:
-    """Whether a name is ``module:function``, and not a folder that has a colon in its path."""
-    return ":" in name and not Path(name).exists()
+    """Whether a name is ``module:function``, and not a folder that has a colon in its path or in ``FOLDER@WHO``."""
+    return ":" in name.partition("@")[0] and not Path(split_choice(name)[0]).exists()
 
 
 def rule_scorer(rule: Reward) -> Scorer:

@@ -25,7 +25,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -67,13 +67,18 @@ class RewardModel(nn.Module):
     """A reward or preference model; make one with ``create`` or ``from_pretrained``.
 
     Attributes:
+        kinds: what it can be; PAL is ``align.rewards.pal_model``.
         config: what ``reward.json`` holds.
         carrier: the Hugging Face model, backbone and ``score`` head.
         tokenizer: of the backbone, with a padding token that is not its end token.
     """
 
+    kinds: tuple[str, ...] = ("scalar", "attributes", "gpm")
+
     def __init__(self, carrier: Any, tokenizer: Any, config: RewardConfig) -> None:
         super().__init__()
+        if config.kind not in self.kinds:
+            raise ValueError(f"a model of kind {config.kind}, and {type(self).__name__} is {' or '.join(self.kinds)}")
         self.carrier = carrier
         self.tokenizer = tokenizer
         self.config = config
@@ -106,7 +111,7 @@ class RewardModel(nn.Module):
         over_long: str = "cut",
         tokenizer: Any = None,
         **options: Any,
-    ) -> RewardModel:
+    ) -> Self:
         """A model with a new head, drawn from N(0, 1/(H + 1)).
 
         Args:
@@ -157,7 +162,7 @@ class RewardModel(nn.Module):
         return model.train_backbone(lora=lora, frozen=frozen).eval()
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, **options: Any) -> RewardModel:
+    def from_pretrained(cls, name: str | Path, **options: Any) -> Self:
         """What ``save_pretrained`` wrote, or any sequence classifier with one label, as a scalar model.
 
         Args:
@@ -216,7 +221,7 @@ class RewardModel(nn.Module):
         save_file({k: v.detach().cpu().contiguous() for k, v in self._own_weights().items()}, folder / WEIGHTS_FILE)
         (folder / CONFIG_FILE).write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
 
-    def train_backbone(self, *, lora: Any = None, frozen: bool = False) -> RewardModel:
+    def train_backbone(self, *, lora: Any = None, frozen: bool = False) -> Self:
         """Choose what training changes besides the head, and return the model.
 
         Args:
@@ -266,7 +271,7 @@ class RewardModel(nn.Module):
         self.config = replace(self.config, kind="scalar", width=1, attributes=(), ranking=())
         return self
 
-    def train(self, mode: bool = True) -> RewardModel:
+    def train(self, mode: bool = True) -> Self:
         """As for any module; a frozen backbone stays in evaluation mode, so that dropout does not blur it."""
         super().train(mode)
         if self.config.training == "frozen":
@@ -343,7 +348,7 @@ class RewardModel(nn.Module):
         """What ranks answers, of their values: (N,) from (N,) or (N, A)."""
         if self.config.kind == "gpm":
             raise ValueError("a gpm gives no reward to a single answer: use score_pairs or score_groups")
-        if self.config.kind == "scalar":
+        if self.config.kind != "attributes":
             return values
         return values @ torch.tensor(self.config.ranking, dtype=values.dtype, device=values.device)
 
@@ -400,7 +405,12 @@ class RewardModel(nn.Module):
         Raises:
             ValueError: an empty prompt, besides what ``score`` refuses.
         """
-        prompt_ids, completion_ids = encode_rows(self.tokenizer, prompts, completions)
+        return self.embed_ids(*encode_rows(self.tokenizer, prompts, completions), batch_size=batch_size)
+
+    def embed_ids(
+        self, prompt_ids: Sequence[Ids], completion_ids: Sequence[Ids], *, batch_size: int = 8
+    ) -> tuple[Tensor, Tensor]:
+        """``embed`` on token ids."""
         found = [
             (order, *self.states(*batch)) for order, batch in self._batches(prompt_ids, completion_ids, batch_size)
         ]
@@ -422,7 +432,7 @@ class RewardModel(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         found = [(order, self(*batch)) for order, batch in self._batches(prompt_ids, completion_ids, batch_size)]
         if not found:
-            shape = (0,) if self.config.kind == "scalar" else (0, self.config.width)
+            shape = (0, self.config.width) if self.config.kind in ("attributes", "gpm") else (0,)
             return torch.zeros(shape), None
         values = in_order([(order, output.values) for order, output in found])
         check_finite("score", values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 Reward = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
@@ -19,6 +20,17 @@ def load_reward(spec: str) -> Reward:
     """
     found: Reward = load_function(spec, "reward", "(prompts, completions)")
     return found
+
+
+def split_choice(spec: str) -> tuple[str, str | None]:
+    """``FOLDER@WHO`` as the two: a reward that several people have, and whose is meant. Else the name, and None."""
+    if Path(spec).expanduser().is_dir():
+        return spec, None
+    folder, at, who = spec.partition("@")
+    while at and not Path(folder).expanduser().is_dir():  # a folder's own name may hold an @
+        more, at, who = who.partition("@")
+        folder = f"{folder}@{more}"
+    return (folder, who) if at else (spec, None)
 
 
 def load_function(spec: str, what: str, arguments: str) -> Callable[..., Any]:

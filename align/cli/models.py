@@ -9,11 +9,7 @@ import typer
 
 from .disk import writing_to
 
-app = typer.Typer(help="Extrapolate between models.", no_args_is_help=True)
-
-
-@app.callback()
-def _group() -> None: ...  # so that a single command keeps its name
+app = typer.Typer(help="Extrapolate between models; fit a PAL model to new annotators.", no_args_is_help=True)
 
 
 @app.command()
@@ -37,3 +33,30 @@ def expo(
     )
     print(f"average, and this moves it {alpha:g} times as far")
     print(output)
+
+
+@app.command()
+def fit_annotators(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A PAL model: its run, or its folder.")],
+    source: Annotated[
+        str, typer.Argument(metavar="DATA", help="Judgements of new annotators: prompt, chosen, rejected, annotator.")
+    ],
+) -> None:
+    """Fit the weights of new annotators to a few of their judgements (PAL, arXiv:2406.08469).
+
+    Nothing else of MODEL changes: the weights are kept in its folder, in annotators.json, and the annotators are then
+    chosen as those of training are:
+
+        align models fit-annotators runs/pal eve.jsonl
+        align score DATA --with runs/pal@annotator:eve
+    """
+    from align.run_pal import fit_annotators as fit
+
+    found, left_out = fit(model, source)
+    width = max(len(one.name) for one in found)
+    for one in found:
+        weights = " ".join(f"{weight:.2f}" for weight in one.weights)
+        shares = f"{one.before:.0%} of them ranked right by the mean, {one.after:.0%} now"
+        print(f"{one.name:<{width}}  weights {weights}  from {one.judgements:,} judgements, {shares}")
+    if left_out:
+        print(f"{left_out:,} judgements of annotators whom the model was trained on: left out")

@@ -27,8 +27,9 @@ def score(
         typer.Option(
             "--with",
             metavar="[NAME=]SPEC",
-            help="A rule (module:function), a reward model (its folder, its run, a hub id), or what --model says: "
-            "logps, ches, ches_ln, last_inner, edit; several with commas, or by giving the option again.",
+            help="A rule (module:function), a reward model (its folder, its run, a hub id; FOLDER@WHO where each "
+            "annotator has a reward), or what --model says: logps, ches, ches_ln, last_inner, edit; several with "
+            "commas, or by giving the option again.",
         ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="What to write: .jsonl or .parquet.")] = Path(

@@ -18,7 +18,7 @@ from align.errors import ConfigError
 
 from .explain import Problem, leaves, model_problems, nearest
 from .losses import check_losses, fill_losses, with_implied_method
-from .pal import check_pal
+from .pal import check_pal, is_frozen
 from .paths import check_paths, model_problem
 from .read import parse_mapping, parse_yaml
 from .reward import check_reward_model
@@ -65,8 +65,10 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
         first_of_each = {where: (where, what) for where, what in reversed(problems)}
         raise ConfigError(source, [*first_of_each.values()][::-1])
     fill_losses(data)
-    if data.get("method") in ("bco", "pal"):
-        data.setdefault(data["method"], {})
+    if data.get("method") == "bco":
+        data.setdefault("bco", {})
+    if data.get("method") == "pal":
+        data["pal"] = {"frozen": is_frozen(data), **(data.get("pal") or {})}
     if reward_kind(data.get("method")) is not None:
         data.setdefault("reward", {})
     return Recipe.model_validate(data)
@@ -256,7 +258,7 @@ def _grpo(data: dict[str, Any]) -> list[Problem]:
 def _rewards(given: Any) -> list[Problem]:
     from align.rewards.expression import ExpressionError, parse_expression
     from align.rewards.functions import is_rule
-    from align.rewards.named import load_reward
+    from align.rewards.named import load_reward, split_choice
 
     try:
         expression = parse_expression(given)
@@ -266,7 +268,7 @@ def _rewards(given: Any) -> list[Problem]:
     for part in expression.parts:
         where = f"grpo.rewards.{part.where}.reward"
         if not is_rule(part.reward):
-            if what := model_problem(part.reward):
+            if what := model_problem(split_choice(part.reward)[0]):
                 problems.append((where, what))
             continue
         try:

@@ -10,16 +10,25 @@ from .explain import Problem
 TAKEN = ("seed",)
 
 
+def is_frozen(recipe: Mapping[str, Any]) -> bool:
+    """Whether method pal leaves the backbone as it is: what ``pal.frozen`` says, or else that no adapter is named."""
+    model, spec = recipe.get("model"), recipe.get("pal")
+    given = spec.get("frozen") if isinstance(spec, Mapping) else None
+    return given if isinstance(given, bool) else not (isinstance(model, Mapping) and model.get("lora"))
+
+
 def check_pal(recipe: Mapping[str, Any]) -> list[Problem]:
     """Problems of a recipe with method pal, or with its section and another method."""
     if recipe.get("method") != "pal":
         return [("pal", "belongs to method: pal; remove it")] if recipe.get("pal") is not None else []
     problems = []
     model, training = recipe.get("model"), recipe.get("training")
-    if isinstance(model, Mapping):
-        what = "trains the backbone, and method pal reads a frozen one; merge an adapter and name the merged model"
-        problems += [(f"model.{key}", what) for key in ("lora", "adapter") if model.get(key)]
-    if isinstance(training, Mapping):
-        what = "method pal is not trained by TRL; its settings are those of section pal"
-        problems += [(f"training.{key}", what) for key in training if key not in TAKEN]
+    if isinstance(model, Mapping) and model.get("adapter"):
+        problems.append(("model.adapter", "method pal begins without one; merge it and name the merged model"))
+    if is_frozen(recipe):
+        if isinstance(model, Mapping) and model.get("lora"):
+            problems.append(("pal.frozen", "model.lora trains the backbone, and frozen does not: give one"))
+        what = "a frozen backbone is not trained by TRL; the settings are those of section pal"
+        others = [key for key in training if key not in TAKEN] if isinstance(training, Mapping) else []
+        return problems + [(f"training.{key}", what) for key in others]
     return problems

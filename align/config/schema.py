@@ -233,8 +233,12 @@ def _counts(value: list[int]) -> list[int]:
 
 
 class PalSpec(Section):
-    """The model of method pal, a reward an annotator, on embeddings of the frozen model; and its training."""
+    """The model of method pal, a reward an annotator, and its training."""
 
+    frozen: bool = True
+    """Leave the backbone as it is. When not given, true without model.lora; false without model.lora trains it whole.
+    In either case the model is fitted to embeddings of the backbone as it was, and trained on with it as section
+    training says."""
     variant: Literal["a", "b"] = "a"
     """a: ideal points, whatever the prompt; b: directions that depend on the prompt, which takes many prompts."""
     groups: int = Field(default=2, ge=1)
@@ -246,13 +250,13 @@ class PalSpec(Section):
     loss: Literal["logistic", "hinge"] = "logistic"
     """On the difference of two answers' rewards."""
     epochs: int = Field(default=20, ge=1)
-    """Passes over the judgements."""
+    """Passes over the judgements, on embeddings."""
     batch_size: int = Field(default=256, ge=1)
-    """Judgements a step."""
+    """Judgements a step, on embeddings."""
     learning_rate: float = Field(default=3e-4, gt=0)
-    """Of the maps."""
+    """Of the maps, on embeddings."""
     users_learning_rate: float = Field(default=5e-2, gt=0)
-    """Of annotators' weights and of prototypes."""
+    """Of annotators' weights and of prototypes, on embeddings."""
     shots: Annotated[list[int], AfterValidator(_counts)] = Field(default=[2, 5, 10])
     """Judgements of a new annotator that their weights are fitted to, for the report; new are those of data.eval who
     are not in data.train. Those who judged no more than the largest count are left out; the others' rest is tested."""
@@ -329,7 +333,7 @@ class Recipe(Section):
     """The model of method pal and its training; its defaults when not given."""
     training: dict[str, Any] = Field(default_factory=dict)
     """Fields of TRL's DPOConfig, such as learning_rate and max_steps (SFTConfig for sft, KTOConfig for bco, kto,
-    GRPOConfig for grpo, RewardConfig for reward models); of pal the seed alone."""
+    GRPOConfig for grpo, RewardConfig for reward models and pal); of pal.frozen the seed alone."""
     generation: GenerationSpec = Field(default_factory=GenerationSpec)
     """Settings of the generation evaluation."""
     evals: list[Eval] = Field(default_factory=_evals_of)

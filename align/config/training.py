@@ -171,7 +171,7 @@ def _config_name(method: str | None) -> str:
     if reward_kind(method) is not None:
         return "RewardConfig"
     configs = {"completions": "SFTConfig", "thumbs": "KTOConfig", "pairs": "DPOConfig", "prompts": "GRPOConfig"}
-    configs["judgements"] = "DPOConfig"  # whose seed alone is read
+    configs["judgements"] = "RewardConfig"
     return configs[data_kind(method)]
 
 

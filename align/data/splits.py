@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from .completions import read_completions
-from .judgements import read_judgements
+from .judgements import JudgementRow, JudgementTable, read_judgements
 from .pairs import read_pairs
 from .prompts import PromptRules, read_prompts, tokenize_prompts
 from .report import check_fraction
@@ -16,6 +16,7 @@ from .thumbs import TokenizedThumbs, check_both_thumbs, read_thumbs, tokenize_th
 from .tokenize import TokenizedCompletions, TokenizedPairs, tokenize_completions, tokenize_pairs
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 
@@ -48,6 +49,13 @@ class Split:
         """The rows behind ``tokenized``, in its order."""
         by_id = {row.row_id: row for row in self.table.rows}
         return [by_id[row.row_id] for row in self.tokenized.rows]
+
+    def dataset(self) -> Dataset:
+        """``tokenized`` as columns, with the annotator of each comparison where annotators judged."""
+        found: Dataset = self.tokenized.dataset()
+        if not isinstance(self.table, JudgementTable):
+            return found
+        return found.add_column("annotator", [row.annotator for row in self.used if isinstance(row, JudgementRow)])
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -95,7 +103,7 @@ def read_split(
         return Split(table, tokenize_pairs(table.rows, tokenizer, max_length))
     if kind == "judgements":
         judged = read_judgements(source)
-        return Split(judged, tokenize_pairs(judged.rows, tokenizer, max_length))
+        return Split(judged, tokenize_reward_pairs(judged.rows, tokenizer, max_length))
     if kind == "thumbs":
         thumbs = read_thumbs(source)
         return Split(thumbs, tokenize_thumbs(thumbs.rows, tokenizer, max_length))

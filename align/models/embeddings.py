@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from align.errors import AlignError
-from align.rewards.encoding import Content, encode_answers
+from align.rewards.encoding import Content, encode_rows
 from align.rewards.models import RewardModel
 
 from .fingerprint import weights_hash
@@ -69,18 +69,18 @@ class EmbeddingCache:
         Raises:
             ValueError: as ``RewardModel.embed``, with the row.
         """
-        if len(prompts) != len(completions):
-            raise ValueError(f"{len(prompts)} prompts and {len(completions)} completions: one completion a prompt")
-        if not len(prompts):
+        return self.embed_ids(*encode_rows(self.model.tokenizer, prompts, completions), advance=advance)
+
+    def embed_ids(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        answer_ids: Sequence[Sequence[int]],
+        *,
+        advance: Callable[[int], object] = lambda count: None,
+    ) -> tuple[Tensor, Tensor]:
+        """``embed`` on token ids."""
+        if not len(prompt_ids):
             return torch.zeros(0, self.model.hidden_size), torch.zeros(0, self.model.hidden_size)
-        prompt_ids, answer_ids = [], []
-        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            try:
-                start, answers = encode_answers(self.model.tokenizer, prompt, [completion])
-            except ValueError as error:
-                raise ValueError(f"row {row}: {error}") from error
-            prompt_ids.append(start)
-            answer_ids += answers
         answer_ids = self.model.fit(prompt_ids, answer_ids)
         keys = [_key(*ids) for ids in zip(prompt_ids, answer_ids, strict=True)]
         first = {key: row for row, key in reversed(list(enumerate(keys))) if key not in self._rows}
@@ -89,8 +89,8 @@ class EmbeddingCache:
         missing = sorted(first.values(), key=lambda row: len(prompt_ids[row]) + len(answer_ids[row]))
         for start_row in range(0, len(missing), ROWS_IN_FILE):
             part = missing[start_row : start_row + ROWS_IN_FILE]
-            states = self.model.embed(
-                [prompts[row] for row in part], [completions[row] for row in part], batch_size=self.batch_size
+            states = self.model.embed_ids(
+                [prompt_ids[row] for row in part], [answer_ids[row] for row in part], batch_size=self.batch_size
             )
             self._keep([keys[row] for row in part], *states)
             advance(len(part))

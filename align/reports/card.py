@@ -53,17 +53,11 @@ PLAIN_PROMPT = 'inputs = tokenizer("Once upon a time", return_tensors="pt")'
 
 
 USE_PAL = """\
-from align.models.embeddings import EmbeddingCache
-from align.models.load import locate
-from align.rewards.models import RewardModel
-from align.rewards.pal import load_pal
+from align.rewards.pal_model import PalRewardModel
 
-backbone = RewardModel.create(locate({base!r}), frozen=True, max_length={max_length}, dtype={dtype!r})
-prompts, answers = [[{{"role": "user", "content": "How do I boil an egg?"}}]], ["Boil it for eight minutes."]
-answers, prompts = EmbeddingCache("embeddings", backbone).embed(prompts, answers)
-pal = load_pal({folder!r})
-# The mean over known annotators; pal.weights([NAME]) of one of them, pal.fit_user(...) of a new one.
-print(pal.reward(answers, pal.prior("mean"), prompts))"""
+# The mean over known annotators; or annotator:NAME of one of them.
+model = PalRewardModel.from_pretrained({folder!r}).choose("mean")
+print(model.rewards(["How do I boil an egg?"], ["Boil it for eight minutes."]))"""
 
 
 def write_card(run: Path) -> Path:
@@ -117,7 +111,7 @@ def write_card(run: Path) -> Path:
 
 def _made_from(record: RunRecord) -> str:
     if is_pal(record.recipe):
-        return "A reward model of several annotators, on embeddings of"
+        return "A reward model of several annotators, on"
     return "A LoRA adapter for" if (record.path / "adapter").is_dir() else "A fine-tuned version of"
 
 
@@ -152,14 +146,8 @@ def _snippets(record: RunRecord) -> list[str]:
         folder = Path(record.output) / "model"
         return [USE_REWARD.format(folder=str(folder))] if (record.path / "model").is_dir() else []
     if is_pal(record.recipe):
-        if not (record.path / "model").is_dir():
-            return []
-        facts = {
-            "base": model_name(record),
-            "max_length": record.recipe["data"]["max_length"],
-            "dtype": record.section("model").get("dtype", "float32"),
-        }
-        return [USE_PAL.format(folder=str(Path(record.output) / "model"), **facts)]
+        folder = Path(record.output) / "model"
+        return [USE_PAL.format(folder=str(folder))] if (record.path / "model").is_dir() else []
     tokens = (record.recipe.get("generation") or {}).get("max_new_tokens", 96)
     kinds = (
         ("merged", "transformers", "AutoModelForCausalLM"),

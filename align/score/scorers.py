@@ -22,8 +22,10 @@ from align.models.fingerprint import weights_hash
 from align.models.hardware import resolve_dtype
 from align.models.load import LOAD_ERRORS, LoadedModel, load_run
 from align.rewards.encoding import encode_answers
-from align.rewards.models import CONFIG_FILE, RewardModel
-from align.rewards.named import Reward, load_reward
+from align.rewards.functions import is_rule
+from align.rewards.models import CONFIG_FILE
+from align.rewards.named import Reward, load_reward, split_choice
+from align.rewards.pal_model import ChoiceError, load_reward_model
 
 from .rows import LISTED, ScoreRow, plain
 
@@ -119,13 +121,15 @@ class ModelScorer:
     """A reward model: one column, and one an attribute where it has attributes.
 
     A gpm compares: a pair gets how much better chosen is than rejected, and each of several answers its mean score
-    against the others.
+    against the others. A PAL model has a reward an annotator: ``FOLDER@WHO`` says whose (``PalRewardModel.choose``).
     """
 
     def __init__(self, name: str, folder: str, *, dtype: str, batch_size: int, device: Any) -> None:
         torch_dtype, _ = resolve_dtype(dtype)
         try:
-            self.model = RewardModel.from_pretrained(folder, dtype=torch_dtype).to(device)
+            self.model = load_reward_model(folder, dtype=torch_dtype).to(device)
+        except ChoiceError as error:
+            raise AlignError(f"--with {folder}: {error}") from error
         except LOAD_ERRORS as error:
             known = ", ".join(OF_THE_MODEL)
             reason = (
@@ -267,7 +271,8 @@ def finite(name: str, values: list[float]) -> list[float]:
 def named_specs(specs: Sequence[str]) -> dict[str, str]:
     """Column name to spec, of ``SPEC`` or ``NAME=SPEC``.
 
-    The name of a rule is its function's, of a reward model its folder's (its run's, for ``RUN/model``).
+    The name of a rule is its function's, of a reward model its folder's (its run's, for ``RUN/model``), and for
+    ``FOLDER@WHO`` who it is.
 
     Raises:
         ConfigError: no spec, a name twice, or a name that is none.
@@ -292,8 +297,11 @@ def named_specs(specs: Sequence[str]) -> dict[str, str]:
 def _default_name(spec: str) -> str:
     if spec in OF_THE_MODEL:
         return spec
-    if ":" in spec and not Path(spec).exists():
+    if is_rule(spec):
         return spec.rpartition(":")[2]
+    folder, who = split_choice(spec)
+    if who is not None:
+        return f"{_default_name(folder)}_{who.removeprefix('annotator:').replace(':', '_')}"
     path = Path(spec)
     return path.parent.name if path.name == "model" and path.parent.name else path.name
 
@@ -301,15 +309,18 @@ def _default_name(spec: str) -> str:
 def reward_folder(spec: str) -> str | None:
     """Where the reward model of ``spec`` is: the folder itself, a run's ``model`` folder, or a hub id; None: a rule.
 
+    What ``FOLDER@WHO`` says of annotators stays with the folder.
+
     Raises:
         AlignError: a folder that holds none.
     """
-    folder = Path(spec).expanduser()
+    name, who = split_choice(spec)
+    folder = Path(name).expanduser()
     if not folder.is_dir():
-        return None if ":" in spec else spec
+        return None if is_rule(spec) else spec
     for place in (folder, folder / "model"):
         if (place / CONFIG_FILE).is_file() or _is_classifier(place / "config.json"):
-            return str(place)
+            return f"{place}@{who}" if who is not None else str(place)
     raise AlignError(f"--with {spec}: no {CONFIG_FILE} in this folder, so it holds no reward model")
 
 

@@ -24,15 +24,16 @@ CLOSING = frozenset(
 
 
 @contextmanager
-def tracked(trainer: Trainer, run: RunFolder, mirror: WandbMirror | None = None) -> Iterator[None]:
-    """Metrics to the run folder and progress to the terminal, around ``trainer.train()``.
+def tracked(trainer: Trainer, run: RunFolder | None = None, mirror: WandbMirror | None = None) -> Iterator[None]:
+    """Metrics to the run folder, if given, and progress to the terminal, around ``trainer.train()``.
 
     Takes the place of transformers' own printing. The terminal is given back also when training raises.
     """
     progress = ProgressCallback()
     trainer.remove_callback(TransformersProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(MetricsCallback(run, mirror))
+    if run is not None:
+        trainer.add_callback(MetricsCallback(run, mirror))
     trainer.add_callback(progress)
     try:
         yield

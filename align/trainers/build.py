@@ -69,6 +69,10 @@ def build(
     Raises:
         AlignError: the model or the adapter cannot be loaded, or an argument is refused by transformers.
     """
+    if recipe.pal is not None:
+        from .build_pal import build_pal  # it builds on this module, as does the next
+
+        return build_pal(recipe, train, output)
     if recipe.reward is not None:
         from .build_reward import build_reward  # it builds on this module
 
@@ -180,7 +184,7 @@ def training_arguments(
         del decided["max_length"]  # the limit of prompts is applied where they are read
         decided |= recipe.grpo.model_dump(include={"num_generations", "max_completion_length", "beta"})
         return GRPOConfig(**{**defaults, **recipe.training, **decided})
-    if recipe.reward is not None:
+    if recipe.reward is not None or recipe.pal is not None:
         return RewardConfig(**{**defaults, **recipe.training, **decided})
     if recipe.data_kind == "thumbs":
         # KTO's rows keep their order; without its mismatched answers they need not.

@@ -31,7 +31,6 @@ def test_the_section_has_defaults(tmp_path: Path):
     ("override", "where", "what"),
     [
         ("training.learning_rate=1.0e-4", "training.learning_rate", "those of section pal"),
-        ("model.lora.r=4", "model.lora", "reads a frozen one"),
         ("evals=[preference]", "evals.0", "leave pal"),
         ("pal.shots=[5, 2]", "pal.shots", "larger than the one before"),
         ("pal.groups=0", "pal.groups", "1"),
@@ -48,3 +47,15 @@ def test_what_does_not_go_together(override: str, where: str, what: str):
 
 def test_the_seed_alone_is_taken_from_training():
     assert load_recipe("pal", ["training.seed=3"]).training == {"seed": 3}
+
+
+def test_an_adapter_or_frozen_false_trains_the_backbone():
+    assert load_recipe("pal").pal.frozen
+    trained = load_recipe("pal_lora")
+    assert (trained.pal.frozen, trained.training["max_steps"], trained.evals) == (False, 30, ["pal"])
+    assert load_recipe("pal", ["model.lora.r=4", "training.learning_rate=1.0e-4"]).pal.frozen is False
+    assert load_recipe("pal", ["pal.frozen=false", "training.max_steps=3"]).model.lora is None
+    with pytest.raises(ConfigError, match="pal.frozen"):
+        load_recipe("pal_lora", ["pal.frozen=true"])
+    with pytest.raises(ConfigError, match="training.learning_rat"):
+        load_recipe("pal_lora", ["training.learning_rat=1"])
