@@ -18,11 +18,12 @@ class Row:
     """One comparison with the truth.
 
     Args:
-        method: the loss, as in the table of losses.
+        method: the loss or the sampler, as in its table.
         quantity: what is compared, in at most 31 characters: ``align verify`` fits no more on 80 columns.
         exact: its value, by formula, root or solver, in float64; for a distribution the mean reward under it. With a
             relation ``>=`` or ``<=`` the bound.
-        ours: the value that the loss's own training reaches; of several starts the one that is furthest off.
+        ours: the value that the loss's own training reaches, of several starts the one that is furthest off; or what a
+            sampler gives on average over everything that it can do.
         distance: how far off: in total variation for distributions, the absolute difference for numbers, and for a
             bound by how much it is missed.
         tolerance: distance that passes; None for a value that is told, not judged.
@@ -117,7 +118,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class Target:
-    """What a loss asks for in a finite world, and the check of it.
+    """What a loss or a sampler asks for in a finite world, and the check of it.
 
     Args:
         kind: how the target is known; ``none`` where training has no end point, and the check shows that.

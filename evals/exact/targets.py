@@ -1,10 +1,12 @@
-"""The target of every loss in the table: what it asks for in a finite world, how that is known, and the check of it.
+"""The target of every loss in the table, and of every sampler: what it asks for in a finite world, how that is known,
+and the check of it.
 
 A loss without an entry fails a test, and ``align verify`` shows it as a miss.
 """
 
 from __future__ import annotations
 
+from .decoding_targets import DECODERS
 from .logic_targets import LOGIC
 from .pair_targets import PAIRS
 from .reward_targets import REWARDS
@@ -12,4 +14,4 @@ from .rows import Target
 from .selfplay_targets import SELFPLAY
 from .thumbs_targets import THUMBS
 
-TARGETS: dict[str, Target] = {**PAIRS, **LOGIC, **THUMBS, **SELFPLAY, **REWARDS}
+TARGETS: dict[str, Target] = {**PAIRS, **LOGIC, **THUMBS, **SELFPLAY, **REWARDS, **DECODERS}

@@ -1,4 +1,4 @@
-"""Every loss against the truth, on a device and in a dtype: the rows of ``align verify``."""
+"""Every loss and every sampler against the truth, on a device and in a dtype: the rows of ``align verify``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from align.losses import LOSSES
 
+from .decoding_targets import DECODERS
 from .rows import Row, Stack
 from .targets import TARGETS
 
@@ -19,19 +20,20 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
 def names(only: Sequence[str] = ()) -> list[str]:
-    """The losses to check, in the order of the table; all of them if none is named.
+    """The losses and samplers to check, in the order of their tables; all of them if none is named.
 
     Raises:
         ValueError: a name that is in neither table.
     """
+    known = [*LOSSES, *DECODERS]
     for name in only:
-        if name not in LOSSES:
-            near = difflib.get_close_matches(name, LOSSES, n=1)
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
             raise ValueError(
-                f"no loss is named {name!r}; "
-                + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(LOSSES)}")
+                f"no loss or sampler is named {name!r}; "
+                + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
             )
-    return [name for name in LOSSES if not only or name in only]
+    return [name for name in known if not only or name in only]
 
 
 def make_stack(device: str, dtype: str, seed: int = 0) -> Stack:
@@ -50,7 +52,7 @@ def make_stack(device: str, dtype: str, seed: int = 0) -> Stack:
 
 
 def verify(name: str, stack: Stack) -> list[Row]:
-    """The comparisons of one loss. What cannot be computed is a miss that says why, and does not stop the others."""
+    """The comparisons of one method. What cannot be computed is a miss that says why, and does not stop the others."""
     if name not in TARGETS:
         return [Row(name, "no target: enter it in align.evals.exact.targets", 0.0, math.nan, math.nan, 0.0)]
     rows: list[Row] = []

@@ -18,7 +18,7 @@ def test_one_loss(align: Align) -> None:
     assert "mean rating" in done.stdout
     assert "Of a policy, exact and ours are mean rewards" in done.stdout
     assert "pass" in done.stdout
-    assert "2 losses, float32 on cpu: 2 comparisons passed, 0 missed" in done.stdout
+    assert "2 methods, float32 on cpu: 2 comparisons passed, 0 missed" in done.stdout
     assert "dpo" not in done.stdout
 
 

@@ -1,4 +1,4 @@
-"""The lab: every loss has a target and reaches it, and a wrong loss does not."""
+"""The lab: every loss and sampler has a target and reaches it, and a wrong loss does not."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from align.evals.exact.decoding_targets import DECODERS
 from align.evals.exact.descent import train_pairs
 from align.evals.exact.reward_targets import best_order, noisy_gap
 from align.evals.exact.rows import Row, Stack
@@ -37,13 +38,13 @@ def timed(name: str) -> tuple[list[Row], float]:
     return verify(name, Stack()), time.process_time() - began
 
 
-def test_every_loss_declares_its_target() -> None:
-    assert set(TARGETS) == set(LOSSES)
+def test_every_loss_and_sampler_declares_its_target() -> None:
+    assert set(TARGETS) == {*LOSSES, *DECODERS}
     assert all(target.statement for target in TARGETS.values())
 
 
 @pytest.mark.parametrize("name", sorted(TARGETS))
-def test_every_loss_reaches_its_target(name: str) -> None:
+def test_every_loss_and_sampler_reaches_its_target(name: str) -> None:
     rows, _ = timed(name)
     assert rows
     assert not [row for row in rows if row.status == "miss"]
@@ -57,7 +58,7 @@ def test_the_whole_is_quick() -> None:
     assert sum(timed(name)[1] for name in TARGETS) < 90
 
 
-@pytest.mark.parametrize("name", ["dpo", "orpo", "bco", "nash_md_pg", "gpm"])
+@pytest.mark.parametrize("name", ["dpo", "orpo", "bco", "nash_md_pg", "gpm", "awrs_recursive", "masking"])
 def test_single_precision_has_a_tolerance_of_its_own(name: str) -> None:
     assert not [row for row in verify(name, make_stack("cpu", "float32")) if row.status == "miss"]
 
@@ -131,7 +132,7 @@ def test_a_loss_that_breaks_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_names_and_stacks_that_are_not_there() -> None:
-    assert names() == list(LOSSES)
+    assert names() == [*LOSSES, *DECODERS]
     assert names(["ipo", "dpo"]) == ["dpo", "ipo"]
     with pytest.raises(ValueError, match="did you mean 'ln_dpo'"):
         names(["lndpo"])
