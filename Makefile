@@ -18,7 +18,7 @@ TORCH := $(TORCH)+cpu
 endif
 endif
 
-.PHONY: help quickstart test lint types imports installed-tree bench browser
+.PHONY: help quickstart test lint types imports installed-tree bench bench-ches browser
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -40,6 +40,9 @@ lint: $(VENV)/.installed-dev  ## ruff, mypy --strict and the import contracts
 
 bench: $(VENV)/.installed-run  ## time training steps of the packaged model
 	$(BIN)/python tests/bench/pair_step.py
+
+bench-ches: $(VENV)/.installed-run  ## time CHES against a plain loop: pairs a second, memory, errors
+	$(BIN)/python tests/bench/ches.py
 
 # `losses/` is `align.losses` only once installed: mypy and import-linter look at the wheel, not at the checkout.
 types: installed-tree
