@@ -73,6 +73,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "displacement/chosen_delta": ("Log-prob change of chosen answers", NATS),
     "displacement/chosen_delta_per_token": ("Log-prob change of chosen answers, per token", NATS),
     "displacement/rejected_delta": ("Log-prob change of rejected answers", NATS),
+    "displacement/rejected_delta_per_token": ("Log-prob change of rejected answers, per token", NATS),
     "displacement/frac_chosen_down": ("Chosen answers that became less likely", PERCENT),
     "displacement/largest_fall": ("Largest fall of a chosen answer", NATS),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -118,6 +119,27 @@ CURVES: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
         (("chosen", "displacement/chosen_delta"), ("rejected", "displacement/rejected_delta")),
     ),
     (
+        "Log-prob change, per token",
+        "nats per token",
+        "Change from the reference, training data, the mean over answers of each answer's own mean.",
+        (
+            ("chosen", "displacement/chosen_delta_per_token"),
+            ("rejected", "displacement/rejected_delta_per_token"),
+        ),
+    ),
+    (
+        "Chosen answers that fell",
+        "",
+        "Share of the chosen answers that are less likely than under the reference.",
+        (("training", "displacement/frac_chosen_down"), ("held-out", "eval_displacement/frac_chosen_down")),
+    ),
+    (
+        "Largest fall",
+        "nats",
+        "Of a chosen answer, from the reference, among those of a log's batches; 0 where none fell.",
+        (("training", "displacement/largest_fall"), ("held-out", "eval_displacement/largest_fall")),
+    ),
+    (
         "Token accuracy",
         "",
         "Share of answer tokens that were the likeliest.",
@@ -155,6 +177,8 @@ def evaluation_pictures(record: RunRecord) -> list[Picture]:
         for title, label, what, rows, a, b in wanted
         if rows
     ]
+    if gained := record.evals.get("displacement", {}).get("gained"):
+        pictures.append(_gained_tokens(gained))
     if thumbs:
         sides = [
             Series(name, _finite([row["reward"] for row in thumbs if row["up"] is up]))
@@ -208,6 +232,35 @@ def histogram(title: str, label: str, caption: str, series: Sequence[Series], cu
         return Picture(title, _svg(figure, axes, series, alternative), caption)
 
 
+def bars(title: str, label: str, caption: str, names: Sequence[str], series: Sequence[Series]) -> Picture:
+    """Two values a name, one bar under the other; the first name is on top."""
+    with _style(title):
+        figure, axes = _axes()
+        places = np.arange(len(names))
+        for shift, values, style in zip((-0.2, 0.2), series, STYLES, strict=True):
+            axes.barh(places + shift, values.y, height=0.36, color=style["color"], label=values.name)
+        axes.set_yticks(places, names)
+        axes.invert_yaxis()
+        axes.set_xlabel(label)
+        alternative = f"{title}. " + " ".join(
+            f"{name}: "
+            + ", ".join(f"{values.name} {value:.3g}" for values, value in zip(series, pair, strict=True))
+            + "."
+            for name, *pair in zip(names, *(values.y for values in series), strict=True)
+        )
+        return Picture(title, _svg(figure, axes, series, alternative), caption)
+
+
+def _gained_tokens(gained: Sequence[Mapping[str, Any]]) -> Picture:
+    return bars(
+        "Tokens that gained, held-out",
+        "probability as an answer's first token",
+        "Where probability went: the tokens that gained most at the beginning of an answer, mean over prompts.",
+        [repr(token["token"]) for token in gained],
+        [Series(side, [token[side] for token in gained]) for side in ("before", "after")],
+    )
+
+
 def _style(salt: str) -> AbstractContextManager[None]:
     """Our settings, for one drawing; the salt makes its ids the same every time and its own within the page."""
     settings: Any = {**SETTINGS, "svg.hashsalt": salt}
@@ -228,7 +281,9 @@ def _axes() -> tuple[Figure, Axes]:
 def _svg(figure: Figure, axes: Axes, series: Sequence[Series], alternative: str) -> Markup:
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
     raw = io.StringIO()
-    figure.savefig(raw, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the reader's browser has the font
+        figure.savefig(raw, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = raw.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)

@@ -39,6 +39,10 @@ PROMPTS = (
     "Explain to a child why the sky is blue.",
     "Write a two-line birthday message for a colleague.",
 )
+GAINED = [
+    {"id": 57, "token": "I", "before": 0.12, "after": 0.31},
+    {"id": 9, "token": '\n<"$', "before": 0.02, "after": 0.08},
+]
 
 
 @pytest.fixture(scope="session")
@@ -106,6 +110,8 @@ def log_curves(run: RunFolder, steps: int) -> None:
             "rewards/margins": margin,
             "displacement/chosen_delta": 2.0 * (1 - math.exp(-step / 40)) + 0.4 * noise[step][1],
             "displacement/rejected_delta": -7.5 * (1 - math.exp(-step / 40)) + 0.6 * noise[step][2],
+            "displacement/frac_chosen_down": 0.3 + 0.1 * noise[step][3],
+            "displacement/largest_fall": abs(noise[step][0]),
             "epoch": step / 150,
         }
         run.log(step, values)
@@ -142,7 +148,7 @@ def write_evals(path: Path, hostile: str = "") -> None:
     for result in (
         generation,
         preference_suite(chosen + 0.5, rejected, ids),
-        displacement_suite(moved, PairLogps(chosen=zero, rejected=zero), ids),
+        displacement_suite(moved, PairLogps(chosen=zero, rejected=zero), ids, gained=GAINED),
     ):
         (path / "eval" / f"{result['suite']}.json").write_text(json.dumps(result))
     rows = [json.dumps(row, ensure_ascii=True) + "\n" for row in generation["rows"][:20]]

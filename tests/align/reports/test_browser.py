@@ -82,7 +82,7 @@ def test_the_page_renders_in_silence(finished_run, tmp_path):
     assert seen.console == []
     assert seen.hosts == set()
     assert seen.dom.count("<article") == 20
-    assert seen.dom.count("<svg") == 9
+    assert seen.dom.count("<svg") == 12
     assert "20 of 20 shown" in seen.dom, "the filter's script did not run"
 
 

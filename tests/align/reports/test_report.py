@@ -11,7 +11,7 @@ import pytest
 from transformers import Trainer, TrainingArguments
 
 from align.errors import AlignError
-from align.reports.figures import Series, curve, histogram
+from align.reports.figures import Series, bars, curve, histogram
 from align.reports.report import render_report
 from align.tracking.callback import tracked
 from align.tracking.metrics import read_metrics
@@ -50,10 +50,15 @@ def test_a_finished_run_shows_every_part(finished_run):
     assert f"{100 * win['value']:.1f} %" in page.text
     assert f"{100 * win['low']:.1f} to {100 * win['high']:.1f}" in page.text
     assert "the interval lies above 50 %" in page.text
-    titles = [attrs["aria-label"].split(" by step")[0].split(", hist")[0] for tag, attrs in page.tags if tag == "svg"]
+    titles = [
+        attrs["aria-label"].split(" by step")[0].split(", hist")[0].split(".")[0]
+        for tag, attrs in page.tags
+        if tag == "svg"
+    ]
     assert titles == [
-        *("Loss", "Accuracy", "Margin", "Log-prob change", "Gradient norm"),
-        *("Rewards of held-out pairs", "Log-prob change, held-out", "Scores of the answers", "Answer length"),
+        *("Loss", "Accuracy", "Margin", "Log-prob change", "Chosen answers that fell", "Largest fall"),
+        *("Gradient norm", "Rewards of held-out pairs", "Log-prob change, held-out"),
+        *("Tokens that gained, held-out", "Scores of the answers", "Answer length"),
     ]
     assert page.count("article") == 20
     assert "-log sigma(beta (r_w/n_w - r_l/n_l))" in page.text
@@ -93,6 +98,10 @@ def test_text_of_models_and_data_is_text(finished_run):
     samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with (finished_run / "config.resolved.yaml").open("a") as recipe:
         recipe.write("# <script>alert(1)</script>\n")
+    displacement = finished_run / "eval" / "displacement.json"
+    result = json.loads(displacement.read_text())
+    result["gained"][0]["token"] = HOSTILE
+    displacement.write_text(json.dumps(result))
     manifest = json.loads((finished_run / "manifest.json").read_text())
     manifest["model"]["name"] = manifest["data"]["train"]["source"] = manifest["hardware"]["cpu"] = HOSTILE
     (finished_run / "manifest.json").write_text(json.dumps(manifest))
@@ -199,6 +208,16 @@ def test_a_drawing_takes_its_colours_from_the_page_and_names_its_numbers():
     assert colours == set(), "a fixed colour is unreadable on one of the two pages"
     assert "<g id" not in picture.svg
     assert "<style" not in picture.svg
+
+
+def test_bars_name_both_values_and_begin_at_the_top():
+    """The first of the names is the first to be read: its label stands above the other's."""
+    picture = bars(
+        "Gain", "probability", "", ["'I'", "'$<'"], [Series("before", [0.1, 0.2]), Series("after", [0.3, 0.25])]
+    )
+    assert "Gain. &#39;I&#39;: before 0.1, after 0.3. &#39;$&lt;&#39;: before 0.2, after 0.25." in picture.svg
+    first, second = (float(re.search(rf' y="([\d.]+)"[^>]*>{name}<', picture.svg)[1]) for name in ("'I'", r"'\$&lt;'"))
+    assert first < second
 
 
 def test_a_histogram_counts_every_value_also_when_they_are_all_the_same():
