@@ -27,6 +27,7 @@ STYLES: tuple[dict[str, Any], ...] = (
     {"color": FIRST, "linestyle": "-"},
     {"color": SECOND, "linestyle": (0, (4, 1.5))},
 )
+LONGEST_NAME = 24  # characters of a bar's name
 SETTINGS: dict[str, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -256,7 +257,7 @@ def _gained_tokens(gained: Sequence[Mapping[str, Any]]) -> Picture:
         "Tokens that gained, held-out",
         "probability as an answer's first token",
         "Where probability went: the tokens that gained most at the beginning of an answer, mean over prompts.",
-        [repr(token["token"]) for token in gained],
+        [repr(token["token"])[:LONGEST_NAME] for token in gained],  # some vocabularies have whole lines as one token
         [Series(side, [token[side] for token in gained]) for side in ("before", "after")],
     )
 
