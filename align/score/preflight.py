@@ -22,7 +22,7 @@ from .training import TrainingFilter, can_score, only, policy_scorer, score_pair
 
 COLUMN = "ches_ln"
 LARGEST, LEAST = 0.5, 0.05
-"""Shares that are recommended: no more than half of the data, and the study's own 5 % (arXiv:2410.08847) at least."""
+"""Shares that are recommended: no more than half of the data, and no less than the paper kept (arXiv:2410.08847)."""
 BINS, WIDTH = 10, 40
 
 
@@ -102,7 +102,7 @@ def _facts(scored: Filtered, split: Split, values: np.ndarray[Any, Any]) -> list
     repeated = split.table.counts["duplicates"]
     return [
         "  " + " · ".join(f"{name} {value:.4g}" for name, value in zip(names, ends, strict=True)),
-        f"  above 0: {above:,} ({100 * above / len(values):.1f} %): there it expects the chosen answer to fall itself",
+        f"  above 0: {above:,} ({100 * above / len(values):.1f} %): training lowers their chosen answer, by theory",
         f"  mean tokens in the lower and in the higher half: {', '.join(lengths)}",
         f"  one-token answers {_short(scored):,} (the score says little there) · without a score {unscored:,}",
         f"  all of the data: repeated pairs {repeated:,} · pairs of equal answers {identical:,}",
@@ -129,7 +129,7 @@ def _recommendation(
         before, after = kept.lengths(field)
         changes.append(f"{field} {fmean(before):.0f} -> {fmean(after):.0f}")
     said = [
-        "recommended, to paste in the recipe (less is safer and leaves less to learn from; the study kept 5 %):",
+        "recommended, to paste in the recipe (a smaller share is safer and leaves less to learn; the paper kept 5 %):",
         "  data:",
         f"    filter: {{{COLUMN}: {{keep: {share:g}}}}}",
         f"it keeps {places(len(split.tokenized.rows), rule)[1]:,} of {len(split.tokenized.rows):,} pairs; "
