@@ -112,18 +112,18 @@ class PalRewardModel(RewardModel):
         Raises:
             ChoiceError: neither was said.
         """
-        if users is None and self.chosen is None:
+        weights = self.chosen if users is None else torch.softmax(self.pal.logits(users), -1)
+        if weights is None:
             raise ChoiceError(f"a PAL model has a reward an annotator: choose one with choose({CHOICES})")
         answers, prompts = self.states(input_ids, attention_mask, prompt_length)
         with torch.autocast(answers.device.type, enabled=False):
-            weights = self.chosen if users is None else torch.softmax(self.pal.logits(users), -1)
             return RewardOutput(self.pal.reward(answers, weights, prompts), None)
 
     def _weights(self, who: str) -> Tensor:
         kind, _, what = who.partition(":")
         groups, known = self.pal.groups, self.pal.settings["users"]
         if who in ("mean", "uniform"):
-            return self.pal.prior(who)
+            return self.pal.prior(who)  # type: ignore[arg-type]
         if kind == "annotator" and what in known:
             return self.pal.weights([what])[0].detach()
         if kind == "annotator" and what in self.fitted:

@@ -108,8 +108,8 @@ def embedded(rows: Dataset, cache: EmbeddingCache, name: str) -> Judgements:
 def trained(spec: PalSpec, data: Judgements, groups: int, seed: int, log: Log | None = None) -> Pal:
     """A model of this many groups, trained on the judgements."""
     torch.manual_seed(seed)
-    kind: type[Pal] = {"a": PalA, "b": PalB}[spec.variant]
-    model = kind(
+    kind = {"a": PalA, "b": PalB}[spec.variant]
+    model: Pal = kind(
         data.answers.shape[1], sorted(set(data.users)), groups=groups, dimension=spec.dimension, depth=spec.depth
     )
     with progress(f"training, {groups} group{'s' * (groups > 1)}", spec.epochs) as advance:

@@ -51,6 +51,7 @@ class PalTrainer(RewardTrainer):
     """
 
     judgements: Judgements
+    optimizer: Any  # the Trainer's
 
     def __init__(
         self,
@@ -89,7 +90,7 @@ class PalTrainer(RewardTrainer):
         super()._set_signature_columns_if_needed()
         self._signature_columns = [*(self._signature_columns or ()), "annotator"]
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """AdamW with a rate each for backbone, maps, annotators with prototypes, and scale."""
         if self.optimizer is None:
             decayed = self.get_decay_parameter_names(self.reward)
@@ -121,12 +122,12 @@ class RowwiseAdamW(torch.optim.AdamW):
         settings: as for AdamW.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], table: nn.Parameter, **settings: Any) -> None:
+    def __init__(self, groups: list[dict[str, Any]], table: Tensor, **settings: Any) -> None:
         self.table = table
         super().__init__(groups, **settings)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         gradient = self.table.grad
         if gradient is None:
             return super().step(closure)
