@@ -51,8 +51,8 @@ class Constraint(Protocol):
 class Masking(Protocol):
     """What a constraint can do besides, where it knows its whole set of next tokens at the price of a few."""
 
-    def allowed(self, state: State) -> np.ndarray:
-        """Which tokens ``advance`` would take: bool, (size of the vocabulary,); end tokens are False."""
+    def allowed(self, state: State) -> np.ndarray | None:
+        """Which tokens ``advance`` would take: bool, (size of the vocabulary,), end tokens False. None: ask each."""
         ...
 
 

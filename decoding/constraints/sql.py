@@ -1,0 +1,203 @@
+"""A constraint from a database's schema: one SELECT statement of SQLite over its tables and columns.
+
+Two parts. A grammar made from the schema says, token by token, what may follow: keywords, functions, literals, and of
+names only tables and columns that exist, ``table.column`` only for the table's own columns. What no context-free
+grammar can say is left to SQLite itself, which prepares a statement that wants to end on an empty database with this
+schema: that a column belongs to a table of FROM, that an alias is declared, that a name is not ambiguous. So a text
+may be kept that nothing completes (``SELECT name FROM flights WHERE ...`` where only airports have names): it can go
+on and never end.
+
+Known: joins of every kind, sub-queries, aggregates, GROUP BY, HAVING, ORDER BY, LIMIT, UNION, INTERSECT, EXCEPT, CASE,
+CAST and common functions; keywords and names in any case. Table aliases are a letter and up to two digits (``T1``).
+Values in double quotes are text, as SQLite takes them. Names of results (``SELECT count(*) AS n``) are not known.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import sqlite3
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .compiled import Compiled, grammar
+from .protocol import ConstraintError, Vocabulary
+
+Schema = Mapping[str, Sequence[str]]  # table: its columns
+
+GRAMMAR = r"""
+start: WS? query WS? (";" WS?)?
+query: select (WS ("UNION"i (WS "ALL"i)? | "INTERSECT"i | "EXCEPT"i) WS select)* (WS order)? (WS limit)?
+select: "SELECT"i WS ("DISTINCT"i WS)? result (comma result)* WS "FROM"i WS sources (WS where)? (WS group)?
+where: "WHERE"i WS condition
+group: "GROUP"i WS "BY"i WS expression (comma expression)* (WS "HAVING"i WS condition)?
+order: "ORDER"i WS "BY"i WS key (comma key)*
+key: expression (WS ("ASC"i | "DESC"i))?
+limit: "LIMIT"i WS INTEGER ((WS "OFFSET"i WS | comma) INTEGER)?
+
+result: expression | "*" | qualifier "." "*"
+qualifier: TABLE | ALIAS
+sources: source (comma source | WS JOIN WS source (WS "ON"i WS condition | WS "USING"i WS? "(" WS? COLUMN WS? ")")?)*
+source: (TABLE | "(" WS? query WS? ")") (WS ("AS"i WS)? ALIAS)?
+
+condition: test (WS ("AND"i | "OR"i) WS test)*
+test: ("NOT"i WS)? (predicate | "(" WS? condition WS? ")")
+predicate: expression WS? COMPARISON WS? expression
+    | expression WS ("NOT"i WS)? ("LIKE"i | "GLOB"i) WS expression
+    | expression WS ("NOT"i WS)? "BETWEEN"i WS expression WS "AND"i WS expression
+    | expression WS ("NOT"i WS)? "IN"i WS? "(" WS? (query | expression (comma expression)*) WS? ")"
+    | expression WS "IS"i WS ("NOT"i WS)? "NULL"i
+    | "EXISTS"i WS? "(" WS? query WS? ")"
+
+expression: term (WS? OPERATOR WS? term)*
+term: column | NUMBER | TEXT | "NULL"i
+    | AGGREGATE WS? "(" WS? ("DISTINCT"i WS)? expression WS? ")"
+    | "COUNT"i WS? "(" WS? (("DISTINCT"i WS)? expression | "*") WS? ")"
+    | FUNCTION WS? "(" WS? expression (comma expression)* WS? ")"
+    | "CAST"i WS? "(" WS? expression WS "AS"i WS TYPE WS? ")"
+    | "CASE"i (WS "WHEN"i WS condition WS "THEN"i WS expression)+ (WS "ELSE"i WS expression)? WS "END"i
+    | "(" WS? (expression | query) WS? ")"
+comma: WS? "," WS?
+
+WS: /[ \t\r\n]{1,8}/
+JOIN: /(?i:((NATURAL[ ]+)?(INNER|CROSS|LEFT([ ]+OUTER)?)[ ]+|NATURAL[ ]+)?JOIN)/
+COMPARISON: /=|==|<>|!=|<|<=|>|>=/
+OPERATOR: /[-+*\/%]|\|\|/
+AGGREGATE: /(?i:SUM|AVG|MIN|MAX|TOTAL|GROUP_CONCAT)/
+FUNCTION: /(?i:ABS|ROUND|LENGTH|LOWER|UPPER|TRIM|SUBSTR|COALESCE|IFNULL|NULLIF|DATE|STRFTIME)/
+TYPE: /(?i:INTEGER|INT|REAL|FLOAT|TEXT)/
+ALIAS: /[A-Za-z][0-9]{0,2}/
+INTEGER: /[0-9]{1,9}/
+NUMBER: /-?[0-9]{1,15}(\.[0-9]{1,15})?/
+TEXT: /'([^'\n]|'')*'|"([^"\n]|"")*"/
+"""
+
+
+class Sql:
+    """The answer is one SELECT statement that SQLite can run on a database with this schema.
+
+    Args:
+        schema: the columns of every table.
+        vocabulary: the tokens that answers are made of.
+
+    Raises:
+        ConstraintError: a schema without tables, a table without columns, or a name given twice.
+    """
+
+    def __init__(self, schema: Schema, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+        self._database = _database(schema)
+        self._grammar: Compiled = grammar(lark(schema), vocabulary, name="sql")
+
+    def start(self) -> Any:
+        return self._grammar.start()
+
+    def advance(self, state: Any, token: int) -> Any | None:
+        return self._grammar.advance(state, token)
+
+    def may_end(self, state: Any) -> bool:
+        return self._grammar.may_end(state) and self.refusal(self._grammar.text(state)) is None
+
+    def allowed(self, state: Any) -> np.ndarray:
+        return self._grammar.allowed(state)
+
+    def refusal(self, statement: str) -> str | None:
+        """Why SQLite does not prepare a statement, or None. The statement is not run."""
+        try:
+            self._database.execute(f"EXPLAIN {statement}").close()
+        except sqlite3.Error as error:
+            return str(error)
+        return None
+
+
+def lark(schema: Schema) -> str:
+    """The grammar of SELECT statements over a schema."""
+    columns = sorted({name.lower() for table in schema.values() for name in table})
+    rules = [GRAMMAR, f"TABLE: {_one_of(schema)}", f"COLUMN: {_one_of(columns)}"]
+    qualified = ['ALIAS "." COLUMN']
+    for rank, (table, names) in enumerate(schema.items()):
+        rules += [f"TABLE_{rank}: {_one_of([table])}", f"COLUMN_{rank}: {_one_of(names)}"]
+        qualified.append(f'TABLE_{rank} "." COLUMN_{rank}')
+    return "\n".join([*rules, f"column: COLUMN | {' | '.join(qualified)}", ""])
+
+
+def read_schemas(path: str | Path) -> dict[str, Schema]:
+    """Schemas by name: a JSON file or lines of JSON (also gzipped).
+
+    Each is ``{"table": ["column", ...], ...}`` or Spider's form (``db_id``, ``table_names_original``,
+    ``column_names_original``; SQLite's own tables are left out), alone or in a list; a schema without ``db_id`` has
+    the name "".
+    """
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
+        one_a_line = ".jsonl" in path.suffixes
+        rows = [json.loads(line) for line in text.splitlines() if line.strip()] if one_a_line else json.loads(text)
+    except OSError as error:
+        raise ConstraintError(f"sql: {path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise ConstraintError(f"sql: {path}: not JSON: {error}") from None
+    return dict(_schema(row, path) for row in (rows if isinstance(rows, list) else [rows]))
+
+
+def _schema(row: Any, path: Path) -> tuple[str, Schema]:
+    if isinstance(row, dict) and {"table_names_original", "column_names_original"} <= row.keys():
+        tables: dict[str, list[str]] = {name: [] for name in row["table_names_original"]}
+        names = list(tables)
+        for table, column in row["column_names_original"]:
+            if table >= 0:
+                tables[names[table]].append(column)
+        return str(row.get("db_id", "")), {name: tables[name] for name in names if not name.startswith("sqlite_")}
+    if isinstance(row, dict) and row and all(isinstance(columns, list) for columns in row.values()):
+        return "", row
+    raise ConstraintError(f'sql: {path}: not a schema: write {{"table": ["column", ...]}}, or Spider\'s form')
+
+
+def _database(schema: Schema) -> sqlite3.Connection:
+    """An empty database with the schema; building it finds what is wrong with the schema."""
+    if not schema:
+        raise ConstraintError("sql: the schema has no tables: nothing satisfies it")
+    database = sqlite3.connect(":memory:", check_same_thread=False)
+    for table, columns in schema.items():
+        if not columns:
+            raise ConstraintError(f"sql: table {table!r} has no columns")
+        try:
+            database.execute(f"CREATE TABLE {_quoted(table)} ({', '.join(map(_quoted, columns))})")
+        except sqlite3.Error as error:
+            raise ConstraintError(f"sql: table {table!r}: {error}") from None
+    return database
+
+
+def _one_of(names: Mapping[str, Any] | Sequence[str]) -> str:
+    """A terminal for names, in any case: as they are where SQLite reads them so, in quotes where it does not."""
+    return f"/(?i:{'|'.join(_pattern(name) for name in names)})/"
+
+
+def _pattern(name: str) -> str:
+    if _plain(name):
+        return re.escape(name)
+    return "|".join(_escaped(form) for form in (_quoted(name), f"`{name}`", f"[{name}]"))
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"[^\w ]", lambda found: f"\\x{{{ord(found[0]):X}}}", text)
+
+
+def _plain(name: str) -> bool:
+    """Whether SQLite takes a name without quotes: letters, and no keyword."""
+    if re.fullmatch(r"[^\W\d]\w*", name) is None:
+        return False
+    try:
+        sqlite3.connect(":memory:").execute(f"CREATE TABLE {name} ({name})")
+    except sqlite3.Error:
+        return False
+    return True
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
