@@ -152,13 +152,13 @@ def last_inner(chosen: AnswerStates, rejected: AnswerStates) -> Tensor:
         ValueError: as ``ches``.
     """
     _check_pairs(chosen.last, rejected.last)
-    return torch.linalg.vecdot(chosen.last.double(), rejected.last.double())
+    return (chosen.last.double() * rejected.last.double()).sum(dim=1)
 
 
 def _centred(chosen: Tensor, rejected: Tensor) -> Tensor:
     _check_pairs(chosen, rejected)
     chosen, rejected = chosen.double(), rejected.double()
-    return torch.linalg.vecdot(chosen, rejected - chosen)
+    return (chosen * (rejected - chosen)).sum(dim=1)
 
 
 def _check_pairs(chosen: Tensor, rejected: Tensor) -> None:

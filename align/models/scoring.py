@@ -124,7 +124,7 @@ def final_states(model: PreTrainedModel, rows: Rows) -> torch.Tensor:
     Args:
         model: the causal model itself, without a wrapper.
     """
-    states = model.base_model(**_inputs(model, rows), use_cache=False).last_hidden_state
+    states: torch.Tensor = model.base_model(**_inputs(model, rows), use_cache=False).last_hidden_state
     return states.reshape(-1, states.shape[-1])
 
 

@@ -129,7 +129,7 @@ class PolicyScorer:
 
     def _content(self, ids: Sequence[int]) -> int:
         """Tokens of an answer without its end token, which one that was cut has not."""
-        return len(ids) - (ids[-1] == self.policy.loaded.tokenizer.eos_token_id)
+        return len(ids) - int(ids[-1] == self.policy.loaded.tokenizer.eos_token_id)
 
     def _lay_out(self, rows: Sequence[ScoreRow]) -> _Laid | None:
         """The rows of one forward pass; None where no row has an answer."""
