@@ -11,6 +11,9 @@ import typer
 
 from .disk import writing_to
 
+WIDTH = 140
+SHOWN = 5  # tokens
+
 
 class Suite(StrEnum):
     """What can be asked of models. ``_RUN`` says how, and ``_SHOW`` what is printed of it."""
@@ -73,39 +76,43 @@ def _show_displacement(result: Mapping[str, Any]) -> None:
     from rich.text import Text
 
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH  # a log or a pipe has no edge to fold at
     data = result["data"]["source"]
     console.print(f"{result['n']:,} pairs of {data} against {result['reference']}: change of log-prob", soft_wrap=True)
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    for column in ("", "chosen, nats a token", "less the first", "chosen fell", "largest fall", "rejected"):
-        table.add_column(column, justify="left" if not column else "right", overflow="fold")
+    table.add_column("")
+    for column in ("chosen, nats a token", "less the first line", "chosen fell", "largest fall", "rejected"):
+        table.add_column(column, justify="right")
     for name, found in result["models"].items():
         metrics, difference = found["metrics"], found["difference"]
         table.add_row(
             Text(name),
-            _estimate(metrics["chosen_delta_per_token"]),
-            "" if difference is None else _estimate(difference["chosen_delta_per_token"]),
-            _estimate(metrics["frac_chosen_down"], percent=True),
+            _estimate(metrics["chosen_delta_per_token"], "+.3f"),
+            "" if difference is None else _estimate(difference["chosen_delta_per_token"], "+.3f"),
+            _estimate(metrics["frac_chosen_down"], ".0%"),
             f"{metrics['largest_fall']['value']:.1f} nats",
-            _estimate(metrics["rejected_delta_per_token"]),
+            f"{metrics['rejected_delta_per_token']['value']:+.3f}",
         )
     console.print(table)
-    console.print("Tokens that gained most probability as an answer's first, mean over prompts", style="dim")
+    console.print("\nTokens that gained most probability as an answer's first, mean over prompts", style="dim")
     for name, found in result["models"].items():
-        tokens = (f"{t['token']!r} {100 * t['before']:.1f} → {100 * t['after']:.1f} %" for t in found["gained"][:5])
+        tokens = (
+            f"{t['token']!r} {100 * t['before']:.1f} → {100 * t['after']:.1f} %" for t in found["gained"][:SHOWN]
+        )
         console.print(Text(f"{name}  "), Text(" · ".join(tokens) or "none"), sep="", soft_wrap=True)
     for name, found in result["decreases"].items():
         console.print(
-            f"{name}: the largest decrease of a chosen answer's probability between two of {found['steps']} steps "
-            f"is {_estimate(found['mean'])} in the mean, {found['largest']:.3f} at most",
+            f"\n{name}: between two of its {found['steps']} steps the probability of a chosen answer fell by at most "
+            f"{found['largest']:.2g}, in the mean by {_estimate(found['mean'], '.2g')}",
             soft_wrap=True,
         )
 
 
-def _estimate(entry: Mapping[str, Any], *, percent: bool = False) -> str:
-    """``-0.062 (-0.082, -0.042)``, or in percent."""
-    values = [entry[key] for key in ("value", "low", "high") if entry[key] is not None]
-    value, *interval = (f"{100 * v:.0f} %" if percent else f"{v:+.3f}" for v in values)
-    return f"{value} ({', '.join(interval)})" if interval else value
+def _estimate(entry: Mapping[str, Any], form: str) -> str:
+    """``-0.062 [-0.082, -0.042]``."""
+    value, *ends = (format(entry[key], form) for key in ("value", "low", "high") if entry[key] is not None)
+    return f"{value} [{', '.join(ends)}]" if ends else value
 
 
 _RUN = {Suite.DISPLACEMENT: _run_displacement}

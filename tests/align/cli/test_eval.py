@@ -57,7 +57,8 @@ def test_checkpoints_of_a_run(align: Align, run: Path, heldout_file: Path, tmp_p
     assert decrease["steps"] == 5
     assert 0 <= decrease["mean"]["value"] <= decrease["largest"] < 1
     assert "24 pairs of" in shown
-    assert "checkpoint-4" in shown.replace("\n", "")
+    assert "checkpoint-4" in shown
+    assert f"{run}: between two of its 5 steps the probability of a chosen answer fell by at most" in shown
     assert "d.json" in shown
 
 
