@@ -1,5 +1,10 @@
-"""Decoding: samplers that follow a constraint or a reward, on any engine.
+"""Decoding: samplers that follow a constraint or a reward, on any engine. The floor between ``rewards`` and ``evals``.
 
-The floor between ``align.rewards`` and ``align.evals``. It is the home of constraints, adaptive weighted rejection
-sampling, sequential Monte Carlo and Transfer-Q*; none of them has landed yet (see the methods table of the README).
+- ``constraints``  what an answer may be, asked one token at a time.
+- ``law``          the law that tokens are drawn from: the model's, or what temperature, top-k and top-p make of it.
+- ``awrs``         a token under a constraint with a proper weight, from a few questions; ``masking`` and ``rejection``
+  are what it is compared with, ``lazy`` is what all draw by.
+- ``smc``          sequences: particles, resampling and the normaliser, free of any engine.
+
+Transfer-Q* has not landed yet.
 """
