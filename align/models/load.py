@@ -179,12 +179,12 @@ class Origin:
         name: the model, as its recipe names it.
         adapter: the adapter that training went on from, if there was one.
         options: ``attention`` and ``trust_remote_code`` of the recipe.
-        dtype: of the recipe; the same model in two dtypes is one origin.
+        dtype: of the recipe. The same model with other options or in another dtype is the same origin.
     """
 
     name: str
     adapter: str | None = None
-    options: tuple[tuple[str, Any], ...] = ()
+    options: tuple[tuple[str, Any], ...] = field(default=(), compare=False)
     dtype: str = field(default="auto", compare=False)
 
     def load(self, *, dtype: str) -> LoadedModel:

@@ -15,7 +15,7 @@ from transformers.utils import is_flash_attn_2_available
 from align.errors import AlignError
 from align.models import hardware, load
 from align.models.fingerprint import weights_hash
-from align.models.load import load_model, load_run, load_tokenizer
+from align.models.load import Origin, load_model, load_run, load_tokenizer, origin_of
 
 
 def test_a_local_folder(tiny_model_dir):
@@ -133,7 +133,33 @@ def test_a_run_is_loaded_as_its_recipe_says(tmp_path, own_code_dir):
         assert hasattr(loaded.model, "peft_config") == (weights == "adapter")
         assert type(loaded.model.config).__name__ == "OwnConfig"
         assert loaded.model.config._attn_implementation == "eager"
-        shutil.rmtree(run / weights)
+        (run / weights).rename(run / f"checkpoint-{len(weights)}")
+    for checkpoint, adapted in (("checkpoint-7", True), ("checkpoint-5", False)):
+        loaded = load_run(str(run / checkpoint))
+        assert hasattr(loaded.model, "peft_config") == adapted
+        assert loaded.model.config._attn_implementation == "eager"
+        assert origin_of(str(run / checkpoint)) == origin_of(str(run))
+    with pytest.raises(AlignError, match="no trained weights yet"):
+        load_run(str(run))
+    loaded = origin_of(str(run)).load(dtype="float32")
+    assert not hasattr(loaded.model, "peft_config")
+    assert loaded.model.config._attn_implementation == "eager"
+
+
+def test_what_a_model_was_trained_from(tmp_path, tiny_model_dir):
+    """A run says it in its recipe, with the adapter that it went on from; an adapter in its config."""
+    base, _ = load_model(str(tiny_model_dir))
+    get_peft_model(base, LoraConfig(r=2, target_modules="all-linear")).save_pretrained(tmp_path / "first")
+    assert origin_of(str(tmp_path / "first")) == Origin(str(tiny_model_dir))
+    assert origin_of(str(tiny_model_dir)) is None
+    assert origin_of("owner/name") is None
+    (tmp_path / "second").mkdir()
+    recipe = f"model: {{name: {tiny_model_dir}, adapter: {tmp_path / 'first'}, dtype: float32}}\n"
+    (tmp_path / "second" / "config.resolved.yaml").write_text(recipe)
+    origin = origin_of(str(tmp_path / "second"))
+    assert origin == Origin(str(tiny_model_dir), str(tmp_path / "first"))
+    assert origin.dtype == "float32"
+    assert hasattr(origin.load(dtype=origin.dtype).model, "peft_config")
 
 
 def test_the_base_of_an_adapter_may_be_a_packaged_name(tmp_path, tiny_model_dir, monkeypatch):
