@@ -6,7 +6,8 @@ held-out data. Each returns one JSON-able dict: ``suite, schema, n, metrics, row
 
 - ``preference``    does the implicit reward rank the chosen answer first? accuracy (a tie is half), margin, ties.
 - ``thumbs``        does the implicit reward tell thumbs up from thumbs down? AUC, accuracy, mean reward of each.
-- ``displacement``  what happened to the log-probs of the held-out pairs: did the chosen answers fall too?
+- ``displacement``  what happened to the log-probs of the held-out pairs: did the chosen answers fall too, and what
+                    gained?
 - ``generation``    answers before and after, judged by a reward: win rate, length, repetition, KL to the reference.
 - ``goals``         several rewards at once: each before and after, and the share of answers that are good in all.
 
