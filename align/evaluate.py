@@ -106,7 +106,10 @@ class _Pairs:
         rewards = combine(self.losses, *self.logps).rewards
         ranking = [loss for loss in self.losses if loss.info.ranks] or self.losses
         settings = {"rewards": " + ".join(f"{loss.weight:g} * {loss.info.name}" for loss in ranking)}
-        return preference_suite(rewards[:, 0], rewards[:, 1], self.ids, groups=self.groups, settings=settings)
+        labels = [row.preference for row in self.rows]
+        return preference_suite(
+            rewards[:, 0], rewards[:, 1], self.ids, preference=labels, groups=self.groups, settings=settings
+        )
 
     def displacement(self) -> dict[str, Any]:
         after = first_tokens(self.built.trainer.model, self.rows, pad_token_id=self.pad_token_id)

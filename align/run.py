@@ -248,6 +248,9 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, run: Path | 
         if split.faults:
             console.print(fault_report(split.faults, split.table.counts["rows"], kept_in), highlight=False)
         split.check(spec.max_bad_fraction)
+    ranked = kind == "pairs" and "eval" in splits and {"preference", "reward"} & set(recipe.evals)
+    if ranked and all(row.preference == 0.5 for row in splits["eval"].tokenized.rows):
+        raise AlignError(f"{spec.eval}: all pairs are ties (preference 0.5): no ranking could be right or wrong")
     return splits
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .result import suite_result
@@ -16,6 +18,7 @@ def preference_suite(
     rejected_rewards: Tensor,
     row_ids: Sequence[str],
     *,
+    preference: Sequence[float | None] | None = None,
     groups: Sequence[Hashable] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -27,28 +30,57 @@ def preference_suite(
     Args:
         chosen_rewards, rejected_rewards: implicit rewards in the loss's own units, shape (N,).
         row_ids: one per pair, kept in the rows.
+        preference: probability that the chosen answer is preferred, of each pair; None: it is. Under 0.5 the rejected
+            answer is the one to rank first; a pair at 0.5 can be neither right nor wrong, and is left out there.
         groups: the prompt of each pair, where a prompt has several: they are resampled together.
         settings: what made the rewards, kept in the result.
 
     Returns:
-        Metrics ``accuracy``, ``margin`` (chosen - rejected, mean), ``ties`` (share of pairs);
-        rows ``{row_id, chosen_reward, rejected_reward}``.
+        Metrics ``accuracy``, ``margin`` (the preferred answer's reward less the other's, mean), ``ties`` (share of
+        pairs with equal rewards) and, where the labels are soft, ``label_ties`` (share of pairs at 0.5); rows
+        ``{row_id, chosen_reward, rejected_reward}``, with soft labels ``preference`` too.
 
     Raises:
-        ValueError: counts that differ, no pairs, or a reward that is not finite.
+        ValueError: counts that differ, no pairs, no pair with a preferred answer, or a reward that is not finite.
     """
     chosen = finite_vector(chosen_rewards.detach().double().cpu().numpy(), "chosen_rewards")
     rejected = finite_vector(rejected_rewards.detach().double().cpu().numpy(), "rejected_rewards")
     if not len(chosen) == len(rejected) == len(row_ids):
         raise ValueError(f"{len(chosen)} chosen rewards, {len(rejected)} rejected rewards, {len(row_ids)} row ids")
-    ties = chosen == rejected
+    label, decided = preferred(preference, len(row_ids))
+    names: Sequence[Hashable] = range(len(label)) if groups is None else groups
+    kept = [name for name, one in zip(names, decided, strict=True) if one]
+    margin = np.where(label > 0.5, chosen - rejected, rejected - chosen)[decided]
     metrics = {
-        "accuracy": bootstrap_interval((chosen > rejected) + 0.5 * ties, groups=groups),
-        "margin": bootstrap_interval(chosen - rejected, groups=groups),
-        "ties": bootstrap_interval(ties, groups=groups),
+        "accuracy": bootstrap_interval((margin > 0) + 0.5 * (margin == 0), groups=kept),
+        "margin": bootstrap_interval(margin, groups=kept),
+        "ties": bootstrap_interval(chosen == rejected, groups=names),
     }
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"row_id": row_id, "chosen_reward": float(won), "rejected_reward": float(lost)}
         for row_id, won, lost in zip(row_ids, chosen, rejected, strict=True)
     ]
+    if preference is not None and any(p is not None for p in preference):
+        metrics["label_ties"] = bootstrap_interval(~decided, groups=names)
+        for row, p in zip(rows, label, strict=True):
+            row["preference"] = float(p)
     return suite_result("preference", metrics, rows, settings)
+
+
+def preferred(preference: Sequence[float | None] | None, count: int) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Labels of pairs, 1 where none is given, and which of them prefer an answer.
+
+    Raises:
+        ValueError: another count, a label outside [0, 1], or ties alone.
+    """
+    given = [1.0] * count if preference is None else [1.0 if p is None else float(p) for p in preference]
+    if len(given) != count:
+        raise ValueError(f"{count} row ids, {len(given)} preferences")
+    label = finite_vector(np.array(given), "preference")
+    outside = (label < 0) | (label > 1)
+    if outside.any():
+        raise ValueError(f"preference[{int(np.argmax(outside))}] is outside [0, 1]")
+    decided = label != 0.5
+    if not decided.any():
+        raise ValueError(f"all {count} pairs are ties of the label: there is nothing to be right about")
+    return label, decided

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .preference import preferred
 from .result import suite_result
 from .statistics import Estimate, bootstrap_interval, finite_vector
 
@@ -48,15 +49,9 @@ def reward_suite(
         ValueError: counts that differ, no pair with a preferred answer, or a score that is not finite.
     """
     score = finite_vector(scores.detach().double().cpu().numpy(), "scores")
-    given = [1.0] * len(score) if preference is None else [1.0 if p is None else float(p) for p in preference]
-    if not len(score) == len(row_ids) == len(given):
-        raise ValueError(f"{len(score)} scores, {len(row_ids)} row ids, {len(given)} preferences")
-    label = finite_vector(np.array(given), "preference")
-    if ((label < 0) | (label > 1)).any():
-        raise ValueError(f"preference[{int(np.argmax((label < 0) | (label > 1)))}] is outside [0, 1]")
-    decided = label != 0.5
-    if not decided.any():
-        raise ValueError(f"all {len(label)} pairs are ties of the label: there is nothing to be right about")
+    if len(score) != len(row_ids):
+        raise ValueError(f"{len(score)} scores, {len(row_ids)} row ids")
+    label, decided = preferred(preference, len(row_ids))
     names: Sequence[Hashable] = range(len(score)) if groups is None else groups
     kept = [name for name, one in zip(names, decided, strict=True) if one]
     gained = np.where(label > 0.5, score, -score)[decided]

@@ -70,6 +70,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "preference/accuracy": ("Preference accuracy on held-out pairs", PERCENT),
     "preference/margin": ("Margin of the implicit reward", POINTS),
     "preference/ties": ("Pairs with equal rewards", PERCENT),
+    "preference/label_ties": ("Held-out pairs that are ties for people", PERCENT),
     "displacement/chosen_delta": ("Log-prob change of chosen answers", NATS),
     "displacement/chosen_delta_per_token": ("Log-prob change of chosen answers, per token", NATS),
     "displacement/rejected_delta": ("Log-prob change of rejected answers", NATS),

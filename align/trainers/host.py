@@ -165,3 +165,14 @@ def loss_with_beta(given: Any, beta: float, default: float) -> Loss:
             loss = Loss(loss.info, {**loss.settings, "beta": beta})
         logger.info("%s with beta %g", loss.info.name, loss.settings["beta"])
     return loss
+
+
+def ranked_right(margins: torch.Tensor, preference: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which pairs are ranked as their labels say, and which labels say anything, (B,) each.
+
+    As in TRL, a tie of the model is not a win. A tie of the label, 0.5, can be neither right nor wrong.
+    """
+    if preference is None:
+        return margins > 0, torch.ones_like(margins, dtype=torch.bool)
+    decided = preference != 0.5
+    return torch.where(preference > 0.5, margins > 0, margins < 0) & decided, decided

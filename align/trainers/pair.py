@@ -31,7 +31,7 @@ from align.models.scoring import score, why_not_shared_prompt
 
 from .collate import PairCollator, rows_of
 from .given import check_dataset, tokenized_dataset, untokenized_rows
-from .host import Hosted, loss_with_beta, refuse_what_would_be_dropped
+from .host import Hosted, loss_with_beta, ranked_right, refuse_what_would_be_dropped
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ class PairTrainer(Hosted, DPOTrainer):  # type: ignore[misc]
             self._check_step_zero(tokens, reference_tokens.logps)
             reference = _pair_logps(rows, reference_tokens.logps)
         output = combine(self.losses, policy, reference, inputs.get("preference"))
-        self._record(rows, tokens, policy, reference, output)
+        self._record(rows, tokens, policy, reference, output, inputs.get("preference"))
         return (inputs["strength"] * output.loss).mean()
 
     def _record(
@@ -154,6 +154,7 @@ class PairTrainer(Hosted, DPOTrainer):  # type: ignore[misc]
         policy: PairLogps,
         reference: PairLogps | None,
         output: LossOutput,
+        preference: torch.Tensor | None,
     ) -> None:
         """Metrics of a batch, summed over processes in one reduction."""
         metrics = self._metrics["train" if self.model.training else "eval"]
@@ -162,8 +163,6 @@ class PairTrainer(Hosted, DPOTrainer):  # type: ignore[misc]
         by_pair = {
             "rewards/chosen": output.chosen_rewards,
             "rewards/rejected": output.rejected_rewards,
-            # As in TRL: a tie is not a win.
-            "rewards/accuracies": (margins > 0).float(),
             "rewards/margins": margins,
             "logps/chosen": policy.chosen.total,
             "logps/rejected": policy.rejected.total,
@@ -186,7 +185,10 @@ class PairTrainer(Hosted, DPOTrainer):  # type: ignore[misc]
             fall = self.accelerator.gather(chosen.float().min().neg().clamp(min=0)[None]).max()
             falls[:] = [max([*falls, float(fall)])]
         sums = {name: value.detach().float().sum() for name, value in by_pair.items()}
+        right, decided = ranked_right(margins, preference)
         sums |= {
+            "right": right.float().sum(),
+            "decided": decided.float().sum(),
             "entropy": tokens.entropy.float().sum(),
             "mean_token_accuracy": tokens.top[chosen_tokens].float().sum(),
             "scored": tokens.logps.new_tensor(len(chosen_tokens), dtype=torch.float32),
@@ -199,6 +201,8 @@ class PairTrainer(Hosted, DPOTrainer):  # type: ignore[misc]
 
         for name in by_pair:
             metrics[name].append(total[name] / total["pairs"])
+        if total["decided"]:
+            metrics["rewards/accuracies"].append(total["right"] / total["decided"])
         metrics["entropy"].append(total["entropy"] / total["scored"])
         metrics["mean_token_accuracy"].append(total["mean_token_accuracy"] / total["chosen"])
         if self.model.training:

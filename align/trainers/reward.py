@@ -39,7 +39,7 @@ from align.rewards.kinds import kind_trained_by
 from align.rewards.models import RewardModel, RewardOutput
 
 from .given import check_dataset, tokenized_dataset, untokenized_rows
-from .host import Hosted, refuse_what_would_be_dropped
+from .host import Hosted, ranked_right, refuse_what_would_be_dropped
 
 logger = logging.getLogger(__name__)
 
@@ -338,10 +338,7 @@ def _fitting(given: str | LossFunction | Loss, model: RewardModel) -> tuple[Loss
 def _pair_sums(inputs: Mapping[str, Tensor], output: LossOutput) -> dict[str, Tensor]:
     chosen, rejected = output.chosen_rewards.float(), output.rejected_rewards.float()
     margins = chosen - rejected
-    preference = inputs.get("preference", torch.ones_like(margins))
-    decided = preference != 0.5
-    # As in TRL: a tie of the model is not a win. A tie of the label can be neither right nor wrong.
-    right = torch.where(preference > 0.5, margins > 0, margins < 0) & decided
+    right, decided = ranked_right(margins, inputs.get("preference"))
     pairs = margins.new_tensor(len(margins))
     sums = {
         "rewards/chosen": chosen.sum(),

@@ -41,7 +41,26 @@ def test_pairs_of_a_prompt_count_once():
     assert result["metrics"]["accuracy"]["low"] == 0.5  # prompt q alone: one right, one wrong
 
 
+def test_soft_labels_say_which_answer_is_to_rank_first():
+    """Margins 1, 1, -2, 3 under labels .9, .1, .2, .5: right, wrong, right, and one that cannot be either."""
+    result = preference_suite(
+        torch.tensor([1.0, 1.0, -2.0, 3.0]), torch.zeros(4), list("abcd"), preference=[0.9, 0.1, 0.2, 0.5]
+    )
+    found = {name: (metric["value"], metric["n"]) for name, metric in result["metrics"].items()}
+    assert found == {
+        "accuracy": (pytest.approx(2 / 3), 3),
+        "margin": (pytest.approx((1 - 1 + 2) / 3), 3),
+        "ties": (0.0, 4),
+        "label_ties": (0.25, 4),
+    }
+    assert result["rows"][1]["preference"] == 0.1
+
+
 def test_refuses_other_counts_and_nan():
+    with pytest.raises(ValueError, match="all 2 pairs are ties of the label"):
+        preference_suite(torch.zeros(2), torch.zeros(2), ["a", "b"], preference=[0.5, 0.5])
+    with pytest.raises(ValueError, match=r"preference\[1\] is outside"):
+        preference_suite(torch.zeros(2), torch.zeros(2), ["a", "b"], preference=[0.5, 1.5])
     with pytest.raises(ValueError, match="2 chosen rewards, 2 rejected rewards, 1 row ids"):
         preference_suite(torch.zeros(2), torch.zeros(2), ["a"])
     with pytest.raises(ValueError, match=r"rejected_rewards\[1\] is nan"):

@@ -295,6 +295,25 @@ def test_soft_labels_reach_the_loss(tmp_path, tiny_tokenizer, make_tiny_model):
     assert steps(trainer)[0]["loss"] == pytest.approx(0.6, abs=1e-5)
 
 
+def test_accuracy_is_against_the_label(tmp_path, tiny_tokenizer, make_tiny_model):
+    """A policy that learnt that the rejected answers are the better ones ranks all pairs right; ties do not count."""
+    rows = [{**row, "preference": label} for row, label in zip(ROWS, (0.02, 0.02, 0.5, 0.02), strict=False)]
+    data = Dataset.from_list(rows)
+    trainer = PairTrainer(
+        model=make_tiny_model(),
+        args=arguments(tmp_path, max_steps=8, per_device_train_batch_size=4, learning_rate=1e-2),
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=tiny_tokenizer,
+        loss=Loss.of("dpo", beta=0.5),
+    )
+    assert trainer.evaluate()["eval_rewards/accuracies"] == 0.0  # the policy is the reference: all margins are 0
+    trainer.train()
+    found = trainer.evaluate()
+    assert found["eval_rewards/accuracies"] == 1.0
+    assert found["eval_rewards/margins"] < 0
+
+
 def test_a_soft_label_weighs_the_gradients_of_both_orders(tmp_path, tiny_tokenizer, make_tiny_model):
     """DPO at the reference: the gradient of p and 1 - p is (2p - 1) times that of a sure label, so .6 of it at .8."""
 
