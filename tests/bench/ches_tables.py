@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 from align.evals.displacement import largest_decreases
-from align.evals.statistics import Estimate, bootstrap_interval
+from align.evals.statistics import bootstrap_interval
 from align.losses import SequenceLogps
 
 Piece = dict[str, Any]
@@ -56,10 +56,7 @@ def _no_never(found: dict[str, Piece], output: Path) -> str:
         one = torch.ones(len(pieces), dtype=torch.long)
         fall = largest_decreases([SequenceLogps(step, one) for step in steps])
         gained = Counter(token for piece in pieces for token, *_ in piece["gained"])
-        moves = [
-            f"{values[:, 0].mean():.3f} → {values[:, -1].mean():.3f} ({_signed(_mean(values[:, -1] - values[:, 0]))})"
-            for values in tracked.values()
-        ]
+        moves = [_move(values[:, 0], values[:, -1]) for values in tracked.values()]
         rose = int((tracked["Yes"][:, -1] > tracked["Yes"][:, 0]).sum())
         fell = int((tracked["No"][:, -1] < tracked["No"][:, 0]).sum())
         tokens = ", ".join(f"{token} ({count})" for token, count in gained.most_common(4))
@@ -81,7 +78,7 @@ def _windows(found: dict[str, Piece], output: Path) -> str:
             if not pieces:
                 continue
             changes = np.array([[window["chosen"] for window in piece["windows"]] for piece in pieces])
-            means = " | ".join(_estimate(_mean(column)) for column in changes.T)
+            means = " | ".join(_runs(column) for column in changes.T)
             each = ", ".join(f"{_rank(row):+.1f}" for row in changes)
             lines.append(f"| {name} | {words} | {means} | {each} | {_rank(changes.mean(axis=0)):+.1f} |")
             drawn[name, measure] = changes
@@ -122,7 +119,7 @@ def _filtered(found: dict[str, Piece]) -> str:
         pieces = _of(found, f"filter-quickstart-{how}-")
         if pieces:
             cells = [
-                _estimate(_mean([piece[part][key] for piece in pieces]))
+                _runs([piece[part][key] for piece in pieces])
                 for part, key in (
                     ("train", "chosen_per_token"),
                     ("held_out", "chosen_per_token"),
@@ -139,19 +136,15 @@ def _rank(changes: np.ndarray) -> float:
     return float(spearmanr(range(len(changes)), changes).statistic)
 
 
-def _mean(values: Any) -> Estimate:
-    return bootstrap_interval(values)
+def _move(before: np.ndarray, after: np.ndarray) -> str:
+    """Means before and after, and their difference with its interval over prompts."""
+    change = bootstrap_interval(after - before)
+    return f"{before.mean():.3f} → {after.mean():.3f} ({change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}])"
 
 
-def _signed(estimate: Estimate) -> str:
-    return f"{estimate.value:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]" if estimate.low is not None else ""
-
-
-def _estimate(estimate: Estimate) -> str:
-    """With the lowest and highest of what a bootstrap of a few runs can say."""
-    if estimate.low is None:
-        return f"{estimate.value:.2f}"
-    return f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
+def _runs(values: Sequence[float] | np.ndarray) -> str:
+    """Mean over runs, with the lowest and the highest: of three runs there is no more to say."""
+    return f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def _plot_no_never(curves: dict[str, dict[str, np.ndarray]], path: Path) -> None:
