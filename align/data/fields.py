@@ -45,9 +45,10 @@ def collecting(problems: list[FieldError]) -> Iterator[None]:
 
 def required(field: str, row: dict[str, Any], wanted: str) -> Any:
     """The field's value; where it is absent or null, a FieldError with the keys found and the keys wanted."""
-    if row.get(field) is None:
-        state = "null" if field in row else "missing"
-        raise FieldError(field, f"{state}: the row has {', '.join(map(str, row)) or 'no fields'}; wanted {wanted}")
+    if field not in row:
+        raise FieldError(field, f"missing: the row has {', '.join(map(str, row)) or 'no fields'}; wanted {wanted}")
+    if row[field] is None:
+        raise FieldError(field, f"null; wanted {wanted}")
     return row[field]
 
 

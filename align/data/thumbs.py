@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-_FIELDS = {"labelled": ("prompt", "completion", "label"), "unpaired": ("prompt", "chosen", "rejected")}
+_FIELDS = {"labelled": ("prompt", "completion", "label"), "unpaired": ("prompt", "chosen", "rejected", "preference")}
 _WANTED = "prompt, completion, label; or [prompt,] chosen, rejected"
 _LABELS_OF_TEXT = {"true": True, "1": True, "false": False, "0": False}  # cells of a CSV file are text
 
@@ -113,11 +113,15 @@ def thumb_table(rows: Iterable[Row], source: str = "") -> ThumbTable:
 
 def _unpaired(row: dict[str, Any], problems: list[FieldError]) -> list[tuple[Content, Content, bool]]:
     pairs = compared(row, problems)
-    if not problems and row.get("preference") is not None and pairs[0].preference != 1:
-        reason = f"{pairs[0].preference:g}: thumbs are sure; leave the pair out, or say label for each answer"
+    if problems:
+        return []
+    (pair,) = pairs
+    if pair.preference not in (None, 0, 1):
+        reason = f"{pair.preference:g}: thumbs are sure, 0 or 1; leave the pair out, or say label for each answer"
         problems.append(FieldError("preference", reason))
         return []
-    return [(p.prompt, answer, label) for p in pairs for answer, label in ((p.chosen, True), (p.rejected, False))]
+    up = pair.preference != 0
+    return [(pair.prompt, pair.chosen, up), (pair.prompt, pair.rejected, not up)]
 
 
 def _labelled(row: dict[str, Any], file: str, problems: list[FieldError]) -> list[tuple[Content, Content, bool]]:

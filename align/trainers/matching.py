@@ -21,6 +21,7 @@ from align.rewards.density import DensityRatio, mean_pooled
 
 DENSITY = "density.json"
 BATCH = 32  # prompts
+_ENCODER = "the encoder of prompts (match_prompts, or bco.encoder in a recipe)"
 
 Encoder = Callable[[list[str]], Tensor]
 """``N texts -> embeddings (N, D)``."""
@@ -58,10 +59,13 @@ def text_encoder(encoder: Encoder, tokenizer: Any) -> Embed:
     """Embed a prompt with a user's encoder of texts: it gets the prompt as text, without special tokens."""
 
     def batch(prompts: Sequence[Sequence[int]]) -> Tensor:
-        found = encoder([tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts])
+        try:
+            found = encoder([tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts])
+        except Exception as error:  # anyone's code
+            raise AlignError(f"{_ENCODER} fails: {type(error).__name__}: {error}") from error
         if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(prompts):
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise ValueError(f"match_prompts gave {shape} for {len(prompts)} prompts: a tensor (N, D) is wanted")
+            raise AlignError(f"{_ENCODER} gave {shape} for {len(prompts)} prompts: a tensor (N, D) is wanted")
         return found
 
     return lambda prompts: _in_batches(prompts, batch)
@@ -102,16 +106,22 @@ def fit_density(
     return found[0]
 
 
-def load_density(path: Path) -> DensityRatio:
+def load_density(path: Path, bounds: tuple[float, float]) -> DensityRatio:
     """The density ratio that a run was started with.
 
     Raises:
-        AlignError: it is not there, or is something else.
+        AlignError: it is not there, is something else, or has other bounds.
     """
     try:
-        return DensityRatio.load(path)
+        found = DensityRatio.load(path)
     except (OSError, ValueError) as error:
         raise AlignError(f"{path}: the weights of the run that is gone on with cannot be had ({error})") from error
+    if (found.minimum, found.maximum) != tuple(bounds):
+        raise AlignError(
+            f"density_ratio is {list(bounds)}, and the run was started with {[found.minimum, found.maximum]}: go on "
+            "with the same, or start anew"
+        )
+    return found
 
 
 def with_weights(dataset: Dataset, density: DensityRatio, embed: Embed) -> Dataset:

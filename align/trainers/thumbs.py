@@ -22,6 +22,7 @@ import contextlib
 import copy
 import inspect
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,8 @@ class ThumbsTrainer(Hosted, KTOTrainer):  # type: ignore[misc]
         shift, decay: of bco's ``RewardShift``.
         match_prompts: weigh thumbs down by how likely their prompts are among the thumbs up. True embeds prompts by
             the reference's last hidden states (mean over the prompt's tokens); a function of texts embeds them itself.
-            Fitted when training starts and kept as ``density.json`` in ``output_dir``; a resumed run reads it there.
+            Fitted once, when training starts, and kept as ``density.json`` in ``output_dir``; a resumed run reads it
+            there. Evaluation without training fits for itself and keeps nothing.
         density_ratio: least and largest weight.
         density_prompts: prompts of each thumb, at most, that the weights are fitted on.
         starts_at_reference: as in ``PairTrainer``.
@@ -129,8 +131,10 @@ class ThumbsTrainer(Hosted, KTOTrainer):  # type: ignore[misc]
             raise ValueError("data_collator: the rows of an answer are laid out here; leave it out")
         if match_prompts and "weight" not in takes:
             raise ValueError(f"match_prompts: {self.loss.info.name} takes no weights; bco does")
-        if not 0 < density_ratio[0] <= density_ratio[1]:
+        if len(density_ratio) != 2 or not 0 < density_ratio[0] <= density_ratio[1] < math.inf:
             raise ValueError(f"density_ratio is {density_ratio}: it is (least, most), with 0 < least <= most")
+        if density_prompts < 2:
+            raise ValueError(f"density_prompts is {density_prompts}: a fit needs two prompts of each thumb or more")
         self._order(args)
         self.needs_reference = self.loss.reference
         self.starts_at_reference = starts_at_reference
@@ -180,6 +184,8 @@ class ThumbsTrainer(Hosted, KTOTrainer):  # type: ignore[misc]
             if self.needs_kl and table.counts["unpaired"]:
                 # The two answers of a pair stand side by side, and neither is a mismatched answer to their prompt.
                 dataset = dataset.shuffle(seed=args.seed)
+        if "weight" in dataset.column_names and "weight" not in inspect.signature(self.loss.info.function).parameters:
+            raise ValueError(f"{dataset_name}: a column weight, and {self.loss.info.name} takes no weights; bco does")
         wrong = [number for number, label in enumerate(dataset["label"]) if label not in (True, False)]
         if wrong:
             raise ValueError(f"{dataset_name}: label[{wrong[0]}] is {dataset['label'][wrong[0]]!r}: true or false")
@@ -197,41 +203,45 @@ class ThumbsTrainer(Hosted, KTOTrainer):  # type: ignore[misc]
     # --- weights ------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        self._match(resume=bool(resume_from_checkpoint))
+        path = Path(self.args.output_dir) / DENSITY
+        if self.match_prompts and resume_from_checkpoint:
+            self._weigh(load_density(path, self._density_settings[1]))
+        elif self.match_prompts:
+            density = self._fitted()
+            if self.is_world_process_zero():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                density.save(path)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        if self.density is None:
-            self._match(resume=False)
+        if self.match_prompts:
+            self._fitted()
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         return metrics
 
-    def _match(self, *, resume: bool) -> None:
-        """Fit the density ratio, or read the one that the run has, and put its weights beside the rows."""
-        if not self.match_prompts:
-            return
-        path = Path(self.args.output_dir) / DENSITY
-        if resume:
-            self.density = load_density(path)
-        else:
+    def _fitted(self) -> DensityRatio:
+        """The density ratio of this trainer's data, fitted at the first call, with its weights beside the rows."""
+        if self.density is None:
             sample, bounds = self._density_settings
             main, seed = self.is_world_process_zero(), int(self.args.seed)
             with self._embedding() as embed:
-                self.density = fit_density(
-                    self.train_dataset, embed, sample=sample, seed=seed, bounds=bounds, main=main
-                )
-            if main:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self.density.save(path)
+                density = fit_density(self.train_dataset, embed, sample=sample, seed=seed, bounds=bounds, main=main)
             logger.info(
                 "prompts of thumbs up and down are told apart with accuracy %.3f (%.3f on prompts left out; 0.5 is "
                 "chance)",
-                self.density.accuracy,
-                self.density.held_out_accuracy,
+                density.accuracy,
+                density.held_out_accuracy,
             )
             found = self._metrics["train"]
-            found["bco/density_accuracy"].append(self.density.accuracy)
-            found["bco/density_accuracy_held_out"].append(self.density.held_out_accuracy)
+            found["bco/density_accuracy"].append(density.accuracy)
+            found["bco/density_accuracy_held_out"].append(density.held_out_accuracy)
+            self._weigh(density)
+            return density
+        return self.density
+
+    def _weigh(self, density: DensityRatio) -> None:
+        """Put the weights of a density ratio beside the rows."""
+        self.density = density
         self.train_dataset = self._with_weights(self.train_dataset)
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {name: self._with_weights(part) for name, part in self.eval_dataset.items()}

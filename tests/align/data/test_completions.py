@@ -59,7 +59,7 @@ def test_kinds_of_rows(
             "missing: the row has question; wanted prompt, completion; or messages; or text",
         ),
         ({"prompt": "Q", "completion": ""}, "completion", "empty completion"),
-        ({"prompt": "Q", "completion": None}, "completion", "null: the row has prompt, completion"),
+        ({"prompt": "Q", "completion": None}, "completion", "null; wanted prompt, completion"),
         ({"messages": [USER]}, "messages", "1 message: wanted a prompt and an assistant turn"),
         ({"messages": [UP, USER]}, "prompt", "ends in an assistant turn"),
         ({"messages": [USER, UP, USER]}, "prompt", "ends in an assistant turn"),

@@ -88,7 +88,7 @@ def test_implicit_prompt_when_one_answer_begins_the_other() -> None:
             "chosen",
             "missing: the row has question, rejected; wanted [prompt,] chos",
         ),
-        ({"prompt": None, "chosen": "a", "rejected": "b"}, "prompt", "null: the row has prompt, chosen, rejected;"),
+        ({"prompt": None, "chosen": "a", "rejected": "b"}, "prompt", "null; wanted [prompt,] chosen, rejected"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "prompt", "a number, not text or chat messages"),
         ({"prompt": "", "chosen": "a", "rejected": "b"}, "prompt", "empty prompt: "),
         ({"prompt": [], "chosen": [YES], "rejected": [NO]}, "prompt", "empty prompt: "),

@@ -72,12 +72,14 @@ def test_faults_name_file_row_and_field(
 
 
 def test_a_pair_that_is_not_sure_gives_no_thumbs(read: Callable[..., ThumbTable]) -> None:
-    """Of preferences 0.3, 1 and none, the first alone is set aside: two pairs, four thumbs."""
+    """Of preferences 0.3, 1, 0 and none, the first alone is set aside; 0 says that rejected is the better one."""
     pair = {"prompt": "p", "chosen": "good", "rejected": "bad"}
-    table = read({**pair, "preference": 0.3}, {**pair, "preference": 1}, pair)
+    table = read({**pair, "preference": 0.3}, {**pair, "preference": 1}, {**pair, "preference": 0}, pair)
     assert [(fault.row, fault.field) for fault in table.faults] == [(1, "preference")]
     assert "thumbs are sure" in table.faults[0].reason
-    assert table.counts["completions"] == 4
+    assert "preference" not in table.unused
+    thumbs = [(row.completion, row.label) for row in table.rows]
+    assert thumbs == [("good", True), ("bad", False), ("good", False), ("bad", True), ("good", True), ("bad", False)]
 
 
 def test_labels_of_a_csv_file_are_text(tmp_path: Path) -> None:

@@ -346,6 +346,9 @@ def test_what_cannot_be_served_is_refused(make, tmp_path):
         ({"desirable_weight": 2.0}, "Loss.of"),
         ({"precompute_ref_log_probs": True}, "the reference is scored with each batch"),
         ({"density_ratio": (2.0, 1.0), "match_prompts": True}, "0 < least <= most"),
+        ({"density_ratio": (1.0,), "match_prompts": True}, "0 < least <= most"),
+        ({"density_ratio": (1.0, math.inf), "match_prompts": True}, "0 < least <= most"),
+        ({"density_prompts": 1, "match_prompts": True}, "two prompts of each thumb or more"),
         ({"decay": 1.0}, r"decay is 1.0: it must be in \[0, 1\)"),
     ):
         with pytest.raises(ValueError, match=what):
@@ -451,6 +454,47 @@ def test_a_resumed_run_keeps_its_density_ratio(make, tmp_path):
         make(domains(), **settings).train(resume_from_checkpoint=checkpoint)
 
 
+def test_one_fit_a_trainer_and_none_kept_by_evaluation(make, tmp_path):
+    calls = []
+
+    def counted(texts):
+        calls.append(len(texts))
+        return by_word(texts)
+
+    path = tmp_path / "density.json"
+    trainer = make(domains(), match_prompts=counted, max_steps=1, eval_dataset=Dataset.from_list(domains()))
+    trainer.evaluate()
+    assert not path.exists()
+    fitted, embedded = trainer.density, len(calls)
+    trainer.train()
+    assert trainer.density is fitted
+    assert len(calls) == embedded
+    kept = path.read_text()
+
+    other = make(domains(), match_prompts=by_word, max_steps=1, eval_dataset=Dataset.from_list(domains()), density_ratio=(0.9, 1.1))
+    other.evaluate()
+    assert path.read_text() == kept
+
+
+def test_other_bounds_are_refused_on_resume(make, tmp_path):
+    settings = {"match_prompts": by_word, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    make(domains(), **settings).train()
+    with pytest.raises(AlignError, match=r"density_ratio is \[0.2, 3.0\], and the run was started with \[0.5, 10.0\]"):
+        make(domains(), density_ratio=(0.2, 3.0), **settings).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-1")
+        )
+
+
+def test_weights_that_the_loss_would_not_read_are_refused(make):
+    tokenized = make(domains()).train_dataset
+    weighted = tokenized.add_column("weight", [2.0] * len(tokenized))
+    make(weighted)
+    with pytest.raises(ValueError, match="a column weight, and kto takes no weights; bco does"):
+        make(weighted, loss="kto")
+
+
 def test_an_encoder_that_gives_something_else_is_named(make):
-    with pytest.raises(ValueError, match=r"match_prompts gave \(3,\) for \d+ prompts: a tensor \(N, D\) is wanted"):
+    with pytest.raises(AlignError, match=r"gave \(3,\) for \d+ prompts: a tensor \(N, D\) is wanted"):
         make(domains(), match_prompts=lambda texts: torch.zeros(3)).train()
+    with pytest.raises(AlignError, match=r"match_prompts, or bco.encoder in a recipe\) fails: KeyError: 'no'"):
+        make(domains(), match_prompts=lambda texts: {}["no"]).train()
