@@ -24,8 +24,9 @@ class Extended:
         particle: its number.
         step: position of the token, from 0; a particle reports its steps in order.
         token: None in a dead end.
-        log_weight: of the token, from a sampler that weights properly, times what the base law's target asks for.
-        ended: whether the sequence is complete with this token.
+        log_weight: of the token, from a sampler that weights properly, plus ``Law.log_correction``; -inf kills.
+        ended: whether the sequence is complete with this token. One that a length limit cuts is not: give its last
+            token the log-weight -inf, unless cut sequences belong to the target.
         log_potential: log of the potential of the sequence up to here, where there is one and it was evaluated. The
             weight always carries the latest, in place of the one before: potentials at steps on the way guide (a
             twist), and the one at the end is the final weight; 0 at the end takes the guidance out of the target.
