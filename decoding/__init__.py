@@ -1,6 +1,7 @@
 """Decoding: samplers that follow a constraint or a reward, on any engine. The floor between ``rewards`` and ``evals``.
 
-- ``constraints``  what an answer may be, asked one token at a time.
+- ``constraints``  what an answer may be, asked one token at a time: regex, JSON Schema, grammars, SQL on a schema,
+  word lists, Python predicates, AND and OR of them, and laws that any constraint is put through.
 - ``law``          the law that tokens are drawn from: the model's, or what temperature, top-k and top-p make of it.
 - ``awrs``         a token under a constraint with a proper weight, from a few questions; ``masking`` and ``rejection``
   are what it is compared with, ``lazy`` is what all draw by.

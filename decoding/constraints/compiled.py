@@ -19,7 +19,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, regex_to_lark
 
 from .protocol import ConstraintError, Vocabulary
 
@@ -43,17 +43,18 @@ class Compiled:
         name: what errors call it.
         program: llguidance's grammar, as ``LLMatcher.grammar_from_...`` writes it.
         vocabulary: the tokens that answers are made of.
-        step_items: how many items one step of the parser may make before the request fails with an error; some
-            20,000 take a millisecond. It bounds the time that an ambiguous grammar can take.
+        step_items: how many readings of the text the parser may keep at one byte before the request fails with an
+            error; it bounds the time that an ambiguous grammar takes for a step, at 2,000 some 0.1 s. Regular
+            expressions have llguidance's limit on how far they may grow.
 
     Raises:
         ConstraintError: the program does not compile (the message has the position), or nothing satisfies it.
     """
 
-    def __init__(self, name: str, program: str, vocabulary: Vocabulary, *, step_items: int = 50_000) -> None:
+    def __init__(self, name: str, program: str, vocabulary: Vocabulary, *, step_items: int = 2000) -> None:
         self.name, self.vocabulary = name, vocabulary
         self._program = program
-        self._limits = LLParserLimits(step_max_items=step_items, verbose_errors=False)
+        self._limits = LLParserLimits(max_items_in_row=step_items, verbose_errors=False)
         self._root = LLMatcher(_byte_tokenizer(), program, log_level=0, limits=self._limits)
         if self._root.is_error():
             raise ConstraintError(f"{name}: {_said(self._root.get_error())}")
@@ -128,7 +129,9 @@ def regex(pattern: str, vocabulary: Vocabulary, **limits: int) -> Compiled:
         found = re.search(r"regex parse error:\n {4}(.*)\n {4}( *)\^.*\nerror: (.*)", str(error))
         if found is None:
             raise
-        raise ConstraintError(f"regex {pattern!r}: {found[3]}, at character {len(found[2]) + 1}") from None
+        # The message shows the pattern as llguidance wrote it, with / and line breaks escaped.
+        place = next((n for n in range(len(pattern)) if len(regex_to_lark(pattern[:n], "")) >= len(found[2])), 0)
+        raise ConstraintError(f"regex {pattern!r}: {found[3]}, at character {place + 1}") from None
 
 
 def json_schema(schema: str | bool | Mapping[str, Any], vocabulary: Vocabulary, **limits: int) -> Compiled:
@@ -150,8 +153,9 @@ def json_schema(schema: str | bool | Mapping[str, Any], vocabulary: Vocabulary, 
     try:
         return Compiled("JSON schema", _json_program(schema), vocabulary, **limits)
     except ConstraintError as error:
-        place = next((place for place, part in _subschemas(schema, "#") if _json_error(part, schema)), "#")
-        raise ConstraintError(str(error).replace("JSON schema:", f"JSON schema: at {place}:", 1)) from None
+        places = ((place, _json_error(part, schema)) for place, part in _subschemas(schema, "#"))
+        place, reason = next(((place, reason) for place, reason in places if reason), ("#", str(error)))
+        raise ConstraintError(f"JSON schema: at {place}: {reason}") from None
 
 
 def grammar(lark: str, vocabulary: Vocabulary, *, name: str = "grammar", **limits: int) -> Compiled:
@@ -166,11 +170,11 @@ def _json_program(schema: Any) -> str:
     return str(LLMatcher.grammar_from_json_schema(json.dumps(schema)))
 
 
-def _json_error(part: Any, root: Any) -> bool:
-    """Whether a part of a schema fails by itself, with the definitions of the whole at hand."""
+def _json_error(part: Any, root: Any) -> str:
+    """What is wrong with a part of a schema by itself, with the definitions of the whole at hand; "" if nothing is."""
     if isinstance(part, Mapping) and isinstance(root, Mapping):
         part = {**{key: root[key] for key in ("$defs", "definitions") if key in root}, **part}
-    return bool(LLMatcher(_byte_tokenizer(), _json_program(part), log_level=0).is_error())
+    return _said(LLMatcher(_byte_tokenizer(), _json_program(part), log_level=0).get_error())
 
 
 def _subschemas(schema: Any, place: str) -> Iterator[tuple[str, Any]]:
@@ -193,7 +197,7 @@ def _subschemas(schema: Any, place: str) -> Iterator[tuple[str, Any]]:
 
 def _said(error: str) -> str:
     """The message of llguidance without its dump of the parser's state; ``at 2(4)`` is line and column."""
-    message = re.split(r"\n<(?:state|backtrace)>", error)[0].strip()
+    message = re.split(r"\n<[a-z-]+/?>", error)[0].strip()
     return re.sub(r"^(?:at )?(\d+)\((\d+)\):", r"line \1 column \2:", message)
 
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from .protocol import Constraint, ConstraintError, Masking, Vocabulary
 
-SHOWN = 8  # problems in one message
+SHOWN = 2  # problems of each law in one message
 
 
 @dataclass
@@ -73,10 +73,15 @@ def check(
     except _RaisedError as error:
         trial.found.problems.append(str(error))
     if trial.found.problems:
-        unique = list(dict.fromkeys(trial.found.problems))
-        more = f"\n  and {len(unique) - SHOWN} more" if len(unique) > SHOWN else ""
+        laws: dict[str, list[str]] = {}
+        for problem in dict.fromkeys(trial.found.problems):
+            laws.setdefault(problem.partition(":")[0], []).append(problem)
+        shown = [problem for problems in laws.values() for problem in problems[:SHOWN]]
+        more = sum(map(len, laws.values())) - len(shown)
         raise ConstraintError(
-            f"{type(constraint).__name__} does not conform:\n  " + "\n  ".join(unique[:SHOWN]) + more
+            f"{type(constraint).__name__} does not conform:\n  "
+            + "\n  ".join(shown)
+            + (f"\n  and {more} more of these kinds" if more else "")
         )
     return trial.found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
@@ -69,7 +69,7 @@ class Vocabulary:
         ends: ids that end an answer, at least one; ``tokens`` has None for them.
     """
 
-    tokens: Sequence[bytes | None]
+    tokens: Sequence[bytes | None] = field(repr=False)
     ends: frozenset[int]
 
     def __post_init__(self) -> None:

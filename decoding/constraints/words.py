@@ -54,12 +54,11 @@ class Words:
         said = self.vocabulary.tokens[token]
         if said is None:
             return None
-        node: _Node | None = state
         for byte in said:
-            node = node.next.get(byte)
-            if node is None:
+            if byte not in state.next:
                 return None
-        return node if node.alive else None
+            state = state.next[byte]
+        return state if state.alive else None
 
     def may_end(self, state: _Node) -> bool:
         return state.word

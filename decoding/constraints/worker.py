@@ -24,7 +24,7 @@ class Worker:
 
     def __init__(self, name: str, timeout: float) -> None:
         if not timeout > 0:
-            raise ConstraintError(f"timeout is {timeout}; give seconds above zero")
+            raise ConstraintError(f"python:{name}: timeout is {timeout}; give seconds above zero")
         self.name, self.timeout = name, timeout
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -32,9 +32,10 @@ class Worker:
         process = self._process or self._start()
         answer = self._exchange(process, {"text": text, "complete": complete}, self.timeout)
         if answer is None:
-            reason = "took over" if process.poll() is None else "ended its process within"
+            code = process.poll()
             self._stop()
-            raise ConstraintError(f"{reason} {self.timeout:g} s on {text!r}, complete={complete}")
+            reason = f"took over {self.timeout:g} s" if code is None else f"ended its process (exit code {code})"
+            raise ConstraintError(f"{reason} on {text!r}, complete={complete}")
         if "error" in answer:
             raise ConstraintError(f"raised {answer['error']}; on {text!r}, complete={complete}")
         return answer["verdict"]
