@@ -28,12 +28,16 @@ SUBSCHEMA_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 SUBSCHEMA_ONES = ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _State:
-    """Where the automaton is, and the tokens that led here, newest first (for masks alone)."""
+    """Where the automaton is, or what it reads next to get here: it goes there when it is first asked.
+
+    A token that is looked at and not taken costs no copy, and a memo may keep many.
+    """
 
     matcher: LLMatcher
-    path: tuple[Any, int] | None
+    unread: list[int] | None
+    path: tuple[Any, int] | None  # the tokens that led here, newest first
 
 
 class Compiled:
@@ -62,20 +66,20 @@ class Compiled:
             raise ConstraintError(f"{name}: nothing satisfies it, not even the empty text; nothing can be generated")
 
     def start(self) -> _State:
-        return _State(self._root, None)
+        return _State(self._root, None, None)
 
     def advance(self, state: _State, token: int) -> _State | None:
         said = self.vocabulary.tokens[token]
-        if said is None or state.matcher.validate_tokens(list(said)) < len(said):
-            self._raise_on_error(state.matcher, state, token)
+        if said is None:
             return None
-        matcher = state.matcher.deep_copy()
-        matcher.consume_tokens(list(said))
-        self._raise_on_error(matcher, state, token)
-        return _State(matcher, (state.path, token))
+        matcher, unread = self._at(state), list(said)
+        if matcher.validate_tokens(unread) < len(unread):
+            self._raise_on_error(matcher, state)
+            return None
+        return _State(matcher, unread, (state.path, token))
 
     def may_end(self, state: _State) -> bool:
-        return bool(state.matcher.is_accepting())
+        return bool(self._at(state).is_accepting())
 
     def text(self, state: _State) -> str:
         """What has been said so far."""
@@ -83,23 +87,32 @@ class Compiled:
 
     def allowed(self, state: _State) -> np.ndarray:
         """The mask of llguidance where the next byte is open; where it is forced, its tokens are asked one by one."""
-        first = [byte for byte, possible in enumerate(self._first_bytes(state.matcher)) if possible]
-        mask = np.zeros(self.vocabulary.size, dtype=bool)
+        here = self._at(state)
+        first = [byte for byte, possible in enumerate(self._first_bytes(here)) if possible]
         if len(first) > 1:
             matcher = self._masker.deep_copy()
             path = list(_tokens(state.path))[::-1]
             if matcher.try_consume_tokens(path) == len(path):
-                mask = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
-                self._raise_on_error(matcher, state, None)
-                mask = mask[: self.vocabulary.size].astype(bool)
+                bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
+                self._raise_on_error(matcher, state)
+                mask = bits[: self.vocabulary.size].astype(bool)
                 mask[_silent(self.vocabulary)] = False
                 return mask
+        mask = np.zeros(self.vocabulary.size, dtype=bool)
         for byte in first:
             for token in _starting_with(self.vocabulary)[byte]:
                 said = list(self.vocabulary.tokens[token] or b"")
-                mask[token] = state.matcher.validate_tokens(said) == len(said)
-        self._raise_on_error(state.matcher, state, None)
+                mask[token] = here.validate_tokens(said) == len(said)
+        self._raise_on_error(here, state)
         return mask
+
+    def _at(self, state: _State) -> LLMatcher:
+        if state.unread is not None:
+            matcher = state.matcher.deep_copy()
+            matcher.consume_tokens(state.unread)
+            self._raise_on_error(matcher, state)
+            state.matcher, state.unread = matcher, None
+        return state.matcher
 
     @cached_property
     def _masker(self) -> LLMatcher:
@@ -109,12 +122,11 @@ class Compiled:
         # Not compute_bitmask: it follows forced bytes to their end, and a grammar without an end has none.
         return [matcher.validate_tokens([byte]) == 1 for byte in range(256)]
 
-    def _raise_on_error(self, matcher: LLMatcher, state: _State, token: int | None) -> None:
+    def _raise_on_error(self, matcher: LLMatcher, state: _State) -> None:
         if matcher.is_error():
-            then = f", then token {token} {self.vocabulary.tokens[token]!r}" if token is not None else ""
             raise ConstraintError(
-                f"{self.name}: the automaton stopped after {self.text(state)!r}{then}: {_said(matcher.get_error())}; "
-                "a simpler grammar or more `step_items` may help"
+                f"{self.name}: the automaton stopped after {self.text(state)!r}: {_said(matcher.get_error())}; "
+                "a simpler constraint or more `step_items` may help"
             )
 
 
