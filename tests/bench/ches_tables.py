@@ -139,7 +139,8 @@ def _rank(changes: np.ndarray) -> float:
 def _move(before: np.ndarray, after: np.ndarray) -> str:
     """Means before and after, and their difference with its interval over prompts."""
     change = bootstrap_interval(after - before)
-    return f"{before.mean():.3f} → {after.mean():.3f} ({change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}])"
+    interval = "" if change.low is None else f" ({change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}])"
+    return f"{before.mean():.3f} → {after.mean():.3f}{interval}"
 
 
 def _runs(values: Sequence[float] | np.ndarray) -> str:
