@@ -114,6 +114,9 @@ THREE_STEPS = Language(
     lambda prefix: np.array([0.6, 0.4] if not prefix or prefix[-1] == A else [0.3, 0.7]),
     frozenset(text for text in product((A, B), repeat=3) if text.count(B) >= 2),
 )
+"""At least two b's of three: after an a a b must follow, so that weights differ before the last step, and resampling
+matters.
+"""
 
 
 def follow(driver: SMC, extend: Callable[[int, int, tuple[int, ...]], Extended]) -> Result:
@@ -269,10 +272,9 @@ def check_smc(stack: Stack) -> Iterator[Row]:
     recursive = partial(awrs.sample, estimator="recursive")
     for label, sampler, keeps in (("awrs", recursive, False), ("masking", masking.sample, True)):
         for resampling, particles in (("systematic", 3), ("multinomial", 2)):
-            found = sequence_means(TWO_STEPS, sampler, particles, keeps=keeps, threshold=1.0, resampling=resampling)
-            yield _sequences("smc", f"{label}, {resampling}", TWO_STEPS.masses(), found, stack)
-    found = sequence_means(THREE_STEPS, masking.sample, 2, threshold=0.9)
-    yield _sequences("smc", "masking, three steps", THREE_STEPS.masses(), found, stack)
+            found = sequence_means(THREE_STEPS, sampler, particles, keeps=keeps, threshold=1.0, resampling=resampling)
+            quantity = f"{label}, {resampling}, N = {particles}"
+            yield _sequences("smc", quantity, THREE_STEPS.masses(), found, stack)
 
 
 def _sequences(

@@ -6,6 +6,7 @@ Four tokens of probability (.4, .3, .2, .1), of which 1 and 3 are allowed: Z = .
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from itertools import permutations, product
 
@@ -14,10 +15,12 @@ import pytest
 
 from align.decoding import awrs, masking, rejection
 from align.decoding.lazy import Draws
+from align.evals.exact import decoding_targets
 from align.evals.exact.chances import Chances, every_run
 from align.evals.exact.decoding_targets import (
     PAPER,
     PEAKED,
+    THREE_STEPS,
     TWO_STEPS,
     A,
     B,
@@ -152,18 +155,27 @@ def test_sequences_are_unbiased_and_unweighed_ones_are_not(threshold: float, res
     """The same comparison passes for AWRS in SMC, and fails for tokens whose weights are left out."""
 
     def row(sampler: Sampler, keeps: bool, weighed: bool) -> Row:
-        exact = TWO_STEPS.masses()
+        exact = THREE_STEPS.masses()
         found = sequence_means(
-            TWO_STEPS, sampler, 2, keeps=keeps, weighed=weighed, threshold=threshold, resampling=resampling
+            THREE_STEPS, sampler, 2, keeps=keeps, weighed=weighed, threshold=threshold, resampling=resampling
         )
-        total = sum(found.values()) / 0.19 if not weighed else 1.0
-        far = max(abs(found[text] / total - mass) for text, mass in exact.items())
-        return Row("smc", "", 0.19, sum(found.values()), far, 1e-12)
+        scale = 1.0 if weighed else sum(exact.values()) / sum(found.values())  # its law, at the right total
+        far = max(abs(found[text] * scale - mass) for text, mass in exact.items())
+        return Row("smc", "", sum(exact.values()), sum(found.values()), far, 1e-12)
 
     assert row(recursive, False, True).status == "pass"
     assert row(masking.sample, True, True).status == "pass"
     assert row(masking.sample, True, False).status == "miss"
     assert row(rejection.sample, True, True).status == "miss"
+
+
+@pytest.mark.parametrize("name", ["systematic", "multinomial"])
+def test_a_wrong_resampling_misses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All places to the first ancestor: the mean is another."""
+    right: Callable[..., list[int]] = getattr(decoding_targets, name)
+    monkeypatch.setattr(decoding_targets, name, lambda weights, *given: right(weights, *given)[:1] * len(weights))
+    found = sequence_means(THREE_STEPS, masking.sample, 3, threshold=1.0, resampling=name)
+    assert max(abs(found[text] - mass) for text, mass in THREE_STEPS.masses().items()) > 1e-3
 
 
 def test_particles_that_meet_dead_ends_are_unbiased() -> None:
