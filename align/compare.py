@@ -69,12 +69,12 @@ def compare_displacement(
     origin = _reference(names, reference)
     dtype, compute = _precision(names, origin)
     base = load_run(origin, dtype=dtype) if isinstance(origin, str) else origin.load(dtype=dtype)
-    limit = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
-    split = read_split(source, base.tokenizer, max_length or limit, kind="pairs")
+    limit = max_length or getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+    split = read_split(source, base.tokenizer, limit, kind="pairs")
     _tell_faults(split, rejected)
     pairs: list[TokenizedPair] = split.tokenized.rows  # type: ignore[assignment]
-    groups = [json.dumps(row.prompt) for row in split.used]
-    reference_name = origin if isinstance(origin, str) else origin.name
+    ids, groups = [pair.row_id for pair in pairs], [json.dumps(row.prompt) for row in split.used]
+    reference_name = origin if isinstance(origin, str) else " with ".join(filter(None, (origin.name, origin.adapter)))
     before = _measure(base, pairs, reference_name, compute)
     decode = base.tokenizer.decode
     del base
@@ -82,11 +82,10 @@ def compare_displacement(
     logps: dict[str, PairLogps] = {}
     for name in names:
         loaded = load_run(name, dtype=dtype)
-        _check_tokens(name, loaded, split, max_length or limit)
+        _check_tokens(name, loaded, split, limit)
         after = _measure(loaded, pairs, name, compute)
         del loaded
         logps[name] = after.logps
-        ids = [pair.row_id for pair in pairs]
         gained = gained_tokens(before.first, after.first, decode)
         found[name] = displacement_suite(after.logps, before.logps, ids, groups=groups, gained=gained)
         difference = displacement_difference(after.logps, logps[names[0]], before.logps, groups=groups)
