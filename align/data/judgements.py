@@ -1,8 +1,9 @@
 """Comparisons with the name of who made them, for reward models of people who disagree (``method: pal``).
 
 Rows are ``[prompt,] chosen, rejected, annotator``, checked as pairs; the annotator is text or a whole number. A pair
-that annotators judge both ways is no contradiction here but what there is to learn. Strengths, soft labels and margins
-are not read.
+that annotators judge both ways is no contradiction here but what there is to learn. A ``preference``, where it is
+given, is 1 or 0, which says that the rejected answer is the better one; ties, 0.5, are left out and counted. Strengths
+and margins are not read.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .load import Row, read_rows, usable
 from .pairs import Comparison, compared, repeats
 from .rows import Fault, PairRow, PairTable, bad_rows, row_id
 
-FIELDS = ("prompt", "chosen", "rejected", "annotator")
+FIELDS = ("prompt", "chosen", "rejected", "preference", "annotator")
 _WANTED = "[prompt,] chosen, rejected, annotator"
 
 
@@ -54,6 +55,10 @@ def judgement_table(rows: Iterable[Row], source: str = "") -> JudgementTable:
         problems: list[FieldError] = []
         plain = {name: value for name, value in row.items() if name in FIELDS}
         comparisons = compared(plain, problems)
+        judged = comparisons[0].preference if comparisons else None
+        if judged not in (None, 0, 0.5, 1):
+            reason = f"{judged:g}: one annotator's judgement is 0, 1 or 0.5, a tie"
+            problems.append(FieldError("preference", reason))
         name = ""
         with collecting(problems):
             name = _annotator(required("annotator", row, _WANTED))
@@ -61,6 +66,9 @@ def judgement_table(rows: Iterable[Row], source: str = "") -> JudgementTable:
         table.faults += [Fault(file, number, problem.field, problem.reason, row) for problem in problems]
         if not problems:
             counts["explicit_prompt" if "prompt" in row else "implicit_prompt"] += 1
+            if judged == 0.5:
+                counts["ties"] += 1
+                continue
             table.rows += [_judgement(file, number, comparison, name) for comparison in comparisons]
     duplicates, contradictions = repeats(table.rows)
     counts["pairs"] = len(table.rows)
@@ -79,5 +87,7 @@ def _annotator(value: Any) -> str:
 
 def _judgement(source: str, number: int, comparison: Comparison, annotator: str) -> JudgementRow:
     prompt, chosen, rejected = comparison.prompt, comparison.chosen, comparison.rejected
+    if comparison.preference == 0:
+        chosen, rejected = rejected, chosen
     name = row_id(prompt, chosen, rejected, annotator)
     return JudgementRow(name, source, number, prompt, chosen, rejected, annotator=annotator)

@@ -173,7 +173,9 @@ def _repeats(table: Table) -> list[tuple[str, str]]:
         ("contradictions", f"{counts['contradictions']:,}{_examples(contradictions)}"),
     ]
     if counts["ties"]:
-        facts.append(("ties", f"{counts['ties']:,} (answers of equal rank or rating give no pair)"))
+        facts.append(
+            ("ties", f"{counts['ties']:,} (of rank, of rating or in a judgement: no pair)")
+        )
     if counts["prompt_repeated"]:
         facts.append(("repeated", f"{counts['prompt_repeated']:,} (both answers begin with the text of their prompt)"))
     return facts

@@ -93,6 +93,7 @@ def _page(record: RunRecord) -> str:
         evaluation_pictures=evaluation_pictures(record),
         nonfinite=_nonfinite(record),
         measures=measures(record),
+        annotators=_annotators(record),
         samples=[_sample(row) for row in record.samples],
         data=list(data),
         data_rows=data_rows(data),
@@ -148,6 +149,25 @@ def _model_words(record: RunRecord) -> str:
 def _machine_words(hardware: dict[str, Any], peak: float | None) -> str:
     what = ", ".join(hardware.get("gpus") or []) or f"{hardware.get('cpu')}, {hardware.get('cores')} cores"
     return f"{what}, {hardware.get('ram_gb')} GB of memory" + (f" ({peak} GB used at most)" if peak else "")
+
+
+def _annotators(record: RunRecord) -> dict[str, Any]:
+    """Of each annotator: whether new, judgements, what each model got right of them, and the weights of the groups."""
+    suite = record.evals.get("pal", {})
+    rows = suite.get("rows", [])
+    weights = suite.get("settings", {}).get("weights", {})
+    models = list(dict.fromkeys(name for row in rows for name in row if name not in ("annotator", "part", "n")))
+    lines = [
+        (
+            row["annotator"],
+            "known" if row["part"] == "seen" else "new",
+            f"{row['n']:,}",
+            *(f"{100 * row[name]:.1f} %" if name in row else "—" for name in models),
+            " · ".join(f"{weight:.2f}" for weight in weights.get(row["annotator"], ())) or "—",
+        )
+        for row in rows
+    ]
+    return {"columns": ["Annotator", "In training", "Judgements", *models, "Groups' weights"], "lines": lines}
 
 
 def _sample(row: dict[str, Any]) -> dict[str, Any]:

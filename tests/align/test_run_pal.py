@@ -61,6 +61,18 @@ def run(path: Path, *overrides: str) -> Path:
     return train(load_recipe(str(path), overrides), source=str(path), command=["align", "train", str(path)])
 
 
+def test_data_that_would_leave_nothing_to_test_are_refused_before_training(recipe_path, tmp_path):
+    """Two new annotators of three judgements each, of whom up to four are to be fitted to."""
+    judge(tmp_path / "heldout.jsonl", {"eve": True, "mallory": False}, 3, 30)
+    with pytest.raises(AlignError, match=r"none of its 2 annotators is in .*, and none has more than 4 judgements"):
+        run(recipe_path)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    folder = run(recipe_path, "pal.shots=[1, 2]")
+    page = (folder / "report.html").read_text()
+    assert "Held-out judgements that each model ranks as the annotator did" in page
+    assert '<th scope="row">mallory</th><td class="num">new</td><td class="num">1</td>' in page
+
+
 def test_two_opposed_groups_from_recipe_to_report(recipe_path: Path, tmp_path: Path):
     """Sure labels, 4 : 3: one reward for all is right in 4/7 at most, a reward an annotator nearly always."""
     folder = run(recipe_path)

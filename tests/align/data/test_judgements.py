@@ -44,6 +44,14 @@ def test_faults(change: dict[str, Any], field: str, reason: str):
     assert (found.faults[0].field, reason in found.faults[0].reason) == (field, True)
 
 
+def test_a_preference_turns_the_pair_or_ties_it():
+    """Of 1, 0, 0.5 and 0.7: as it stands, turned, left out as a tie, and set aside."""
+    found = table(*({**PAIR, "annotator": "ann", "preference": p} for p in (1, 0, 0.5, 0.7)))
+    assert [(row.chosen, row.rejected) for row in found.rows] == [(" yes", " no"), (" no", " yes")]
+    assert (found.counts["ties"], found.counts["set_aside"], found.unused) == (1, 1, {})
+    assert (found.faults[0].row, found.faults[0].field) == (4, "preference")
+
+
 def test_strengths_are_not_read():
     found = table({**PAIR, "annotator": "ann", "strength": 9, "topic": "x"})
     assert found.rows[0].strength == 1.0

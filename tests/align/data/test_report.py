@@ -110,7 +110,7 @@ def test_describe_says_it_all(mixed: PairTable, tiny_tokenizer: PreTrainedTokeni
         "kinds of rows 5 with prompt · 1 with the prompt inside the answers · 1 ranked · 1 set aside",
         "duplicates 1 (rows 1 and 2)",
         "contradictions 1 (rows 1 and 3)",
-        "ties 1 (answers of equal rank or rating give no pair)",
+        "ties 1 (of rank, of rating or in a judgement: no pair)",
         "not read columns id (1)",
         "strength 0.5 to 1, median 1",
         "longer answer chosen in 25 % of the pairs, rejected in 12 % (characters)",

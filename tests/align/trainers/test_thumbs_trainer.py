@@ -471,7 +471,13 @@ def test_one_fit_a_trainer_and_none_kept_by_evaluation(make, tmp_path):
     assert len(calls) == embedded
     kept = path.read_text()
 
-    other = make(domains(), match_prompts=by_word, max_steps=1, eval_dataset=Dataset.from_list(domains()), density_ratio=(0.9, 1.1))
+    other = make(
+        domains(),
+        match_prompts=by_word,
+        max_steps=1,
+        eval_dataset=Dataset.from_list(domains()),
+        density_ratio=(0.9, 1.1),
+    )
     other.evaluate()
     assert path.read_text() == kept
 
