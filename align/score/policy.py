@@ -23,7 +23,7 @@ from align.losses.similarity import AnswerStates, ches, ches_ln, edit_similarity
 from align.models.scoring import attach_scoring, final_states, head_of, why_not_shared_prompt
 
 from .rows import ScoreRow
-from .scorers import Columns, Policy, Scored, by_answer, finite
+from .scorers import Columns, Policy, Scored, by_answer
 
 logger = logging.getLogger(__name__)
 
@@ -121,9 +121,11 @@ class PolicyScorer:
     def _logps(self, name: str, states: torch.Tensor, laid: _Laid) -> dict[str, list[float]]:
         with torch.no_grad():
             logps = token_logps(states[laid.rows.source], laid.rows.target, head_of(self.model)).logps
+        if not bool(logps.isfinite().all()):
+            raise FieldError("model", "a log-prob is not finite")
         totals, lengths = laid.rows.totals(logps).tolist(), laid.rows.lengths().tolist()
         return {
-            name: finite(name, [totals[place] for place in laid.order]),
+            name: [totals[place] for place in laid.order],
             f"{name}_tokens": [lengths[place] for place in laid.order],
         }
 
