@@ -7,6 +7,7 @@ run in every way that they can go.
 - ``solvers``    the exact side: roots, Newton's method, SLSQP.
 - ``targets``    for each loss what it asks for: closed form, scalar root, solver, or none and why (by kind of loss in
   ``pair_targets``, ``logic_targets``, ``thumbs_targets``, ``selfplay_targets``, ``reward_targets``).
+- ``transform_targets``  the same for log-sigmoid-centred rewards and their logic, as rewards of a policy.
 - ``decoding_targets``  the same for samplers under a constraint, on ``chances``: a procedure run once for every branch
   that its randomness can take. ``weighted`` has the published estimators that are not shipped.
 - ``verify``     all of them against the truth, on a device and in a dtype: ``align verify``.

@@ -1,4 +1,4 @@
-"""Every loss and every sampler against the truth, on a device and in a dtype: the rows of ``align verify``."""
+"""Losses, rewards and samplers against the truth, on a device, in a dtype: the rows of ``align verify``."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from align.losses import LOSSES
 from .decoding_targets import DECODERS
 from .rows import Row, Stack
 from .targets import TARGETS
+from .transform_targets import TRANSFORMS
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 """What a stack may compute in: in bf16 no optimum can be found to three digits, and losses go to float32 anyway."""
 
 
 def names(only: Sequence[str] = ()) -> list[str]:
-    """The losses and samplers to check, in the order of their tables; all of them if none is named.
+    """The losses, reward transforms and samplers to check, in the order of their tables; all of them if none is named.
 
     Raises:
-        ValueError: a name that is in neither table.
+        ValueError: a name that is in none of them.
     """
-    known = [*LOSSES, *DECODERS]
+    known = [*LOSSES, *TRANSFORMS, *DECODERS]
     for name in only:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             raise ValueError(
-                f"no loss or sampler is named {name!r}; "
+                f"no loss, transform or sampler is named {name!r}; "
                 + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
             )
     return [name for name in known if not only or name in only]

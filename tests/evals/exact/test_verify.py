@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -17,10 +18,12 @@ from align.evals.exact.reward_targets import best_order, noisy_gap
 from align.evals.exact.rows import Row, Stack
 from align.evals.exact.solvers import normalised, odds, per_token
 from align.evals.exact.targets import TARGETS
+from align.evals.exact.transform_targets import TRANSFORMS, regularised
 from align.evals.exact.verify import make_stack, names, verify
 from align.evals.exact.worlds import make_world, total_variation
 from align.losses import LOSSES, Loss, LossOutput, PairLogps
 from align.losses.catalogue import LossInfo
+from align.rewards.transforms import LogSigmoidCentered, RawSum
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +42,7 @@ def timed(name: str) -> tuple[list[Row], float]:
 
 
 def test_every_loss_and_sampler_declares_its_target() -> None:
-    assert set(TARGETS) == {*LOSSES, *DECODERS}
+    assert set(TARGETS) == {*LOSSES, *TRANSFORMS, *DECODERS}
     assert all(target.statement for target in TARGETS.values())
 
 
@@ -58,7 +61,7 @@ def test_the_whole_is_quick() -> None:
     assert sum(timed(name)[1] for name in TARGETS) < 90
 
 
-@pytest.mark.parametrize("name", ["dpo", "orpo", "bco", "nash_md_pg", "gpm", "awrs_recursive", "masking"])
+@pytest.mark.parametrize("name", ["dpo", "orpo", "bco", "nash_md_pg", "gpm", "all_of", "awrs_recursive", "masking"])
 def test_single_precision_has_a_tolerance_of_its_own(name: str) -> None:
     assert not [row for row in verify(name, make_stack("cpu", "float32")) if row.status == "miss"]
 
@@ -82,6 +85,23 @@ def test_a_wrong_loss_misses() -> None:
     row = Row.policy("wrong", "", exact, train_pairs(Loss(info), world, stack), world.reward, stack.tolerance(1e-3))
     assert row.status == "miss"
     assert row.distance > 0.01
+
+
+def test_another_kl_coefficient_is_no_posterior() -> None:
+    """Three answers of one token, mu = (1/2, 1/4, 1/4), r - r_ref = (0, log 3, -log 3), so p = (1/2, 3/4, 1/4): the
+    posterior is mu p / Z = (1/2, 3/8, 1/8); at gamma 1/2 training goes to mu p^2 / Z = (8, 9, 1) / 18.
+    """
+    world = make_world(seed=0, prompts=1, steps=1)
+    logits = torch.tensor([[[0.5, 0.25, 0.25]]], dtype=torch.float64).log()
+    answers = replace(world, reference=logits)
+    taken = world.tokens[:, 0]
+    columns = {"r": torch.tensor([0.0, math.log(3), -math.log(3)], dtype=torch.float64)[taken][None]}
+    for gamma, wanted in ((1.0, [1 / 2, 3 / 8, 1 / 8]), (0.5, [8 / 18, 9 / 18, 1 / 18])):
+        exact = torch.tensor(wanted, dtype=torch.float64)[taken][None]
+        ours = regularised(LogSigmoidCentered("r", 0.0), answers, columns, gamma, Stack())
+        assert max(total_variation(policy, exact) for policy in ours) < 1e-6
+    raw = regularised(RawSum(["r"]), answers, columns, 1.0, Stack())[0]
+    assert raw[0].tolist() == pytest.approx((torch.tensor([6.0, 9.0, 1.0]) / 16)[taken].tolist(), abs=1e-6)
 
 
 def test_dividing_by_z_is_not_the_optimum_of_ln_dpo() -> None:
@@ -132,7 +152,7 @@ def test_a_loss_that_breaks_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_names_and_stacks_that_are_not_there() -> None:
-    assert names() == [*LOSSES, *DECODERS]
+    assert names() == [*LOSSES, *TRANSFORMS, *DECODERS]
     assert names(["ipo", "dpo"]) == ["dpo", "ipo"]
     with pytest.raises(ValueError, match="did you mean 'ln_dpo'"):
         names(["lndpo"])
