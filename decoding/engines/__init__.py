@@ -1,0 +1,10 @@
+"""Engines: what gives the next token's logits of many sequences at once.
+
+- ``protocol``      the few methods that the decoders ask for.
+- ``transformers``  any causal model whose cache transformers keeps as keys and values.
+"""
+
+from .protocol import Engine
+from .transformers import TransformersEngine
+
+__all__ = ["Engine", "TransformersEngine"]
