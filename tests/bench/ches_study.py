@@ -139,16 +139,14 @@ def pieces(study: Study) -> Iterator[tuple[str, Callable[[], Piece]]]:
     for run in RUNS:
         for name in SETS:
             yield f"windows-{name}-ches-{run}", partial(study.quantile_windows, name, "ches", run)
+        for how in ("lowest", "random"):
+            yield f"filter-quickstart-{how}-{run}", partial(study.filtered, "quickstart", how, run)
+        for measure in ("last_inner", "edit"):
+            yield f"windows-hh_harmless-{measure}-{run}", partial(study.quantile_windows, "hh_harmless", measure, run)
     for seed in SEEDS:
         yield f"no_never-lora-{seed}", partial(study.no_never, seed, "No", "Never", False)
     for seed in SEEDS[:3]:
         yield f"no_never-whole-{seed}", partial(study.no_never, seed, "No", "Never", True)
-    for run in RUNS:
-        for how in ("lowest", "random"):
-            yield f"filter-quickstart-{how}-{run}", partial(study.filtered, "quickstart", how, run)
-    for run in RUNS:
-        for measure in ("last_inner", "edit"):
-            yield f"windows-hh_harmless-{measure}-{run}", partial(study.quantile_windows, "hh_harmless", measure, run)
 
 
 def main() -> None:
