@@ -28,10 +28,10 @@ def read_rows(source: str) -> Iterator[Row]:
 
     Args:
         source: a ``.jsonl``, ``.json`` (a list of objects), ``.csv`` (the first line names the columns; all cells
-            are text but ``strength``, ``preference`` and ``margin``) or ``.parquet`` file, the first three also with
-            ``.gz``; a folder of such files, read in the order of their paths; a folder written by ``datasets``
-            (``save_to_disk``); a hub id ``owner/name`` or ``owner/name:split``; or ``align:NAME/SPLIT``, data that
-            comes with the package.
+            are text but ``strength``, ``preference``, ``margin`` and ``preference_strength``) or ``.parquet`` file,
+            the first three also with ``.gz``; a folder of such files, read in the order of their paths; a folder
+            written by ``datasets`` (``save_to_disk``); a hub id ``owner/name`` or ``owner/name:split``; or
+            ``align:NAME/SPLIT``, data that comes with the package.
 
     Rows count from 1; in a JSONL file the row is the line, so that an editor finds it, and blank lines are no rows.
 
@@ -165,7 +165,7 @@ def _csv_row(name: str, number: int, header: list[str], cells: list[str]) -> dic
         reason = f"{len(cells)} cells under {len(header)} column names: put quotes around a cell that holds commas"
         return Fault(name, number, "line", reason, cells)
     row: dict[str, Any] = dict(zip(header, cells, strict=True))
-    for field in ("strength", "preference", "margin"):
+    for field in ("strength", "preference", "margin", "preference_strength"):
         cell = row.pop(field, "").strip()
         if cell:
             try:

@@ -2,16 +2,18 @@
 
 Kinds of rows:
 
-- ``prompt, chosen, rejected`` and, if given, ``strength`` in (0, 1], the weight of the pair in the mean loss, and
+- ``prompt, chosen, rejected`` and, if given, ``strength`` above 0, the weight of the pair in the mean loss, and
   ``preference`` in [0, 1], the probability that ``chosen`` is the preferred answer (a soft label; 0.5 is a tie), and
   ``margin``, 0 or more, for reward models.
 - ``chosen, rejected``: the prompt is what they share at the beginning (``fields.resolve``).
+- ``prompt, response_1, response_2, preference_strength`` from -3 (the first is much better) to 3 (the second is), as
+  HelpSteer2-Preference has it (arXiv:2410.01257): its size is the strength of the pair, and its margin.
 - ``prompt, completions, rank`` with 1 for the best: every two answers of different rank are a pair, with strength
   (rank gap) / (largest rank gap in the row).
 - ``prompt, completions, ratings``, higher is better: every two answers of different rating are a pair, with strength
   (rating gap) / (range of all ratings of the source: highest less lowest).
 
-Answers of equal rank or rating give no pair, and are counted as ties.
+Answers of equal rank or rating, or with a preference_strength of 0, give no pair, and are counted as ties.
 """
 
 from __future__ import annotations
@@ -29,7 +31,11 @@ from .rows import Content, Fault, PairRow, PairTable, bad_rows, row_id
 
 PAIR_FIELDS = ("prompt", "chosen", "rejected", "strength", "preference", "margin")
 _RANKING_FIELDS = ("prompt", "completions", "rank", "ratings")
-_WANTED = "[prompt,] chosen, rejected; or prompt, completions and rank or ratings"
+_SIGNED_FIELDS = ("prompt", "response_1", "response_2", "preference_strength")
+_WANTED = (
+    "[prompt,] chosen, rejected; or prompt, completions and rank or ratings; or prompt, response_1, response_2 and "
+    "preference_strength"
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,8 @@ def read_pairs(source: str) -> PairTable:
 def pair_table(rows: Iterable[Row], source: str = "") -> PairTable:
     """The pairs in ``(file, row number, fields)`` triples, as ``read_rows`` yields them."""
     counts = dict.fromkeys(("rows", "pairs", "set_aside", "explicit_prompt", "implicit_prompt", "rankings"), 0)
-    counts |= dict.fromkeys(("ratings", "ties", "duplicates", "contradictions", "prompt_repeated", "soft_labels"), 0)
+    counts |= dict.fromkeys(("ratings", "signed_pairs", "ties", "duplicates", "contradictions"), 0)
+    counts |= dict.fromkeys(("prompt_repeated", "soft_labels"), 0)
     table = PairTable([], [], counts, source)
     unused: Counter[str] = Counter()
     all_ratings: list[float] = []
@@ -64,9 +71,10 @@ def pair_table(rows: Iterable[Row], source: str = "") -> PairTable:
     for file, number, row in usable(rows, table):
         problems: list[FieldError] = []
         kind = _kind(row)
-        ranked = kind in ("rankings", "ratings")
-        comparisons = _ranked(row, kind, problems) if ranked else compared(row, problems)
-        unused.update(row.keys() - set(_RANKING_FIELDS if ranked else PAIR_FIELDS))
+        ranked, signed = kind in ("rankings", "ratings"), kind == "signed_pairs"
+        read = _signed if signed else compared
+        comparisons = _ranked(row, kind, problems) if ranked else read(row, problems)
+        unused.update(row.keys() - set(_RANKING_FIELDS if ranked else _SIGNED_FIELDS if signed else PAIR_FIELDS))
         table.faults += [Fault(file, number, problem.field, problem.reason, row) for problem in problems]
         if problems:
             continue
@@ -76,6 +84,8 @@ def pair_table(rows: Iterable[Row], source: str = "") -> PairTable:
             rated += range(len(table.rows), len(table.rows) + len(comparisons))
         if ranked:
             counts["ties"] += math.comb(len(row["completions"]), 2) - len(comparisons)
+        if signed:
+            counts["ties"] += not comparisons
         table.rows += [_pair(file, number, comparison) for comparison in comparisons]
     spread = max(all_ratings, default=0.0) - min(all_ratings, default=0.0)
     for index in rated:
@@ -113,6 +123,8 @@ def repeats(rows: Iterable[PairRow]) -> tuple[list[tuple[PairRow, PairRow]], lis
 def _kind(row: dict[str, Any]) -> str:
     if "completions" in row and "chosen" not in row:
         return "rankings" if row.get("ratings") is None else "ratings"
+    if "response_1" in row and "chosen" not in row:
+        return "signed_pairs"
     return "explicit_prompt" if "prompt" in row else "implicit_prompt"
 
 
@@ -156,6 +168,36 @@ def compared(row: dict[str, Any], problems: list[FieldError]) -> list[Comparison
     return []
 
 
+def _signed(row: dict[str, Any], problems: list[FieldError]) -> list[Comparison]:
+    """The one comparison of two responses; none where they are as good, or where ``problems`` grew."""
+    prompt: Content = ""
+    answers: dict[str, Content] = {}
+    strength = 0.0
+    with collecting(problems):
+        prompt = content("prompt", required("prompt", row, _WANTED))
+    for name in ("response_1", "response_2"):
+        with collecting(problems):
+            answers[name] = content(name, required(name, row, _WANTED))
+    with collecting(problems):
+        strength = _signed_strength(required("preference_strength", row, _WANTED))
+    if problems or not strength:
+        return []
+    with collecting(problems):
+        if answers["response_1"] == answers["response_2"]:
+            raise FieldError("response_1", "equal to response_2, and one of them is preferred")
+        prompt, resolved = resolve(prompt, answers)
+        first, second = resolved["response_1"], resolved["response_2"]
+        chosen, rejected = (first, second) if strength < 0 else (second, first)
+        return [Comparison(prompt, chosen, rejected, abs(strength), margin=abs(strength))]
+    return []
+
+
+def _signed_strength(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -3 <= value <= 3:
+        raise FieldError("preference_strength", f"{value!r} is not a number from -3 to 3")
+    return float(value)
+
+
 def _check_different(answers: Mapping[str, Content]) -> None:
     if answers["chosen"] == answers["rejected"]:
         raise FieldError("chosen", "equal to rejected")
@@ -165,9 +207,9 @@ def _strength(value: Any) -> float:
     if value is None:
         return 1.0
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise FieldError("strength", f"{value!r} is not a number in (0, 1]")
-    if not 0 < value <= 1:
-        raise FieldError("strength", f"{value} is not in (0, 1]: leave the pair out rather than give it no weight")
+        raise FieldError("strength", f"{value!r} is not a number")
+    if not 0 < value < math.inf:
+        raise FieldError("strength", f"{value} is not a finite number above 0; leave out what is to have no weight")
     return float(value)
 
 

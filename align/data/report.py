@@ -153,6 +153,7 @@ def _kinds(table: Table) -> str:
         "explicit_prompt": "with prompt",
         "implicit_prompt": "with the prompt inside the answers",
         "rankings": "ranked",
+        "signed_pairs": "with a signed strength",
         "ratings": "rated",
         "prompt_completion": "with prompt and completion",
         "messages": "conversations",
@@ -173,9 +174,7 @@ def _repeats(table: Table) -> list[tuple[str, str]]:
         ("contradictions", f"{counts['contradictions']:,}{_examples(contradictions)}"),
     ]
     if counts["ties"]:
-        facts.append(
-            ("ties", f"{counts['ties']:,} (of rank, of rating or in a judgement: no pair)")
-        )
+        facts.append(("ties", f"{counts['ties']:,} (of rank, of rating or in a judgement: no pair)"))
     if counts["prompt_repeated"]:
         facts.append(("repeated", f"{counts['prompt_repeated']:,} (both answers begin with the text of their prompt)"))
     return facts

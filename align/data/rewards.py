@@ -5,8 +5,9 @@ Pairs are those of ``pairs``. Beside them may stand ``margin`` (of ``margin_brad
 scored both answers (``chosen_NAME``, ``rejected_NAME``), the gap can take the place of both: it is the margin, and
 over the largest gap of the source it is the strength. Equal scores are ties, which give no pair and are counted.
 
-Rated answers are rows ``prompt, completion`` with one column an attribute (``helpfulness: 3``); what is missing or
-null was not rated. Pairs with ``chosen_NAME`` and ``rejected_NAME`` for their attributes are two such rows each.
+Rated answers are rows ``prompt, completion`` (or ``prompt, response``, as HelpSteer2 has it) with one column an
+attribute (``helpfulness: 3``); what is missing or null was not rated. Pairs with ``chosen_NAME`` and ``rejected_NAME``
+for their attributes are two such rows each.
 
 A reward is read at the end token, so an answer that is cut keeps it: its first tokens, then the end token.
 """
@@ -217,7 +218,7 @@ def rating_table(rows: Iterable[Row], source: str, attributes: Sequence[str]) ->
             continue
         counts["unpaired" if paired else "rated"] += 1
         names = [f"{side}_{name}" for side in ("chosen", "rejected") for name in attributes] if paired else attributes
-        unused.update(row.keys() - {"prompt", "completion", "chosen", "rejected", *names})
+        unused.update(row.keys() - {"prompt", _answer(row), "chosen", "rejected", *names})
         for prompt, answer, ratings in found:
             identity = row_id(prompt, answer, json.dumps(ratings))
             table.rows.append(RatedRow(identity, file, number, prompt, answer, ratings))
@@ -240,13 +241,18 @@ def _rated(row: dict[str, Any], file: str, attributes: Sequence[str], problems: 
     with collecting(problems):
         prompt = content("prompt", required("prompt", row, wanted))
     with collecting(problems):
-        answer = content("completion", required("completion", row, wanted))
+        answer = content(_answer(row), required(_answer(row), row, wanted))
     ratings = _ratings(row, file, attributes, problems)
     if problems:
         return
     with collecting(problems):
         prompt, answers = resolve(prompt, {"completion": answer})
         yield prompt, answers["completion"], ratings
+
+
+def _answer(row: Mapping[str, Any]) -> str:
+    """The column of the answer: ``completion``, or ``response`` where that stands alone."""
+    return "response" if "response" in row and "completion" not in row else "completion"
 
 
 def _unpaired(

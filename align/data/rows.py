@@ -21,7 +21,7 @@ class PairRow:
         row_id: hash of prompt, chosen and rejected: the same pair has the same id wherever it stands.
         source, row: the file, and the row in it, counted from 1 (in a JSONL file: the line).
         prompt, chosen, rejected: all three text, or all three messages.
-        strength: weight of the pair in the mean loss, in (0, 1].
+        strength: weight of the pair in the mean loss, above 0.
         preference: probability that ``chosen`` is the preferred answer, in [0, 1]; None: it is, for sure.
         margin: by how much a reward model is to score ``chosen`` higher, in its units, 0 or more; None: not said.
     """
@@ -65,10 +65,10 @@ class PairTable:
 
     Attributes:
         counts: ``rows`` (read), ``pairs``, ``set_aside`` (rows), the kinds of rows (``explicit_prompt``,
-            ``implicit_prompt``, ``rankings``, ``ratings``), ``ties`` (answers of equal rank or rating: no pair),
-            ``soft_labels`` (pairs with a ``preference``), ``duplicates`` (the same pair again), ``contradictions``
-            (the same pair the other way round) and ``prompt_repeated`` (both answers begin with the text of their
-            prompt).
+            ``implicit_prompt``, ``rankings``, ``ratings``, ``signed_pairs``), ``ties`` (answers as good as each
+            other: no pair), ``soft_labels`` (pairs with a ``preference``), ``duplicates`` (the same pair again),
+            ``contradictions`` (the same pair the other way round) and ``prompt_repeated`` (both answers begin with
+            the text of their prompt).
         unused: columns that were not read, and in how many rows they stand.
     """
 

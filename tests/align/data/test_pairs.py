@@ -133,10 +133,10 @@ def test_implicit_prompt_when_one_answer_begins_the_other() -> None:
         (
             {"prompt": "p", "chosen": "a", "rejected": "b", "strength": float("nan")},
             "strength",
-            "nan is not in (0, 1]",
+            "nan is not a finite number above 0",
         ),
-        ({"prompt": "p", "chosen": "a", "rejected": "b", "strength": 0}, "strength", "0 is not in (0, 1]"),
-        ({"prompt": "p", "chosen": "a", "rejected": "b", "strength": 1.5}, "strength", "1.5 is not in (0, 1]"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "strength": 0}, "strength", "0 is not a finite"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "strength": -2}, "strength", "-2 is not a finite"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "strength": True}, "strength", "True is not a number"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "strength": "much"}, "strength", "'much' is not a number"),
         ({**PAIR, "preference": float("nan")}, "preference", "nan is not in [0, 1]"),
@@ -180,7 +180,7 @@ def test_fault(row: dict[str, Any], field: str, reason: str) -> None:
 
 
 def test_a_row_is_told_all_that_is_wrong_with_it() -> None:
-    result = table({"prompt": 1, "chosen": None, "rejected": [{}], "strength": 2, "preference": 2})
+    result = table({"prompt": 1, "chosen": None, "rejected": [{}], "strength": -1, "preference": 2})
     assert [fault.field for fault in result.faults] == ["prompt", "chosen", "rejected", "strength", "preference"]
     assert (result.counts["rows"], result.counts["set_aside"], result.counts["pairs"]) == (1, 1, 0)
 
@@ -253,6 +253,34 @@ def test_fingerprint_sees_soft_labels() -> None:
     prints = {table({**PAIR, "preference": p}).fingerprint() for p in (None, 0.5, 1.0)}
     assert len(prints) == 3
     assert table({**PAIR, "preference": None}).fingerprint() == table(PAIR).fingerprint()
+
+
+def test_signed_strengths_say_which_response_is_better_and_by_how_much() -> None:
+    """-2: the first; 3: the second, much; 0: a tie, which gives no pair. What is beside them is not read."""
+    both = {"prompt": "p", "response_1": "a", "response_2": "b", "preference_statement": "because"}
+    result = table(*({**both, "preference_strength": strength} for strength in (-2, 3, 0)))
+    found = [(pair.chosen, pair.rejected, pair.strength, pair.margin) for pair in result.rows]
+    assert found == [("a", "b", 2.0, 2.0), ("b", "a", 3.0, 3.0)]
+    assert (result.counts["signed_pairs"], result.counts["ties"], result.counts["pairs"]) == (3, 1, 2)
+    assert (result.faults, result.unused) == ([], {"preference_statement": 3})
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "reason"),
+    [
+        ({"preference_strength": 4}, "preference_strength", "4 is not a number from -3 to 3"),
+        ({"preference_strength": "2"}, "preference_strength", "'2' is not a number from -3 to 3"),
+        ({"preference_strength": float("nan")}, "preference_strength", "nan is not a number from -3 to 3"),
+        ({"preference_strength": None}, "preference_strength", "null; wanted"),
+        ({"response_2": "a"}, "response_1", "equal to response_2"),
+        ({"response_2": " "}, "response_2", "empty"),
+    ],
+)
+def test_signed_strengths_that_say_nothing(change: dict[str, Any], field: str, reason: str) -> None:
+    row = {"prompt": "p", "response_1": "a", "response_2": "b", "preference_strength": 1, **change}
+    found = table(row).faults
+    assert [fault.field for fault in found] == [field]
+    assert reason in found[0].reason
 
 
 def test_rankings_have_no_soft_labels() -> None:

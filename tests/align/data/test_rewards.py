@@ -131,6 +131,20 @@ def test_ratings_are_columns_and_may_be_missing(tiny_tokenizer):
     assert columns["completion_ids"][0][-1] == tiny_tokenizer.eos_token_id
 
 
+def test_a_rated_answer_may_be_a_response():
+    found = ratings([{"prompt": "p", "response": " a", "helpfulness": 3}], "helpfulness")
+    assert [(row.completion, row.ratings) for row in found.rows] == [(" a", (3.0,))]
+    assert (found.faults, found.unused) == ([], {})
+    assert ratings([{"prompt": "p", "response": "", "helpfulness": 3}], "helpfulness").faults[0].field == "response"
+
+
+def test_signed_strengths_are_strengths_and_margins():
+    """What scaled and margin Bradley-Terry read of them: 3 stays 3."""
+    row = {"prompt": "p", "response_1": " a", "response_2": " b", "preference_strength": 3}
+    found = table([row], needs_margin=True)
+    assert [(pair.chosen, pair.strength, pair.margin) for pair in found.rows] == [(" b", 3.0, 3.0)]
+
+
 def test_numbers_in_a_csv_file_are_text(tmp_path):
     path = tmp_path / "rated.csv"
     path.write_text("prompt,completion,helpfulness,verbosity\np, a,3,\np, b,x,1\n")
