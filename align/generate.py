@@ -2,7 +2,7 @@
 
 Text is a user's message where the tokenizer has a chat template, and is taken as it stands where it has none or where
 ``raw`` is asked for. Tokens are drawn from ``softmax(logits / temperature)``: no top-p, top-k or penalty, whatever the
-model's own generation settings say.
+model's own generation settings say. Answers under a constraint or a reward are drawn by ``align.controlled``.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from align.errors import AlignError
 from align.evals.sampling import Sample, sample
 from align.models.ends import end_tokens
 from align.models.load import LoadedModel, load_run
+
+from .controlled import Control, Controller, settings_of
 
 BATCH = 8
 
@@ -104,6 +106,18 @@ def answer_prompt(settings: Settings, prompt: str) -> None:
     Answerer(settings).stream(prompt)
 
 
+def answer_controlled(settings: Settings, control: Control, prompt: str) -> dict[str, Any]:
+    """The answer to one prompt under control, as a row of ``answer_file`` has it.
+
+    Raises:
+        AlignError: the prompt, the model or a setting cannot be used.
+    """
+    answerer = Answerer(settings)
+    made: dict[int, dict[str, Any]] = {}
+    Controller(answerer, control).answer({0: answerer.encode(prompt)}, {0: {"prompt": prompt}}, made.update)
+    return made[0]
+
+
 def chat(settings: Settings, read: Callable[[], str]) -> None:
     """A conversation: each line is a message, ``/reset`` starts anew, ``/quit`` or the end of the input ends it.
 
@@ -134,17 +148,24 @@ def chat(settings: Settings, read: Callable[[], str]) -> None:
             history = _turn(answerer, history, line)
 
 
-def answer_file(settings: Settings, source: str, output: Path, progress: Callable[[int, int], None]) -> list[Fault]:
+def answer_file(
+    settings: Settings,
+    source: str,
+    output: Path,
+    progress: Callable[[int, int], None],
+    control: Control | None = None,
+) -> list[Fault]:
     """Answer every prompt of a file; answers are written as they are made, and a second call goes on.
 
     A row of the output is ``{row, prompt, completion, tokens, finished, settings}``, with the row's number in the
-    input. Rows are in the order of the input once all are there.
+    input, and under control what weights and questions came to. Rows are in the order of the input once all are there.
 
     Args:
         settings: the model and how to draw from it; a prompt that is listed twice gets two independent answers.
         source: rows with a ``prompt``: text or chat messages; any file that ``align train`` reads.
         output: JSONL; its folder is made where it is missing.
         progress: called with the number of rows done and of all, after every batch.
+        control: constraint or reward of the answers.
 
     Returns:
         The rows that could not be used.
@@ -153,24 +174,31 @@ def answer_file(settings: Settings, source: str, output: Path, progress: Callabl
         AlignError: the output holds answers to other prompts or with other settings, its folder cannot be made, or
             no prompt can be used.
     """
-    prompts, faults = _read_prompts(source)
-    done = _read_done(output, prompts, settings)
+    rows, faults = _read_prompts(source)
+    prompts: dict[int, Content] = {number: row["prompt"] for number, row in rows.items()}
+    kept = asdict(settings) if control is None else settings_of(settings, control)
+    done = _read_done(output, prompts, kept)
     pending = {row: prompt for row, prompt in prompts.items() if row not in done}
     if pending:
         _make_folder(output.parent)
         answerer = Answerer(settings)
         encoded = dict(_encoded(answerer, source, pending, faults))
+        controller = Controller(answerer, control) if control is not None else None
         with output.open("a", encoding="utf-8") as file:
 
-            def write(rows: Mapping[int, Sample]) -> None:
-                for row, made in rows.items():
-                    file.write(json.dumps(_line(row, prompts[row], made, settings), ensure_ascii=False) + "\n")
+            def write(answers: Mapping[int, Mapping[str, Any]]) -> None:
+                for row, made in answers.items():
+                    line = {"row": row, "prompt": prompts[row], **made, "settings": kept}
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 file.flush()
-                done.update(rows)
+                done.update(answers)
                 progress(len(done), len(encoded) + len(prompts) - len(pending))
 
-            for copy, rows in _copies(prompts, encoded):
-                _draw(answerer, copy, rows, write)
+            if controller is not None:
+                controller.answer(encoded, rows, write)
+            else:
+                for copy, copies in _copies(prompts, encoded):
+                    _draw(answerer, copy, copies, write)
     if not done:
         first = faults[0]
         raise AlignError(f"{source}: no prompt can be used; row {first.row}: {first.field}: {first.reason}")
@@ -189,21 +217,22 @@ def _turn(answerer: Answerer, history: list[dict[str, str]], line: str) -> list[
     return [*asked, {"role": "assistant", "content": answer}]
 
 
-def _read_prompts(source: str) -> tuple[dict[int, Content], list[Fault]]:
-    prompts: dict[int, Content] = {}
+def _read_prompts(source: str) -> tuple[dict[int, dict[str, Any]], list[Fault]]:
+    """Rows by number, each with its prompt as text or messages."""
+    rows: dict[int, dict[str, Any]] = {}
     faults: list[Fault] = []
     for number, (file, row, found) in enumerate(read_rows(source), start=1):
         if isinstance(found, Fault):
             faults.append(found)
             continue
         try:
-            prompts[number] = content("prompt", required("prompt", found, "prompt"))
+            rows[number] = {**found, "prompt": content("prompt", required("prompt", found, "prompt"))}
         except FieldError as problem:
             faults.append(Fault(file, row, problem.field, problem.reason, found))
-    return prompts, faults
+    return rows, faults
 
 
-def _read_done(output: Path, prompts: Mapping[int, Content], settings: Settings) -> set[int]:
+def _read_done(output: Path, prompts: Mapping[int, Content], settings: Mapping[str, Any]) -> set[int]:
     """Rows that the output holds already; a line that a kill has torn is cut off."""
     if not output.exists():
         return set()
@@ -212,7 +241,7 @@ def _read_done(output: Path, prompts: Mapping[int, Content], settings: Settings)
     done = set()
     for number, line in enumerate(_lines(whole.decode()), start=1):
         row = _parse(line)
-        if row.get("settings") != asdict(settings) or prompts.get(row.get("row", 0)) != row.get("prompt"):
+        if row.get("settings") != settings or prompts.get(row.get("row", 0)) != row.get("prompt"):
             raise AlignError(
                 f"{output}: line {number} is no answer to these prompts with these settings; name another output"
             )
@@ -267,7 +296,10 @@ def _copies(
 
 
 def _draw(
-    answerer: Answerer, copy: int, rows: Mapping[int, list[int]], write: Callable[[Mapping[int, Sample]], None]
+    answerer: Answerer,
+    copy: int,
+    rows: Mapping[int, list[int]],
+    write: Callable[[Mapping[int, Mapping[str, Any]]], None],
 ) -> None:
     """Answer rows whose prompts all differ: ``sample`` draws by prompt and seed, so resuming changes nothing."""
     numbers = list(rows)
@@ -282,21 +314,14 @@ def _draw(
             temperature=settings.temperature,
             seed=settings.seed + 1_000_003 * copy,
             batch_size=BATCH,
-            on_batch=lambda batch: write({numbers[place]: made for place, made in batch.items()}),
+            on_batch=lambda batch: write({numbers[place]: _columns(made) for place, made in batch.items()}),
         )
     except ValueError as error:
         raise AlignError(f"{settings.model}: {error}") from error
 
 
-def _line(row: int, prompt: Content, made: Sample, settings: Settings) -> dict[str, Any]:
-    return {
-        "row": row,
-        "prompt": prompt,
-        "completion": made.text,
-        "tokens": len(made.tokens),
-        "finished": made.finished,
-        "settings": asdict(settings),
-    }
+def _columns(made: Sample) -> dict[str, Any]:
+    return {"completion": made.text, "tokens": len(made.tokens), "finished": made.finished}
 
 
 def _sort(output: Path) -> None:

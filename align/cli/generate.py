@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from align.errors import ConfigError
+from align.errors import AlignError, ConfigError
 
 from .disk import writing_to
+
+CONTROL = "Under a constraint or a reward"
 
 
 def generate(
@@ -26,22 +28,97 @@ def generate(
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Talk: /reset starts anew, /quit or Ctrl-D ends.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="Spread of the draws; 0 takes the likeliest token.")] = 0.7,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0, help="Spread of the draws; 0 takes the likeliest token. 0.7, or 1 under a constraint."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Take text as it stands, without the chat template.")] = False,
+    constraint: Annotated[
+        str | None,
+        typer.Option(
+            help="What an answer must be: json:schema.json, regex:PATTERN, grammar:file.lark, python:module:function, "
+            "sql:schema.json[#name] or words:file.txt.",
+            rich_help_panel=CONTROL,
+        ),
+    ] = None,
+    constraint_field: Annotated[
+        str | None,
+        typer.Option(
+            help="Column with each row's own constraint; with --constraint sql:FILE, with the name of its schema.",
+            rich_help_panel=CONTROL,
+        ),
+    ] = None,
+    constraint_timeout: Annotated[
+        float | None,
+        typer.Option(help="Seconds that a call of a python: constraint may take.", rich_help_panel=CONTROL),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="awrs-smc (the default), awrs, mask or rejection.", rich_help_panel=CONTROL),
+    ] = None,
+    particles: Annotated[
+        int | None, typer.Option(min=1, help="Sequences a prompt; 8 by default.", rich_help_panel=CONTROL)
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Draw from the k likeliest tokens.", rich_help_panel=CONTROL)
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Draw from the fewest tokens that hold this share of the mass.", rich_help_panel=CONTROL),
+    ] = None,
+    take: Annotated[
+        str | None,
+        typer.Option(help="Answer: drawn by weight (the default), or the best.", rich_help_panel=CONTROL),
+    ] = None,
+    reward: Annotated[
+        str | None,
+        typer.Option(
+            help="Rule (module:function) or reward model: answers in proportion to exp(strength * reward).",
+            rich_help_panel=CONTROL,
+        ),
+    ] = None,
+    reward_strength: Annotated[
+        float | None, typer.Option(help="Nats a unit of reward; 1 by default.", rich_help_panel=CONTROL)
+    ] = None,
+    reward_every: Annotated[
+        int | None,
+        typer.Option(min=1, help="Also judge unfinished answers, every so many tokens.", rich_help_panel=CONTROL),
+    ] = None,
 ) -> None:
-    """Answer a prompt, a file of prompts, or you."""
+    """Answer a prompt, a file of prompts, or you; under a constraint or a reward where one is named."""
     _check_one_task(prompt, source, output, chat)
-    from align.generate import Settings, answer_file, answer_prompt
+    asked = {
+        "constraint": constraint,
+        "constraint_field": constraint_field,
+        "constraint_timeout": constraint_timeout,
+        "method": method,
+        "particles": particles,
+        "top_k": top_k,
+        "top_p": top_p,
+        "take": take,
+        "reward": reward,
+        "reward_strength": reward_strength,
+        "reward_every": reward_every,
+    }
+    given = {name: value for name, value in asked.items() if value is not None}
+    _check_control(given, temperature, source, chat)
+    from align.controlled import Control
+    from align.generate import Settings, answer_controlled, answer_file, answer_prompt
     from align.generate import chat as talk
 
-    settings = Settings(model, max_new_tokens, temperature, seed, raw)
-    if prompt is not None:
+    control = Control(**given) if given else None
+    settings = Settings(
+        model, max_new_tokens, temperature if temperature is not None else 1.0 if control else 0.7, seed, raw
+    )
+    if prompt is not None and control is not None:
+        _show_answer(answer_controlled(settings, control, prompt))
+    elif prompt is not None:
         answer_prompt(settings, prompt)
     elif source is not None and output is not None:
         try:
             with writing_to(output):
-                faults = answer_file(settings, source, output, _show_progress)
+                faults = answer_file(settings, source, output, _show_progress, control)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted: {output} keeps what is done; the same command goes on") from None
         print(output)
@@ -60,6 +137,43 @@ def _check_one_task(prompt: str | None, source: str | None, output: Path | None,
     if (source is None) != (output is None):
         missing = "--output" if output is None else "--input"
         raise ConfigError("align generate", [(missing, "is missing: --input and --output go together")])
+
+
+def _check_control(given: dict[str, Any], temperature: float | None, source: str | None, chat: bool) -> None:
+    problems = []
+
+    def refuse(name: str, what: str) -> None:
+        problems.append((f"--{name.replace('_', '-')}", what))
+
+    if given and not given.keys() & {"constraint", "constraint_field", "reward"}:
+        for name in given:
+            refuse(name, "goes with --constraint, --constraint-field or --reward")
+    if given and chat:
+        refuse("chat", "has no constraints; use --prompt or --input")
+    if given and temperature == 0:
+        refuse("temperature", "is over 0 under a constraint; --top-k 1 takes the likeliest token")
+    if "constraint_field" in given and source is None:
+        refuse("constraint_field", "is a column of the rows of --input")
+    if "constraint_field" in given and not given.get("constraint", "sql:").startswith("sql:"):
+        refuse("constraint_field", "goes with --constraint sql:FILE, or alone")
+    for name in given.keys() & {"reward_strength", "reward_every"}:
+        if "reward" not in given:
+            refuse(name, "goes with --reward")
+    for name, known in (("method", ("awrs-smc", "awrs", "mask", "rejection")), ("take", ("drawn", "best"))):
+        if given.get(name, known[0]) not in known:
+            refuse(name, f"{given[name]!r} is none of {', '.join(known)}")
+    if problems:
+        raise ConfigError("align generate", problems)
+
+
+def _show_answer(row: dict[str, Any]) -> None:
+    """The text, and on the other stream what is to be known of it."""
+    if row["completion"] is None or not row["valid"]:
+        raise AlignError(f"no valid answer: {row['reason']}")
+    print(row["completion"])
+    numbers = {name: row[name] for name in ("log_normaliser", "ess", "calls_per_token", "dead_ends")}
+    said = " · ".join(f"{name} {value:.4g}" for name, value in numbers.items() if value is not None)
+    print(f"{said} · {len(row['samples'])} particles", file=sys.stderr)
 
 
 def _show_progress(done: int, total: int) -> None:
