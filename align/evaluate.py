@@ -17,7 +17,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from align.config.schema import Recipe
-from align.data.rows import Content
 from align.data.splits import Split
 from align.data.tokenize import encode_prompt
 from align.evals.displacement import displacement_suite, gained_tokens
@@ -37,11 +36,13 @@ from align.models.ends import end_tokens
 from align.models.memory import release_freed
 from align.models.scoring import sequence_logps
 from align.rewards.models import RewardOutput
+from align.rewards.encoding import plain
+from align.rewards.functions import as_answer
 from align.rewards.named import load_reward
 from align.tracking.files import write_json, write_text
 from align.tracking.progress import progress
 from align.trainers.build import Built, losses_of
-from align.trainers.grpo import as_answer, with_sampled_references
+from align.trainers.grpo import with_references
 from align.trainers.reward import RewardTrainer
 from align.trainers.thumbs import ThumbsTrainer
 from align.trainers.thumbs_loss import thumbs_rewards
@@ -176,15 +177,14 @@ def _reward(recipe: Recipe, built: Built, held_out: Split) -> dict[str, Any]:
             release_freed()
             advance(len(part))
     ids, prompts = [row.row_id for row in data], [json.dumps(row.prompt) for row in held_out.used]
-    settings = {"model": kind, "method": recipe.method}
+    settings = {"model": kind, "method": recipe.method, "tau": model.config.tau}
     if kind == "attributes":
         names, ranking = model.config.attributes, model.config.ranking
         return ratings_suite(values, [row.ratings for row in data], names, ranking, ids, prompts, settings=settings)
     return reward_suite(
-        values[:, 0],
+        values[:, 0] / model.config.tau,
         ids,
         preference=[row.preference for row in data],
-        tau=model.config.tau,
         rewards=values[:, 1:] if kind == "scalar" else None,
         groups=prompts,
         settings=settings,
@@ -220,7 +220,8 @@ def _generation(
     kl = _kl(ids, drawn, built, pad)
     assert spec.reward is not None  # the recipe's check: this suite has a reward
     settings = {**spec.model_dump(), "prompts": len(prompts)}
-    result = compare([_last(p) for p in prompts], before, after, load_reward(spec.reward), kl=kl, settings=settings)
+    asked = [plain(prompt, "user") for prompt in prompts]
+    result = compare(asked, before, after, load_reward(spec.reward), kl=kl, settings=settings)
     lines = [json.dumps(row, ensure_ascii=False) for row in result["rows"][:SAMPLES_SHOWN]]
     write_text(run / "samples.jsonl", "\n".join(lines) + "\n")
     return result
@@ -255,7 +256,7 @@ def _goals(
     after = answers.of("trained, for the goals", model, 1.0, longest)
     with built.untrained() as untrained:
         before = answers.of("untrained, for the goals", untrained, 1.0, longest)
-        data = with_sampled_references(
+        data = with_references(
             data,
             reward,
             untrained,
@@ -275,7 +276,8 @@ def _goals(
     columns = reward.columns(prompts, texts, given)
     rewards = {part.name: columns[part.name] for part in reward.expression.parts}
     return goals_suite(
-        [_last(prompt) for prompt in data["prompt"]],
+            held_out.table.source,
+        [plain(prompt, "user") for prompt in data["prompt"]],
         before,
         after,
         {name: (values[::2].numpy(), values[1::2].numpy()) for name, values in rewards.items()},
@@ -283,11 +285,6 @@ def _goals(
         kl=kl,
         settings={**spec.model_dump(), "prompts": len(ids), "temperature": 1.0},
     )
-
-
-def _last(prompt: Content) -> str:
-    """What a reward and a reader see of a prompt: the text, or the last user turn."""
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 class _Answers:

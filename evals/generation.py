@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from align.rewards.named import Reward
+from align.rewards.scorers import RuleReward
 
 from .kl import LogRatios
 from .result import suite_result
@@ -99,10 +100,13 @@ def _ngrams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
 
 
 def _scores(reward: Reward, prompts: Sequence[str], answers: Sequence[Sample]) -> NDArray[np.float64]:
-    scores = finite_vector(reward(prompts, [answer.text for answer in answers]), "reward")
-    if len(scores) != len(answers):
-        raise ValueError(f"the reward gave {len(scores)} scores for {len(answers)} answers")
-    return scores
+    found = RuleReward(reward)(prompts, [answer.text for answer in answers])
+    scores = [score for score in found if score is not None]
+    if len(scores) < len(answers):
+        raise ValueError(
+            f"the reward gave None for answer {found.index(None)}: a win rate takes a number for each"
+        )
+    return finite_vector(scores, "reward")
 
 
 def _side(answers: Sequence[Sample], scores: NDArray[np.float64], when: str) -> dict[str, Estimate]:

@@ -34,8 +34,10 @@ def goals_suite(
     Args:
         prompts: as they are to be shown.
         before, after: answers of the reference and of the policy, drawn with the same seed and settings.
-        rewards: by name, of the answers before and after, (N,) each.
-        good: by name, whether they reach that reward's reference, (N,) each; ``all``: whether they reach every one.
+        rewards: by name, of the answers before and after, (N,) each; NaN where a rule gave none, which is left out of
+            that metric and its n.
+        good: by name, whether they reach that reward's reference, 1 or 0, (N,) each, NaN likewise; ``all``: whether
+            they reach every one.
         kl: log-ratios of ``after``, drawn at temperature 1; see :mod:`align.evals.kl`.
 
     Returns:
@@ -44,7 +46,7 @@ def goals_suite(
         Rows ``{prompt, before, after, kl}``, answers as ``{text, tokens, finished, rewards, good}``.
 
     Raises:
-        ValueError: counts that differ, or a reward that is not finite.
+        ValueError: counts that differ, or a reward that is infinite.
     """
     if not len(prompts) == len(before) == len(after):
         raise ValueError(
@@ -68,8 +70,10 @@ def goals_suite(
                     "text": answers[row].text,
                     "tokens": len(answers[row].tokens),
                     "finished": answers[row].finished,
-                    "rewards": {key: float(np.asarray(sides[side])[row]) for key, sides in rewards.items()},
-                    "good": {key: bool(np.asarray(sides[side])[row]) for key, sides in good.items()},
+                    "rewards": {key: _at(sides[side], row) for key, sides in rewards.items()},
+                    "good": {
+                        key: _at(sides[side], row) == 1 for key, sides in good.items() if _is_at(sides[side], row)
+                    },
                 }
                 for side, (name, answers) in enumerate((("before", before), ("after", after)))
             },
@@ -84,8 +88,14 @@ def _sides(name: str, sides: Sides, count: int) -> dict[str, Estimate]:
     old, new = (np.asarray(side, dtype=np.float64) for side in sides)
     if not len(old) == len(new) == count:
         raise ValueError(f"{name}: {len(old)} values before and {len(new)} after, for {count} prompts")
-    return {
-        f"{name}_before": bootstrap_interval(old),
-        f"{name}_after": bootstrap_interval(new),
-        f"{name}_change": bootstrap_interval(new - old),
-    }
+    found = {"before": old, "after": new, "change": new - old}
+    there = {key: values[~np.isnan(values)] for key, values in found.items()}
+    return {f"{name}_{key}": bootstrap_interval(values) for key, values in there.items() if len(values)}
+
+
+def _is_at(side: ArrayLike, row: int) -> bool:
+    return not np.isnan(np.asarray(side, dtype=np.float64)[row])
+
+
+def _at(side: ArrayLike, row: int) -> float | None:
+    return float(np.asarray(side)[row]) if _is_at(side, row) else None

@@ -20,7 +20,6 @@ def reward_suite(
     row_ids: Sequence[str],
     *,
     preference: Sequence[float | None] | None = None,
-    tau: float = 1.0,
     rewards: Tensor | None = None,
     groups: Sequence[Hashable] | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -32,10 +31,10 @@ def reward_suite(
     rejected answer is the preferred one.
 
     Args:
-        scores: by how much the chosen answer beats the rejected one, (N,).
+        scores: log-odds that the chosen answer is preferred, (N,): the model states the probability
+            ``sigma(score)``.
         row_ids: one per pair, kept in the rows.
         preference: probability that the chosen answer is preferred, of each pair; None: it is.
-        tau: the probability that the model states is ``sigma(score / tau)``.
         rewards: of the chosen and the rejected answers, (N, 2), where each has one; kept in the rows.
         groups: the prompt of each pair, where a prompt has several: they are resampled together.
         settings: what made the scores, kept in the result.
@@ -60,7 +59,7 @@ def reward_suite(
         "margin": bootstrap_interval(gained, groups=kept),
         "ties": bootstrap_interval(score == 0, groups=names),
         "log_loss": bootstrap_interval(
-            label * np.logaddexp(0, -score / tau) + (1 - label) * np.logaddexp(0, score / tau), groups=names
+            label * np.logaddexp(0, -score) + (1 - label) * np.logaddexp(0, score), groups=names
         ),
         "label_ties": bootstrap_interval(~decided, groups=names),
     }
@@ -71,7 +70,7 @@ def reward_suite(
     if rewards is not None:
         for row, (chosen, rejected) in zip(rows, rewards.tolist(), strict=True):
             row |= {"chosen_reward": chosen, "rejected_reward": rejected}
-    return suite_result("reward", metrics, rows, {**(settings or {}), "tau": tau})
+    return suite_result("reward", metrics, rows, settings)
 
 
 def ratings_suite(

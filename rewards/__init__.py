@@ -3,12 +3,14 @@
 - ``align.rewards.rules``  plain-Python rewards, readable line by line; ``everyday_answer`` labels the quickstart data
   and judges its win rate.
 - ``align.rewards.text``   words, sentences and lists of English text, as the rules count them.
-- ``align.rewards.named``  ``module:function`` to a rule.
+- ``align.rewards.named``  names: ``module:function`` to a rule, and where a reward model is.
+- ``align.rewards.scorers``  a rule and a reward model, one for the other.
+- ``align.rewards.references``  what an answer has to beat, by quantile or regression.
 - ``align.rewards.expression``  several rewards put together, as a recipe writes it: ``all_of``, ``lsc``, ...
 - ``align.rewards.functions``  any of them, rule or model, as a reward function of TRL's GRPO.
 - ``align.rewards.density``  not a reward but a weight: how much likelier a prompt is among the thumbs up than among
   the thumbs down (BCO's underlying distribution matching).
 
-A reward is a callable ``(prompts, completions) -> list[float]``, higher is better; recipes name one as
-``module:function``.
+A rule is a callable ``(prompts, completions) -> list[float]``, higher is better, which may ask for columns by name and
+give None; recipes name one as ``module:function``.
 """

@@ -21,6 +21,17 @@ Message = dict[str, Any]
 Content = str | Sequence[Message]
 
 
+def plain(content: Content, role: str) -> str:
+    """What a rule reads of a prompt (role ``user``) or of an answer (``assistant``).
+
+    Text as it is; of messages the last turn of this role, else the last one. A turn without content is "".
+    """
+    if isinstance(content, str):
+        return content
+    turns = [turn for turn in content if turn["role"] == role] or content[-1:]
+    return (turns[-1].get("content") or "") if turns else ""
+
+
 def encode_answers(tokenizer: Any, prompt: Content, answers: Sequence[Content]) -> tuple[list[int], list[list[int]]]:
     """Ids of a prompt, and of each answer to it.
 

@@ -8,30 +8,38 @@
 
 Its nodes, each a mapping with one key:
 
-- ``lsc``       one reward against its reference, the log-probability that the answer is good (arXiv:2402.00742).
+- ``lsc``       one reward against its reference, the log-probability that the answer is good (arXiv:2402.00742). The
+  reference is a number, a column of the data, or made: the reward of a canned answer (``{canned: "I cannot help."}``),
+  a quantile of the rewards of the starting policy's own answers (``{quantile: 0.85, samples: 16}``), or a prediction
+  from the prompt (``{regression: scored.jsonl}``), by a regression on prompts that have a reference: ``align score``
+  writes it, as the column NAME_reference.
 - ``all_of``, ``any_of``  a list of nodes; ``not``  one node.
 - ``weighted``  a list of nodes, each with a ``weight`` beside it: required so many times.
 - ``raw_sum``   at the top alone: rewards as they are, ``[{reward, weight}, ...]``, to compare with. A reference there
   changes nothing of the sum; it says from where on an answer counts as good when the answers are judged.
 
 A name alone (``"module:function"``, or the folder or hub id of a reward model) is that reward as it is.
+
+A rule may give None where it does not apply: the answer is then judged by the other rewards (``Expression.of``).
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
+from .named import reward_name
 from .transforms import AllOf, AnyOf, Goal, LogSigmoidCentered, Not, RawSum, Weighted
 
 T = TypeVar("T")
 NODES = ("lsc", "all_of", "any_of", "not", "weighted", "raw_sum")
 _LSC_KEYS = ("reward", "reference", "temperature", "name")
 _RAW_KEYS = ("reward", "weight", "reference", "name")
-_SAMPLED_KEYS = ("quantile", "samples")
+_REFERENCE_KEYS = ("quantile", "samples", "canned", "regression")
+_REFERENCES = 'a number, a column of the data, {quantile: 0.85, samples: 16}, {canned: "..."} or {regression: DATA}'
 _FEWEST_SAMPLES = 2
 
 
@@ -52,27 +60,58 @@ class SampledReference:
 
 
 @dataclass(frozen=True)
+class CannedReference:
+    """The reward of one and the same answer to every prompt, such as a refusal."""
+
+    answer: str
+
+
+@dataclass(frozen=True)
+class PredictedReference:
+    """A prediction from the prompt, by a regression on the prompts of ``source`` and their references."""
+
+    source: str
+
+
+Reference = float | str | SampledReference | CannedReference | PredictedReference
+
+
+@dataclass(frozen=True)
 class Part:
     """One reward of an expression.
 
     Attributes:
         name: its column; what metrics call it.
         reward: ``module:function``, or the folder or hub id of a reward model.
-        reference: a number, a column of the data, or what to sample; None for a raw reward that has none.
+        reference: a number, a column of the data, or how it is made; None for a raw reward that has none.
         where: its place in the expression.
     """
 
     name: str
     reward: str
-    reference: float | str | SampledReference | None
+    reference: Reference | None
     where: str
+
+    @property
+    def is_made(self) -> bool:
+        """Whether its reference is made of rewards or prompts, and neither given nor left out."""
+        return isinstance(self.reference, SampledReference | CannedReference | PredictedReference)
 
     @property
     def reference_column(self) -> str | None:
         """The column that its reference stands in; None for a number, or where there is none."""
-        if isinstance(self.reference, SampledReference):
+        if self.is_made:
             return f"{self.name}_reference"
         return self.reference if isinstance(self.reference, str) else None
+
+    def check_reference(self, compares: bool) -> None:
+        """Raise an ExpressionError where a reference is to be made for a reward that ``compares`` answers."""
+        if compares and self.is_made:
+            problem = (
+                f"{self.reward} is a gpm, whose reward is of an answer among the others of its prompt: no answer has "
+                "one by itself that could be the reference; give a number (0: as good as the others on the whole)"
+            )
+            raise ExpressionError(_join(self.where, "reference"), problem)
 
 
 @dataclass(frozen=True)
@@ -91,6 +130,32 @@ class Expression:
     def data_columns(self) -> tuple[str, ...]:
         """Columns that the data must have."""
         return tuple(dict.fromkeys(part.reference for part in self.parts if isinstance(part.reference, str)))
+
+    def of(self, names: Collection[str]) -> Goal | RawSum | None:
+        """The goal of an answer that has these rewards alone, as if the others were not asked for; None: of none."""
+        found: Goal | RawSum | None = _of(self.goal, names)
+        return found
+
+
+def _of(goal: Goal | RawSum, names: Collection[str]) -> Any:
+    if isinstance(goal, LogSigmoidCentered):
+        return goal if goal.reward in names else None
+    if isinstance(goal, Not):
+        inner = _of(goal.goal, names)
+        return None if inner is None else Not(inner)
+    if isinstance(goal, RawSum):
+        kept: list[Any] = [name if name in names else None for name in goal.rewards]
+    elif isinstance(goal, AllOf | AnyOf | Weighted):
+        kept = [_of(one, names) for one in goal.goals]
+    else:
+        raise TypeError(f"{type(goal).__name__} is no goal of an expression")
+    left = [one for one in kept if one is not None]
+    if not left:
+        return None
+    if isinstance(goal, AllOf | AnyOf):
+        return type(goal)(left)
+    weights = goal.weights or (1.0,) * len(kept)
+    return type(goal)(left, [w for w, one in zip(weights, kept, strict=True) if one is not None])
 
 
 def parse_expression(given: Any) -> Expression:
@@ -140,9 +205,7 @@ def _node(given: Any, where: str, parts: list[Part]) -> Goal:
 def _lsc(given: Any, where: str, parts: list[Part]) -> Goal:
     fields = _fields(given, where, _LSC_KEYS)
     if fields.get("reference") is None:
-        _fail(
-            _join(where, "reference"), "is missing: a number, a column of the data, or {quantile: 0.85, samples: 16}"
-        )
+        _fail(_join(where, "reference"), f"is missing: {_REFERENCES}")
     part = _part(fields, where, parts)
     temperature = _number(fields.get("temperature", 1.0), _join(where, "temperature"))
     reference = part.reference if isinstance(part.reference, float) else part.reference_column
@@ -166,17 +229,25 @@ def _part(fields: Mapping[str, Any], where: str, parts: list[Part]) -> Part:
     if name is not None and (not isinstance(name, str) or not name):
         _fail(_join(where, "name"), "is not text")
     reference = _reference(fields.get("reference"), _join(where, "reference"))
-    part = Part(name or reward.rstrip("/").replace(":", "/").rsplit("/", 1)[-1], reward, reference, where)
+    part = Part(name or reward_name(reward), reward, reference, where)
     parts.append(part)
     return part
 
 
-def _reference(given: Any, where: str) -> float | str | SampledReference | None:
+def _reference(given: Any, where: str) -> Reference | None:
     if given is None or (isinstance(given, str) and given):
         return given or None
     if not isinstance(given, Mapping):
         return _number(given, where)
-    fields = _fields(given, where, _SAMPLED_KEYS)
+    fields = _fields(given, where, _REFERENCE_KEYS)
+    for key, kind in (("canned", CannedReference), ("regression", PredictedReference)):
+        if key not in fields:
+            continue
+        if len(fields) > 1:
+            _fail(where, f"{' and '.join(fields)} are two references: give one")
+        if not isinstance(fields[key], str) or not fields[key].strip():
+            _fail(_join(where, key), "is empty: the text of an answer" if key == "canned" else "is no data set")
+        return kind(fields[key])
     quantile = _number(fields.get("quantile", 0.85), _join(where, "quantile"))
     samples = fields.get("samples", 16)
     if not 0 < quantile < 1:

@@ -1,38 +1,30 @@
-"""Any reward as a function that TRL's GRPO calls: ``(prompts, completions, **columns) -> list[float]``.
+"""Any reward as a function that TRL's GRPO calls: ``(prompts, completions, **columns) -> list[float | None]``.
 
     reward = RewardFunction.of({"all_of": [
         {"lsc": {"reward": "align.rewards.rules:everyday_answer", "reference": 0.4, "temperature": 0.1}},
-        {"lsc": {"reward": "runs/harmless/model", "reference": "harmless_canned"}},
+        {"lsc": {"reward": "runs/harmless/model", "reference": {"canned": "I cannot help with that."}}},
     ]})
-    GRPOTrainer(model, reward_funcs=reward, ...)      # the data has the columns prompt and harmless_canned
+    GRPOTrainer(model, reward_funcs=reward, ...)
 
-A rule, a reward model and a preference model are interchangeable. A preference model compares answers, so that its
-reward is of an answer among the others of its prompt: the mean log-odds of beating them.
+Rules and models are scored by ``align.rewards.scorers``.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from align.losses.checks import check_finite
+from .encoding import Content, plain
+from .expression import CannedReference, Expression, Part, parse_expression
+from .scorers import NO_COLUMNS, RewardError, Scorer, load_scorer, of_rows
 
-from .expression import Expression, Part, SampledReference, parse_expression
-from .named import Reward, load_reward, split_choice
-
-if TYPE_CHECKING:
-    from .encoding import Content
-    from .models import RewardModel
-
-SILENCE = "..."
-Scorer = Callable[[Sequence["Content"], Sequence["Content"]], Tensor]
-"""``(prompts, completions) -> rewards (N,)``; the answers to one prompt stand next to each other."""
+Rewards = list[float | None]
 
 
 class RewardFunction:
@@ -45,6 +37,10 @@ class RewardFunction:
 
     Attributes:
         __name__: what TRL's metrics call it.
+
+    Raises:
+        ExpressionError: a reference that a preference model cannot have. ValueError, OSError: a reward that cannot be
+            loaded.
     """
 
     def __init__(
@@ -56,6 +52,8 @@ class RewardFunction:
         self.scorers: dict[str, Scorer] = {
             name: given.get(name) or load_scorer(name, batch_size=batch_size) for name in names
         }
+        for part in expression.parts:
+            part.check_reference(self.scorers[part.reward].compares)
         self.__name__ = expression.parts[0].name if len(expression.parts) == 1 else "combined"
 
     @classmethod
@@ -75,155 +73,119 @@ class RewardFunction:
         *,
         log_metric: Callable[[str, float], None] | None = None,
         **columns: Any,
-    ) -> list[float]:
-        """One number an answer.
+    ) -> Rewards:
+        """One number an answer; None where every rule gives None, which TRL leaves out.
 
         Args:
             prompts, completions: text, or chat messages; the answers to one prompt next to each other.
-            completion_ids: not read.
+            completion_ids: for rules that ask for them.
             log_metric: TRL's; told each reward's mean, and the share of answers that reach its reference.
-            columns: of the data; references are looked for here. What else TRL gives is not read.
+            columns: of the data, for references and for rules that ask for them by name; what else TRL gives, too.
 
         Raises:
-            ValueError: a reference that is missing, or a reward or reference that is not a finite number.
+            RewardError: a rule that fails, a reference that is missing, or a number that is not finite.
         """
-        found = self.columns(prompts, completions, columns)
+        given = {**columns, "completion_ids": completion_ids, "log_metric": log_metric}
+        found = self.columns(prompts, completions, {key: value for key, value in given.items() if value is not None})
         if log_metric is not None:
-            for part in self.expression.parts:
-                log_metric(f"rewards/{part.name}", float(found[part.name].mean()))
-            for name, good in self.good(found).items():
-                log_metric(f"good/{name}", float(good.double().mean()))
-        values: list[float] = self.expression.goal(found).tolist()
-        return values
+            means = {f"rewards/{part.name}": found[part.name] for part in self.expression.parts}
+            means |= {f"good/{name}": values for name, values in self.good(found).items()}
+            for name, values in means.items():
+                if len(there := values[~values.isnan()]):
+                    log_metric(name, float(there.mean()))
+        return self._combined(found, len(prompts))
 
     def columns(
-        self, prompts: Sequence[Content], completions: Sequence[Content], given: Mapping[str, Any]
+        self, prompts: Sequence[Content], completions: Sequence[Content], given: Mapping[str, Any] = NO_COLUMNS
     ) -> dict[str, Tensor]:
-        """Each part's rewards, and the references that stand in columns, (N,) in float64 by name."""
+        """Each part's rewards, and the references that stand in columns, (N,) in float64 by name.
+
+        NaN is where a rule gave None: no reward, and no reference where there is no reward.
+        """
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts and {len(completions)} completions: one completion a prompt")
-        scores = {
-            name: _checked(name, scorer(prompts, completions), len(prompts)) for name, scorer in self.scorers.items()
-        }
+        scores = {name: self._scored(name, prompts, completions, given) for name in self.scorers}
         found = {part.name: scores[part.reward] for part in self.expression.parts}
         for part in self.expression.parts:
             if (column := part.reference_column) is not None:
-                found[column] = _reference(part, column, given.get(column), len(prompts))
+                values = self._references(part, column, prompts, given)
+                _check_references(part, column, values, found[part.name])
+                found[column] = values
         return found
 
     def good(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Which answers reach each part's reference, (N,) Boolean by name, and under ``all`` which reach them all.
+        """Which answers reach each part's reference, 1 or 0, (N,) by name, and under ``all`` which reach them all.
 
-        Parts without a reference are left out; ``all`` is there where two or more have one.
+        NaN is where there is no reward. Parts without a reference are left out; ``all`` is there where two or more
+        have one.
         """
         found: dict[str, Tensor] = {}
         for part in self.expression.parts:
             if part.reference is None:
                 continue
             reference = part.reference if isinstance(part.reference, float) else columns[str(part.reference_column)]
-            found[part.name] = columns[part.name] >= reference
+            reached = (columns[part.name] >= reference).double()
+            found[part.name] = reached.masked_fill(columns[part.name].isnan(), math.nan)
         if len(found) > 1:
-            found["all"] = functools.reduce(torch.logical_and, found.values())
+            found["all"] = functools.reduce(lambda a, b: torch.fmin(a, b), found.values())  # fmin passes over NaN
         return found
 
+    def _combined(self, found: Mapping[str, Tensor], count: int) -> Rewards:
+        """The goal of every answer, of the rewards that it has."""
+        names = [part.name for part in self.expression.parts]
+        there = torch.stack([~found[name].isnan() for name in names], 1)
+        values: Rewards = [None] * count
+        for pattern in {tuple(row) for row in there.tolist()}:
+            goal = self.expression.of([name for name, has in zip(names, pattern, strict=True) if has])
+            if goal is None:
+                continue
+            rows = (there == torch.tensor(pattern)).all(1).nonzero()[:, 0]
+            reached = goal({name: column[rows] for name, column in found.items() if not column[rows].isnan().any()})
+            for row, value in zip(rows.tolist(), reached.tolist(), strict=True):
+                values[row] = value
+        return values
 
-def load_scorer(name: str, *, batch_size: int = 16) -> Scorer:
-    """What ``name`` says: a rule (``module:function``), or a reward model (its folder, its run or a hub id).
+    def _scored(
+        self, name: str, prompts: Sequence[Content], completions: Sequence[Content], given: Mapping[str, Any]
+    ) -> Tensor:
+        try:
+            found = self.scorers[name](prompts, completions, given)
+        except ValueError as error:
+            row = error.row if isinstance(error, RewardError) else None
+            where = "" if row is None else f" (of prompt {plain(prompts[row], 'user')[:60]!r})"
+            raise RewardError(None, f"{name}: {error}{where}") from error
+        return _tensor(found)
 
-    Of a PAL model, ``FOLDER@WHO`` says whose reward (``PalRewardModel.choose``).
-
-    Raises:
-        ValueError: no such rule, or a choice of annotator that is missing, unknown or out of place; OSError: no such
-            model.
-    """
-    if is_rule(name):
-        return rule_scorer(load_reward(name))
-    from .pal_model import load_reward_model  # transformers: not for rules
-
-    return model_scorer(load_reward_model(name), batch_size=batch_size)
-
-
-def is_rule(name: str) -> bool:
-    """Whether a name is ``module:function``, and not a folder that has a colon in its path or in ``FOLDER@WHO``."""
-    return ":" in name.partition("@")[0] and not Path(split_choice(name)[0]).exists()
-
-
-def rule_scorer(rule: Reward) -> Scorer:
-    """A rule's rewards; it sees text: the last turn of the user and of the answer."""
-
-    def score(prompts: Sequence[Content], completions: Sequence[Content]) -> Tensor:
-        found = rule([last_turn(prompt) for prompt in prompts], [last_turn(answer) for answer in completions])
-        return torch.tensor([float(value) for value in found], dtype=torch.float64)
-
-    return score
-
-
-def model_scorer(model: RewardModel, *, batch_size: int = 16) -> Scorer:
-    """A reward model's rewards; of a preference model (gpm), ``group_log_odds``.
-
-    A policy may end its answer at once, and a reward model refuses an answer without words: it is read as ``...``.
-    """
-    scored = functools.partial(group_log_odds, model) if model.config.kind == "gpm" else model.rewards
-
-    def score(prompts: Sequence[Content], completions: Sequence[Content]) -> Tensor:
-        return scored(prompts, [_some_words(answer) for answer in completions], batch_size=batch_size)
-
-    return score
+    def _references(self, part: Part, column: str, prompts: Sequence[Content], given: Mapping[str, Any]) -> Tensor:
+        if not isinstance(part.reference, CannedReference):
+            values = given.get(column)
+            if values is None:
+                made = " (align train makes it before training)" if part.is_made else ""
+                raise RewardError(
+                    None, f"no column {column!r} with the references of {part.name}{made}; none is never taken as 0"
+                )
+            return _tensor(values)
+        runs = [list(rows) for _, rows in groupby(range(len(prompts)), key=lambda row: prompts[row])]
+        firsts = [run[0] for run in runs]
+        asked = [prompts[row] for row in firsts]
+        answers = [as_answer(prompt, part.reference.answer) for prompt in asked]
+        canned = self._scored(part.reward, asked, answers, of_rows(given, firsts, len(prompts)))
+        return canned.repeat_interleave(torch.tensor([len(run) for run in runs], dtype=torch.long))
 
 
-def group_log_odds(
-    model: RewardModel, prompts: Sequence[Content], completions: Sequence[Content], *, batch_size: int = 16
-) -> Tensor:
-    """Mean over the other answers of a prompt of ``score / tau``, the log-odds of being preferred to it, (N,).
-
-    The answers to a prompt are those that stand next to each other. The rewards of a prompt sum to 0.
-
-    Raises:
-        ValueError: a prompt with a single answer.
-    """
-    numbers = [list(group) for _, group in groupby(range(len(prompts)), key=lambda row: prompts[row])]
-    alone = next((group[0] for group in numbers if len(group) < 2), None)
-    if alone is not None:
-        raise ValueError(
-            f"row {alone}: one answer to its prompt, and a preference model compares answers: give two or more next "
-            "to each other (in GRPO, a batch per device that num_generations divides)"
-        )
-    matrices = model.score_groups(
-        [prompts[group[0]] for group in numbers],
-        [[completions[row] for row in group] for group in numbers],
-        batch_size=batch_size,
-    )
-    return torch.cat([matrix.sum(1) / (len(matrix) - 1) for matrix in matrices]) / model.config.tau
+def as_answer(prompt: Content, text: str) -> Content:
+    """An answer in its prompt's form: text, or a message."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
-def last_turn(content: Content) -> str:
-    """What a rule sees: the text, or the last message."""
-    return content if isinstance(content, str) else content[-1]["content"]
+def _tensor(values: Sequence[float | None]) -> Tensor:
+    return torch.tensor([math.nan if value is None else float(value) for value in values], dtype=torch.float64)
 
 
-def _some_words(answer: Content) -> Content:
-    if isinstance(answer, str):
-        return answer if answer.strip() else SILENCE
-    blank = not any(str(turn.get("content") or "").strip() or turn.get("tool_calls") for turn in answer)
-    return [{"role": "assistant", "content": SILENCE}] if blank else answer
-
-
-def _checked(name: str, scores: Tensor, rows: int) -> Tensor:
-    if scores.shape != (rows,):
-        raise ValueError(f"{name} gave rewards of shape {tuple(scores.shape)} for {rows} answers: one number each")
-    check_finite(name, scores)
-    return scores.detach().double().cpu()
-
-
-def _reference(part: Part, column: str, values: Any, rows: int) -> Tensor:
-    if values is None:
-        made = (
-            " (it is sampled before training: align train does)"
-            if isinstance(part.reference, SampledReference)
-            else ""
-        )
-        raise ValueError(f"no column {column!r} with the references of {part.name}{made}; none is never taken as 0")
-    missing = next((row for row, value in enumerate(values) if value is None), None)
-    if missing is not None:
-        raise ValueError(f"row {missing}: no {column}, the reference of {part.name}; none is never taken as 0")
-    return _checked(column, torch.as_tensor([float(value) for value in values], dtype=torch.float64), rows)
+def _check_references(part: Part, column: str, references: Tensor, rewards: Tensor) -> None:
+    """Raise a RewardError where an answer has a reward, and no finite reference."""
+    if references.shape != rewards.shape:
+        raise RewardError(None, f"{len(references)} values of {column} for {len(rewards)} answers: one each")
+    missing = (~rewards.isnan() & ~references.isfinite()).nonzero()[:, 0].tolist()
+    if missing:
+        raise RewardError(missing[0], f"no {column}, the reference of {part.name}; none is never taken as 0")

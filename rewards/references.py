@@ -1,26 +1,24 @@
-"""Reference rewards ``r_ref`` of prompts: what an answer has to beat to be good.
+"""Reference rewards ``r_ref`` of prompts: what an answer has to beat to be good (arXiv:2402.00742).
 
-Three sources, each a column in the end: the reward of a canned answer (score it and keep the column), a quantile of
-the rewards of answers that the starting policy gave to the prompt, and a regression that predicts such a quantile from
-the prompt's embedding, for prompts without samples (arXiv:2402.00742).
+The reward of a canned answer needs nothing from here. The others are a quantile of the rewards of answers that the
+starting policy gave to the prompt, and a regression on the prompt's embedding, which predicts such references for
+prompts without samples and evens out the error of small samples.
 """
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from align.losses.checks import check_finite, wide
+from align.losses.checks import check_finite, check_shape, wide
 
-Method = Literal["ridge", "quantile"]
+_PENALTIES = np.logspace(-2, 6, 17)
+_FEWEST_PROMPTS = 3
 
 
 def quantile_reference(samples: Tensor | Sequence[Tensor], *, quantile: float = 0.85) -> Tensor:
@@ -35,7 +33,8 @@ def quantile_reference(samples: Tensor | Sequence[Tensor], *, quantile: float = 
     Raises:
         ValueError: a quantile outside (0, 1), no prompt, a prompt without samples, or a reward that is not finite.
     """
-    _check_quantile(quantile)
+    if not 0 < quantile < 1:
+        raise ValueError(f"quantile is {quantile}: it is between 0 and 1, without the ends")
     rows = list(samples)
     if not rows:
         raise ValueError("samples has no prompt")
@@ -53,6 +52,22 @@ def quantile_reference(samples: Tensor | Sequence[Tensor], *, quantile: float = 
     return torch.stack([wide(row.detach()).quantile(quantile) for row in rows])
 
 
+def sampled_reference(rewards: Sequence[float | None], quantile: float) -> float | None:
+    """The reference of one prompt, in float64, from the rewards of answers to it.
+
+    Answers without a reward, None, are left out. Where no answer has one, there is no reference, None.
+
+    Raises:
+        ValueError: one answer alone has a reward, which is no quantile.
+    """
+    there = [reward for reward in rewards if reward is not None]
+    if len(there) == 1:
+        raise ValueError(f"1 of {len(rewards)} sampled answers has a reward, and a quantile takes two: sample more")
+    if not there:
+        return None
+    return float(quantile_reference(torch.tensor([there], dtype=torch.float64), quantile=quantile))
+
+
 @dataclass(frozen=True)
 class PromptReference:
     """A linear prediction of reference rewards from prompt embeddings.
@@ -60,65 +75,53 @@ class PromptReference:
     Attributes:
         coefficients: in reward units per unit of the embedding, (D,).
         intercept: in reward units.
-        quantile: what it predicts a quantile of.
-        method: how it was fitted.
+        prompts: how many it was fitted to.
+        explained: share of the references' variance that is predicted of prompts left out of the fit, one by one;
+            0 or less is no better than their mean.
     """
 
     coefficients: tuple[float, ...]
     intercept: float
-    quantile: float
-    method: str
+    prompts: int
+    explained: float
 
     @classmethod
-    def fit(
-        cls,
-        embeddings: Tensor,
-        samples: Tensor | Sequence[Tensor],
-        *,
-        quantile: float = 0.85,
-        method: Method = "ridge",
-        alpha: float = 1.0,
-    ) -> PromptReference:
-        """Fit to P prompts.
+    def fit(cls, embeddings: Tensor, references: Tensor) -> PromptReference:
+        """Fit to P prompts by ridge regression on standardised embeddings; the penalty is what predicts best of
+        prompts left out one by one.
 
         Args:
             embeddings: of the prompts, (P, D).
-            samples: rewards of the answers to each prompt, as in ``quantile_reference``.
-            quantile: in (0, 1).
-            method: ``ridge`` fits each prompt's own sample quantile by least squares; ``quantile`` fits all samples at
-                once by the quantile (pinball) loss, which needs no more than one sample a prompt, but minutes where
-                samples and dimensions are thousands.
-            alpha: strength of the penalty, on squares (ridge) or on sizes (quantile), of coefficients of the
-                embedding as it is.
+            references: such as ``quantile_reference`` gives, (P,).
 
         Raises:
-            ValueError: sizes that differ, a number that is not finite, an unknown method, or a negative alpha.
+            ValueError: sizes that differ, fewer than three prompts, or a number that is not finite.
         """
-        from sklearn.linear_model import QuantileRegressor, Ridge
+        from sklearn.linear_model import RidgeCV
 
-        _check_quantile(quantile)
-        rows = list(samples)
-        if embeddings.ndim != 2 or len(embeddings) != len(rows):
-            raise ValueError(f"embeddings of shape {tuple(embeddings.shape)} for the samples of {len(rows)} prompts")
+        if embeddings.ndim != 2:
+            raise ValueError(f"embeddings has shape {tuple(embeddings.shape)} and must have (P, D)")
+        check_shape("references", references, embeddings.shape[:1], "one a prompt")
         check_finite("embeddings", embeddings)
-        if not alpha >= 0:
-            raise ValueError(f"alpha is {alpha}: it must not be negative")
-        x = embeddings.detach().double().cpu().numpy()
-        if method == "ridge":
-            y = quantile_reference(rows, quantile=quantile).double().cpu().numpy()
-            model = Ridge(alpha=alpha).fit(x, y)
-        elif method == "quantile":
-            for number, row in enumerate(rows):
-                check_finite(f"samples[{number}]", row)
-            y = torch.cat(rows).detach().double().cpu().numpy()
-            x = np.repeat(x, [len(row) for row in rows], axis=0)
-            model = QuantileRegressor(quantile=quantile, alpha=alpha, solver="highs").fit(x, y)
-        else:
-            raise ValueError(f"method is {method!r}: it is ridge or quantile")
-        return cls(tuple(map(float, model.coef_)), float(model.intercept_), quantile, method)
+        check_finite("references", references)
+        count = len(references)
+        if count < _FEWEST_PROMPTS:
+            raise ValueError(f"{count} prompts: a regression takes {_FEWEST_PROMPTS} or more")
+        x, y = embeddings.detach().double().cpu().numpy(), references.detach().double().cpu().numpy()
+        mean, scale = x.mean(0), x.std(0)
+        scale[scale == 0] = 1.0
+        model = RidgeCV(alphas=_PENALTIES).fit((x - mean) / scale, y)
+        spread = y.var() * (count / (count - 1)) ** 2  # the mean's own error when each prompt is left out of it
+        coefficients = model.coef_ / scale
+        return cls(
+            tuple(map(float, coefficients)),
+            float(model.intercept_ - coefficients @ mean),
+            count,
+            1 + float(model.best_score_) / float(spread) if spread else 1.0,
+        )
 
     def predict(self, embeddings: Tensor) -> Tensor:
-        """Reference rewards, (B,), float32 or better, of prompts with embeddings (B, D).
+        """Reference rewards, (B,), in float64, of prompts with embeddings (B, D).
 
         Raises:
             ValueError: another number of dimensions, or a number that is not finite.
@@ -128,20 +131,5 @@ class PromptReference:
                 f"embeddings has shape {tuple(embeddings.shape)} and must have (B, {len(self.coefficients)})"
             )
         check_finite("embeddings", embeddings)
-        x = wide(embeddings.detach())
-        return x @ torch.tensor(self.coefficients, dtype=x.dtype, device=x.device) + self.intercept
-
-    def save(self, path: str | Path) -> None:
-        """Write as JSON."""
-        Path(path).write_text(json.dumps(vars(self)) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> PromptReference:
-        """Read what ``save`` wrote."""
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-        return cls(**{**found, "coefficients": tuple(found["coefficients"])})
-
-
-def _check_quantile(quantile: float) -> None:
-    if not 0 < quantile < 1:
-        raise ValueError(f"quantile is {quantile}: it is between 0 and 1, without the ends")
+        x = embeddings.detach().double().cpu()
+        return x @ torch.tensor(self.coefficients, dtype=torch.float64) + self.intercept

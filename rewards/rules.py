@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
+from .encoding import Content, plain
 from .text import (
     FUNCTION_WORDS,
     asked_items,
@@ -28,8 +29,6 @@ from .text import (
     words,
 )
 
-Message = dict[str, str]
-Text = str | Sequence[Message]
 Criterion = Callable[[str, str], float]
 
 OPENER = re.compile(
@@ -86,7 +85,7 @@ FORM_STEMS = frozenset(
 )
 
 
-def everyday_answer(prompts: Sequence[Text], completions: Sequence[Text]) -> list[float]:
+def everyday_answer(prompts: Sequence[Content], completions: Sequence[Content]) -> list[float]:
     """How good each answer is, in [0, 1]: the product of the nine criteria of ``CRITERIA``.
 
     Args:
@@ -99,7 +98,7 @@ def everyday_answer(prompts: Sequence[Text], completions: Sequence[Text]) -> lis
     return [breakdown["reward"] for breakdown in everyday_breakdown(prompts, completions)]
 
 
-def everyday_breakdown(prompts: Sequence[Text], completions: Sequence[Text]) -> list[dict[str, float]]:
+def everyday_breakdown(prompts: Sequence[Content], completions: Sequence[Content]) -> list[dict[str, float]]:
     """Per answer, the value of each criterion by name, and their product as ``reward``."""
     found = []
     for request, answer in _turns(prompts, completions):
@@ -108,7 +107,7 @@ def everyday_breakdown(prompts: Sequence[Text], completions: Sequence[Text]) -> 
     return found
 
 
-def informative(prompts: Sequence[Text], completions: Sequence[Text]) -> list[float]:
+def informative(prompts: Sequence[Content], completions: Sequence[Content]) -> list[float]:
     """How much each answer brings: different words with a meaning of their own that the request has not, up to 40.
 
     It is easily had by writing more, and so conflicts with ``brief``.
@@ -119,7 +118,7 @@ def informative(prompts: Sequence[Text], completions: Sequence[Text]) -> list[fl
     ]
 
 
-def brief(prompts: Sequence[Text], completions: Sequence[Text]) -> list[float]:
+def brief(prompts: Sequence[Content], completions: Sequence[Content]) -> list[float]:
     """Minus the number of words of each answer; an answer that says nothing has the most, 0."""
     return [-float(len(words(answer))) for _, answer in _turns(prompts, completions)]
 
@@ -269,16 +268,7 @@ def ramp(value: float, low: float, high: float) -> float:
     return min(1.0, max(0.0, (value - low) / (high - low)))
 
 
-def _turns(prompts: Sequence[Text], completions: Sequence[Text]) -> list[tuple[str, str]]:
+def _turns(prompts: Sequence[Content], completions: Sequence[Content]) -> list[tuple[str, str]]:
     """Request and answer of each row."""
     rows = zip(prompts, completions, strict=True)
-    return [(_last(prompt, "user"), _last(completion, "assistant").strip()) for prompt, completion in rows]
-
-
-def _last(text: Text, role: str) -> str:
-    if isinstance(text, str):
-        return text
-    turns = [message["content"] for message in text if message["role"] == role]
-    if not turns:
-        raise ValueError(f"the messages have no {role} turn to judge")
-    return turns[-1]
+    return [(plain(prompt, "user"), plain(completion, "assistant").strip()) for prompt, completion in rows]

@@ -70,6 +70,10 @@ class LogSigmoidCentered(Goal):
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        _is_a(str, self.reward, "the reward")
+        for name, value in (("reference", self.reference), ("temperature", self.temperature)):
+            if not isinstance(value, int | float) and (name == "temperature" or not isinstance(value, str)):
+                raise ValueError(f"the {name} of {self.reward} is {value!r}: it must be a number")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(f"the temperature of {self.reward} is {self.temperature}: it must be positive and finite")
         if not isinstance(self.reference, str) and not math.isfinite(self.reference):
@@ -96,6 +100,9 @@ class Not(Goal):
 
     goal: Goal
 
+    def __post_init__(self) -> None:
+        _is_a(Goal, self.goal, "what Not negates")
+
     def log_true(self, columns: Columns) -> Tensor:
         return self.goal.log_false(columns)
 
@@ -110,7 +117,7 @@ class AllOf(Goal):
     goals: Sequence[Goal]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "goals", _some(self.goals))
+        object.__setattr__(self, "goals", _some(self.goals, Goal))
 
     def log_true(self, columns: Columns) -> Tensor:
         return _every([goal.log_true(columns) for goal in self.goals])
@@ -126,7 +133,7 @@ class AnyOf(Goal):
     goals: Sequence[Goal]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "goals", _some(self.goals))
+        object.__setattr__(self, "goals", _some(self.goals, Goal))
 
     def log_true(self, columns: Columns) -> Tensor:
         return _some_of([(goal.log_true(columns), goal.log_false(columns)) for goal in self.goals])
@@ -151,7 +158,7 @@ class Weighted(Goal):
     weights: Sequence[float]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "goals", _some(self.goals))
+        object.__setattr__(self, "goals", _some(self.goals, Goal))
         object.__setattr__(self, "weights", _weights(self.weights, len(self.goals)))
 
     def log_true(self, columns: Columns) -> Tensor:
@@ -174,7 +181,7 @@ class RawSum:
     weights: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rewards", _some(self.rewards))
+        object.__setattr__(self, "rewards", _some(self.rewards, str))
         if self.weights is not None:
             object.__setattr__(self, "weights", _weights(self.weights, len(self.rewards)))
 
@@ -184,10 +191,20 @@ class RawSum:
         return _every([w * _column(columns, name) for w, name in zip(weights, self.rewards, strict=True)])
 
 
-def _some(parts: Sequence[T]) -> tuple[T, ...]:
+def _some(parts: Sequence[T], kind: type) -> tuple[T, ...]:
+    if isinstance(parts, str) or not isinstance(parts, Sequence):
+        raise ValueError(f"{parts!r}: give a list of what is to be combined")
     if not parts:
         raise ValueError("nothing to combine: give one goal or more")
+    for number, part in enumerate(parts):
+        _is_a(kind, part, f"part {number}")
     return tuple(parts)
+
+
+def _is_a(kind: type, part: object, what: str) -> None:
+    if not isinstance(part, kind):
+        wanted = "the name of a column" if kind is str else "a goal, such as LogSigmoidCentered"
+        raise ValueError(f"{what} is {part!r}: it must be {wanted}")
 
 
 def _weights(weights: Sequence[float], count: int) -> tuple[float, ...]:
@@ -205,6 +222,8 @@ def _column(columns: Columns, name: str) -> Tensor:
         known = ", ".join(columns) or "none"
         raise ValueError(f"no column {name!r} (there is: {known}); a missing reward or reference is never taken as 0")
     column = columns[name]
+    if not isinstance(column, Tensor):
+        raise ValueError(f"{name} is a {type(column).__name__}: it must be a tensor (N,)")
     if column.ndim != 1:
         raise ValueError(f"{name} has shape {tuple(column.shape)} and must have (N,)")
     check_finite(name, column)

@@ -12,9 +12,8 @@ from align.errors import ConfigError
 from .disk import writing_to
 
 if TYPE_CHECKING:
-    from align.score.references import Draws
     from align.score.run import Outcome
-    from align.score.scorers import Policy, Scorer
+    from align.score.scorers import AnswerScorer, Policy, Scorer
 
 
 def score(
@@ -49,6 +48,21 @@ def score(
             help="Add NAME_reference: this quantile of the rewards of the model's own answers to the prompt.",
         ),
     ] = None,
+    canned: Annotated[
+        str | None,
+        typer.Option(
+            "--reference-canned", metavar="TEXT", help="Add NAME_reference: the reward of this answer to the prompt."
+        ),
+    ] = None,
+    regression: Annotated[
+        str | None,
+        typer.Option(
+            "--reference-regression",
+            metavar="DATA",
+            help="Add NAME_reference: predicted from the prompt, as the model sees it, by a regression on the prompts "
+            "of DATA, which has this column.",
+        ),
+    ] = None,
     samples: Annotated[int, typer.Option(min=2, help="Reference answers a prompt.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reference answer, tokens.")] = 256,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the reference answers.")] = 0,
@@ -68,21 +82,33 @@ def score(
 
         align score pairs.jsonl --with ches,ches_ln,logps --model smollm2-135m-instruct -o scored.jsonl
     """
-    _check_options(source, output, dtype, quantile)
-    from align.score.references import Draws
+    _check_options(source, output, dtype, quantile, canned, regression)
     from align.score.run import processes, score_data
     from align.score.scorers import OF_THE_MODEL, Policy, named_specs
 
     named = named_specs([part for given in specs or [] for part in given.split(",") if part])
-    draws = None if quantile is None else Draws(quantile, samples, max_new_tokens, seed)
-    needy = [spec for spec in named.values() if spec in OF_THE_MODEL] + ["--reference-quantile"] * (draws is not None)
+    asked = {"--reference-quantile": quantile, "--reference-regression": regression}
+    needy = [spec for spec in named.values() if spec in OF_THE_MODEL]
+    needy += [option for option, value in asked.items() if value is not None]
     if needy and model is None:
         raise ConfigError("align score", [("--model", f"is missing: {needy[0]} needs it")])
     policy = None
     if model is not None and needy:
         device = processes().device
         policy = Policy.load(model, dtype=dtype, max_length=max_length, batch_size=batch_size, device=device)
-    scorers = _scorers(named, policy, draws, dtype, batch_size)
+    scorers = _scorers(named, policy, dtype, batch_size)
+    if (quantile, canned, regression) != (None, None, None):
+        from align.score.references import CannedReferences, PredictedReferences, SampledReferences
+        from align.trainers.references import Draws
+
+        rewards = _with_references(scorers)
+        if canned is not None:
+            scorers.append(CannedReferences(rewards, canned))
+        elif policy is not None and regression is not None:
+            scorers.append(PredictedReferences(rewards, policy, regression))
+        elif policy is not None and quantile is not None:
+            draws = Draws(samples, max_new_tokens, seed, batch_size)
+            scorers.append(SampledReferences(rewards, policy, quantile, draws))
     try:
         with writing_to(output):
             outcome = score_data(source, scorers, output, batch_size=batch_size)
@@ -92,12 +118,19 @@ def score(
         _show(outcome)
 
 
-def _check_options(source: str, output: Path, dtype: str, quantile: float | None) -> None:
+def _check_options(
+    source: str, output: Path, dtype: str, quantile: float | None, canned: str | None, regression: str | None
+) -> None:
     problems = []
     if dtype not in (known := ("auto", "float32", "bfloat16", "float16")):
         problems.append(("--dtype", f"{dtype!r} is none of {', '.join(known)}"))
     if quantile is not None and not 0 < quantile < 1:
         problems.append(("--reference-quantile", f"{quantile} is not between 0 and 1, without the ends"))
+    if sum(option is not None for option in (quantile, canned, regression)) > 1:
+        what = "quantile, canned answer and regression are three ways to one column: give one"
+        problems.append(("--reference-...", what))
+    if canned is not None and not canned.strip():
+        problems.append(("--reference-canned", "is empty: the text of an answer"))
     if output.suffix not in (".jsonl", ".parquet"):
         problems.append(("--output", f"{output}: end it in .jsonl or .parquet"))
     if Path(source).absolute() == output.absolute():
@@ -106,16 +139,12 @@ def _check_options(source: str, output: Path, dtype: str, quantile: float | None
         raise ConfigError("align score", problems)
 
 
-def _scorers(
-    named: dict[str, str], policy: Policy | None, draws: Draws | None, dtype: str, batch_size: int
-) -> list[Scorer]:
+def _scorers(named: dict[str, str], policy: Policy | None, dtype: str, batch_size: int) -> list[Scorer]:
     from align.score.policy import PolicyScorer
-    from align.score.references import ReferenceScorer
     from align.score.run import processes
-    from align.score.scorers import OF_THE_MODEL, AnswerScorer, ModelScorer, RuleScorer, reward_folder
+    from align.score.scorers import OF_THE_MODEL, ModelScorer, RuleScorer, reward_folder
 
     scorers: list[Scorer] = []
-    rewards: list[AnswerScorer] = []
     words = {name: spec for name, spec in named.items() if spec in OF_THE_MODEL}
     if words and policy is not None:
         scorers.append(PolicyScorer(words, policy))
@@ -123,21 +152,29 @@ def _scorers(
         if name in words:
             continue
         folder = reward_folder(spec)
-        reward: RuleScorer | ModelScorer
         if folder is None:
-            reward = RuleScorer(name, spec)
+            scorers.append(RuleScorer(name, spec))
         else:
             device = processes().device
-            reward = ModelScorer(name, folder, dtype=dtype, batch_size=batch_size, device=device)
-        scorers.append(reward)
-        if isinstance(reward, RuleScorer) or reward.model.config.kind != "gpm":
-            rewards.append(reward)
-    if draws is not None and policy is not None:
-        if not rewards:
-            what = "no reward in --with of which a reference can be taken (a gpm and log-probs have none)"
-            raise ConfigError("align score", [("--reference-quantile", what)])
-        scorers.append(ReferenceScorer(rewards, policy, draws))
+            scorers.append(ModelScorer(name, folder, dtype=dtype, batch_size=batch_size, device=device))
     return scorers
+
+
+def _with_references(scorers: list[Scorer]) -> list[AnswerScorer]:
+    """The rewards of which one answer by itself can be the reference."""
+    from align.score.scorers import ModelScorer, RuleScorer
+
+    rewards = [one for one in scorers if isinstance(one, RuleScorer | ModelScorer)]
+    problems = [
+        (f"--with {one.name}", "is a gpm, which compares answers and has no reference: leave out --reference-...")
+        for one in rewards
+        if one.reward.compares
+    ]
+    if not rewards:
+        problems = [("--with", "names no reward of which a reference can be taken: a rule or a reward model")]
+    if problems:
+        raise ConfigError("align score", problems)
+    return list(rewards)
 
 
 def _show(outcome: Outcome) -> None:
@@ -146,12 +183,17 @@ def _show(outcome: Outcome) -> None:
     counts = outcome.counts
     cut = f" · {counts['cut']:,} answers cut to fit" if counts["cut"] else ""
     moved = f" · {counts['moved']:,} whose prompt ends in other tokens before an answer" if counts["moved"] else ""
-    print(f"{counts['scored']:,} of {counts['rows']:,} rows scored · {counts['set_aside']:,} set aside{cut}{moved}")
+    left = f" · {counts['left_out']:,} reference answers without a reward left out" if counts["left_out"] else ""
+    print(
+        f"{counts['scored']:,} of {counts['rows']:,} rows scored · {counts['set_aside']:,} set aside{cut}{moved}{left}"
+    )
     if (flagged := outcome.columns.pop("one_token", None)) and (count := round(flagged["n"] * flagged["mean"])):
         print(f"{count:,} pairs whose answers are single tokens: CHES says little of them (column one_token)")
     width = max((len(name) for name in outcome.columns), default=0)
     for name, found in outcome.columns.items():
-        print(f"  {name:<{width}}  mean {found['mean']:.4g}  ({found['min']:.4g} to {found['max']:.4g})")
+        nulls = f"{found['null']:,} without a number" if found["null"] else ""
+        numbers = f"mean {found['mean']:.4g}  ({found['min']:.4g} to {found['max']:.4g})" if found["n"] else ""
+        print(f"  {name:<{width}}  {'  '.join(filter(None, (numbers, nulls)))}")
     if outcome.faults:
         print(fault_report(outcome.faults, counts["rows"], outcome.rejected))
     print(outcome.output)

@@ -19,7 +19,7 @@ from align.errors import ConfigError
 from .explain import Problem, leaves, model_problems, nearest
 from .losses import check_losses, fill_losses, with_implied_method
 from .pal import check_pal, is_frozen
-from .paths import check_paths, model_problem
+from .paths import check_paths, data_problem, model_problem
 from .read import parse_mapping, parse_yaml
 from .reward import check_reward_model
 from .schema import EVALS, Recipe, data_kind, eval_applies, reward_kind
@@ -256,9 +256,8 @@ def _grpo(data: dict[str, Any]) -> list[Problem]:
 
 
 def _rewards(given: Any) -> list[Problem]:
-    from align.rewards.expression import ExpressionError, parse_expression
-    from align.rewards.functions import is_rule
-    from align.rewards.named import load_reward, split_choice
+    from align.rewards.expression import ExpressionError, PredictedReference, parse_expression
+    from align.rewards.named import is_gpm, is_rule, load_reward, reward_folder, split_choice
 
     try:
         expression = parse_expression(given)
@@ -267,12 +266,17 @@ def _rewards(given: Any) -> list[Problem]:
     problems = []
     for part in expression.parts:
         where = f"grpo.rewards.{part.where}.reward"
-        if not is_rule(part.reward):
-            if what := model_problem(split_choice(part.reward)[0]):
-                problems.append((where, what))
+        if isinstance(part.reference, PredictedReference) and (what := data_problem(part.reference.source)):
+            problems.append((f"grpo.rewards.{part.where}.reference.regression", what))
+        if not is_rule(part.reward) and (what := model_problem(split_choice(part.reward)[0])):
+            problems.append((where, what))
             continue
         try:
-            load_reward(part.reward)
+            if reward_folder(part.reward) is None:
+                load_reward(part.reward)
+            part.check_reference(is_gpm(part.reward))
+        except ExpressionError as error:
+            problems.append((f"grpo.rewards.{error.where}", error.problem))
         except ValueError as error:
             problems.append((where, str(error)))
     return problems

@@ -18,8 +18,8 @@ def check_paths(recipe: Mapping[str, Any]) -> list[Problem]:
     """Problems of ``data.train``, ``data.eval``, ``model.name``, ``model.adapter`` and ``output``."""
     problems = []
     for section, key, check in (
-        ("data", "train", _data),
-        ("data", "eval", _data),
+        ("data", "train", data_problem),
+        ("data", "eval", data_problem),
         ("model", "name", model_problem),
         ("model", "adapter", _adapter),
     ):
@@ -38,7 +38,8 @@ def _get(recipe: Mapping[str, Any], section: str, key: str) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _data(source: str) -> str | None:
+def data_problem(source: str) -> str | None:
+    """Why a source leads to no data; None for a file, a folder, packaged data, and what may be a hub id."""
     if source.startswith("align:"):
         return _packaged_data(source)
     path = Path(source)

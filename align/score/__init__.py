@@ -4,7 +4,8 @@
 - ``scorers``     what makes columns: a rule, a reward model; the names that ``--with`` knows.
 - ``policy``      what the model itself says: log-probs, CHES and its kin, in one pass.
 - ``dataset``     the same for a ``datasets.Dataset`` in a script of one's own: ``ches_scores``, ``filter_by``.
-- ``references``  the quantile of the policy's own answers, a prompt: what ``LogSigmoidCentered`` is centred on.
+- ``references``  what ``LogSigmoidCentered`` is centred on: a quantile of the policy's answers, a canned answer,
+  or a regression on the prompt.
 - ``shards``      results on disk in pieces, so that an interrupted run goes on.
 - ``output``      the input's rows with their new columns, as JSONL or Parquet.
 - ``select``      which rows to keep by their scores: a share, thresholds, groups. Needs nothing else.

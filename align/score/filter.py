@@ -18,8 +18,9 @@ from align.data.fields import FieldError
 from align.data.load import Row
 from align.data.rows import Fault
 from align.errors import AlignError
+from align.rewards.encoding import plain
 
-from .rows import ScoreRow, plain, score_row
+from .rows import ScoreRow, score_row
 from .select import keep_count, select
 
 Rules = Mapping[str, FilterRule]

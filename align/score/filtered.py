@@ -16,11 +16,11 @@ from align.errors import AlignError
 from align.reports.figures import Series, histogram
 from align.reports.filtered import Composition, Ends, Example, FilterPage, write_filter_page
 from align.reports.record import group_faults
+from align.rewards.encoding import plain
 from align.tracking.files import write_json, write_text
 
 from .filter import ONE_WORD, SHORT, Candidate, Rules, Table, Verdict, cuts, describe, judge, rule_words
 from .output import Rows, write_rows
-from .rows import plain
 
 SHOWN = 6
 """Examples from each end."""

@@ -1,108 +1,127 @@
-"""Reference columns: a quantile of the rewards of the model's own answers to each prompt (arXiv:2402.00742).
+"""Reference columns: what an answer to each prompt has to beat (arXiv:2402.00742).
 
-``LogSigmoidCentered`` centres a reward on such a column. The model is the policy before training: its answers to a
-prompt are drawn at temperature 1, scored by each reward that is asked for, and their quantile is the column.
+``LogSigmoidCentered`` centres a reward on such a column. The model is the policy before training. GRPO's references
+are the same numbers (``align.trainers.references``).
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import torch
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 from align.data.fields import FieldError
-from align.data.rows import Content, row_id
+from align.data.rows import row_id
 from align.data.tokenize import encode_prompt
 from align.errors import AlignError
-from align.evals.sampling import sample
-from align.models.ends import end_tokens
-from align.rewards.references import quantile_reference
+from align.rewards.functions import as_answer
+from align.rewards.references import sampled_reference
+from align.rewards.scorers import RewardError
+from align.trainers.references import Draws, drawn_rewards, fitted_reference, prompt_embeddings
 
 from .rows import ScoreRow
 from .scorers import AnswerScorer, Columns, Policy, Scored
 
 
-@dataclass(frozen=True)
-class Draws:
-    """How reference answers are drawn, and which quantile of their rewards is taken.
+class SampledReferences:
+    """``NAME_reference`` for every reward: a quantile of the rewards of the model's own answers to the prompt.
 
-    Args:
-        quantile: in (0, 1).
-        samples: answers a prompt, two or more; 16 to 64 are usual, and few make the quantile uncertain.
-        max_new_tokens: longest answer; one that is cut counts as it is.
-        seed: of the draws.
+    A prompt that comes again gets the same.
     """
 
-    quantile: float
-    samples: int
-    max_new_tokens: int
-    seed: int
-
-
-class ReferenceScorer:
-    """``NAME_reference`` for every reward; a prompt that comes again gets the same.
-
-    The answers to one prompt are batches of their own, so that they depend on the prompt, the model and the seed, to
-    the bit, and on nothing else. Empty answers are left out: not every reward can judge them.
-    """
-
-    def __init__(self, scorers: Sequence[AnswerScorer], policy: Policy, draws: Draws) -> None:
+    def __init__(self, scorers: Sequence[AnswerScorer], policy: Policy, quantile: float, draws: Draws) -> None:
         self.name = "reference"
         self.scorers = scorers
         self.policy = policy
+        self.quantile = quantile
         self.draws = draws
-        self.eos_ids = end_tokens(policy.loaded.model, policy.loaded.tokenizer)
-        self.identity = {"references": policy.identity, **vars(draws), "of": [scorer.name for scorer in scorers]}
-        self._known: dict[str, Columns] = {}
+        self.identity = {
+            "references": policy.identity,
+            "quantile": quantile,
+            **asdict(draws),
+            "of": [scorer.name for scorer in scorers],
+        }
+        self._known: dict[str, tuple[Columns, int]] = {}
 
     def score(self, rows: Sequence[ScoreRow]) -> Scored:
-        for row in rows:
-            key = row_id(row.prompt)
-            if key not in self._known:
-                self._known[key] = self._reference(row)
-        return Scored([self._known[row_id(row.prompt)] for row in rows])
+        found = [self._reference(row) for row in rows]
+        return Scored([columns for columns, _ in found], left_out=sum(without for _, without in found))
 
-    def _reference(self, row: ScoreRow) -> Columns:
-        answers = self._answers(row)
-        drawn = ScoreRow(row.row_id, row.prompt, {"completions": answers}, frozenset())
-        columns: Columns = {}
-        for scorer in self.scorers:
-            rewards = torch.tensor(scorer.rewards(drawn), dtype=torch.float64)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # one answer that is not empty: counted as it is
-                found = quantile_reference([rewards], quantile=self.draws.quantile)
-            columns[f"{scorer.name}_reference"] = float(found)
-        return columns
+    def _reference(self, row: ScoreRow) -> tuple[Columns, int]:
+        asked = {name: row.fields[name] for one in self.scorers for name in row.fields if one.reward.asks(name)}
+        key = row_id(row.prompt) + repr(sorted(asked.items()))
+        if key not in self._known:
+            self._check_length(row)
+            named = {scorer.name: scorer.reward for scorer in self.scorers}
+            loaded = self.policy.loaded
+            try:
+                rewards = drawn_rewards(row.prompt, named, loaded.model, loaded.tokenizer, self.draws, asked)
+                made = {f"{name}_reference": sampled_reference(own, self.quantile) for name, own in rewards.items()}
+            except ValueError as error:
+                raise FieldError("prompt", f"reference answers: {error}") from error
+            self._known[key] = made, sum(one is None for own in rewards.values() for one in own)
+        return self._known[key]
 
-    def _answers(self, row: ScoreRow) -> list[Content]:
+    def _check_length(self, row: ScoreRow) -> None:
         try:
-            ids = encode_prompt(row.prompt, self.policy.loaded.tokenizer)
+            length = len(encode_prompt(row.prompt, self.policy.loaded.tokenizer))
         except AlignError as error:
             raise FieldError("prompt", str(error).removeprefix("prompt: ")) from error
         limit = self.policy.max_length
-        if limit is not None and len(ids) + self.draws.max_new_tokens > limit:
+        if limit is not None and length + self.draws.max_new_tokens > limit:
             raise FieldError(
                 "prompt",
-                f"{len(ids):,} tokens and a reference answer of {self.draws.max_new_tokens:,} are more than "
+                f"{length:,} tokens and a reference answer of {self.draws.max_new_tokens:,} are more than "
                 f"--max-length {limit:,}",
             )
-        drawn = sample(
-            self.policy.loaded.model,
-            self.policy.loaded.tokenizer,
-            [ids] * self.draws.samples,
-            eos_ids=self.eos_ids,
-            max_new_tokens=self.draws.max_new_tokens,
-            temperature=1.0,
-            seed=self.draws.seed,
-            batch_size=self.policy.batch_size,
-        )
-        texts = [answer.text for answer in drawn if answer.text.strip()]
-        if not texts:
-            raise FieldError("prompt", f"all {len(drawn)} reference answers are empty")
-        return [text if isinstance(row.prompt, str) else [_assistant(text)] for text in texts]
 
 
-def _assistant(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
+class CannedReferences:
+    """``NAME_reference`` for every reward: that of one and the same answer to each prompt, such as a refusal."""
+
+    def __init__(self, scorers: Sequence[AnswerScorer], answer: str) -> None:
+        self.name = "reference"
+        self.scorers = scorers
+        self.answer = answer
+        self.identity = {"canned": answer, "of": [scorer.name for scorer in scorers]}
+
+    def score(self, rows: Sequence[ScoreRow]) -> Scored:
+        return Scored([self._reference(row) for row in rows])
+
+    def _reference(self, row: ScoreRow) -> Columns:
+        found: Columns = {}
+        for scorer in self.scorers:
+            own = {name: [value] for name, value in row.fields.items() if scorer.reward.asks(name)}
+            try:
+                (found[f"{scorer.name}_reference"],) = scorer.reward(
+                    [row.prompt], [as_answer(row.prompt, self.answer)], own
+                )
+            except ValueError as error:
+                problem = error.problem if isinstance(error, RewardError) else str(error).removeprefix("row 0: ")
+                raise FieldError(scorer.name, f"the canned answer: {problem}") from error
+        return found
+
+
+class PredictedReferences:
+    """``NAME_reference`` for every reward, by a regression on the prompts of a data set that has this column."""
+
+    def __init__(self, scorers: Sequence[AnswerScorer], policy: Policy, source: str) -> None:
+        self.name = "reference"
+        self.policy = policy
+        loaded = policy.loaded
+        self.fitted = {
+            column: fitted_reference(source, column, loaded.model, loaded.tokenizer)
+            for column in (f"{scorer.name}_reference" for scorer in scorers)
+        }
+        fits = {column: [one.prompts, one.intercept, one.explained] for column, one in self.fitted.items()}
+        self.identity: Mapping[str, Any] = {"references": policy.identity, "regression": source, "fitted": fits}
+
+    def score(self, rows: Sequence[ScoreRow]) -> Scored:
+        try:
+            embeddings = prompt_embeddings(
+                [row.prompt for row in rows], self.policy.loaded.model, self.policy.loaded.tokenizer
+            )
+        except AlignError as error:
+            raise FieldError("prompt", str(error).removeprefix("prompt: ")) from error
+        predicted = {column: one.predict(embeddings).tolist() for column, one in self.fitted.items()}
+        return Scored([{column: values[row] for column, values in predicted.items()} for row in range(len(rows))])

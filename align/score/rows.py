@@ -31,13 +31,13 @@ class ScoreRow:
         prompt: text or messages.
         answers: by field, ``chosen`` and ``rejected``, ``completion`` or ``completions``: one answer each, and one or
             more for ``completions``; empty for a prompt alone.
-        fields: all that the row has, so that no column of its own is written over.
+        fields: all that the row has, for rules that ask for columns, and so that none is written over.
     """
 
     row_id: str
     prompt: Content
     answers: Mapping[str, Sequence[Content]]
-    fields: frozenset[str]
+    fields: Mapping[str, Any]
 
     @property
     def each(self) -> list[Content]:
@@ -67,7 +67,7 @@ def score_row(row: dict[str, Any], problems: list[FieldError]) -> ScoreRow | Non
     if problems:
         return None
     every = [answer for several in answers.values() for answer in several]
-    return ScoreRow(row_id(prompt, *every), prompt, answers, frozenset(row))
+    return ScoreRow(row_id(prompt, *every), prompt, answers, row)
 
 
 def _answers(row: dict[str, Any], problems: list[FieldError]) -> tuple[Content, dict[str, list[Content]]]:
@@ -100,11 +100,3 @@ def _named(row: dict[str, Any], problems: list[FieldError]) -> dict[str, Content
         with collecting(problems):
             named[f"{LISTED} {number}"] = content(f"{LISTED} {number}", value)
     return named
-
-
-def plain(part: Content, role: str) -> str:
-    """What a rule reads: text as it is; of messages, the last turn of this role, else the last one."""
-    if isinstance(part, str):
-        return part
-    turns = [message["content"] for message in part if message["role"] == role]
-    return turns[-1] if turns else part[-1]["content"]

@@ -38,7 +38,7 @@ from .scorers import Columns, Scorer
 from .shards import Line, Shards, check_same
 
 SHARD_ROWS = 256
-_COUNTED = ("cut", "moved")  # of Scored
+_COUNTED = ("cut", "moved", "left_out")  # of Scored
 
 
 @dataclass
@@ -48,8 +48,9 @@ class Outcome:
     Attributes:
         output: the file.
         counts: ``rows`` (read), ``scored``, ``set_aside``, ``cut`` (answers that were too long for a scorer) and
-            ``moved`` (rows whose prompt ends in other tokens when an answer follows).
-        columns: of each new column of numbers: ``n``, ``mean``, ``min``, ``max``; of lists, over their entries.
+            ``moved`` (rows whose prompt ends in other tokens when an answer follows) and ``left_out`` (of the answers
+            drawn for references, those without a reward).
+        columns: of each new column of numbers: ``n``, ``null``, ``mean``, ``min``, ``max``; of lists, over entries.
         faults: why rows were set aside, of a file that holds them.
         rejected: that file; None where there are no faults.
     """
@@ -223,7 +224,7 @@ def _score_batch(scorer: Scorer, rows: Sequence[ScoreRow]) -> tuple[list[Columns
 
 
 def _check_new(columns: Columns, others: Columns, row: ScoreRow) -> None:
-    taken = columns.keys() & (row.fields | others.keys() | {"row_id"})
+    taken = columns.keys() & (row.fields.keys() | others.keys() | {"row_id"})
     if taken:
         name = min(taken)
         raise AlignError(f"there is a column {name} already: give the new one another name, --with NAME=SPEC")
@@ -290,18 +291,21 @@ def _content(content: Any) -> Any:
 
 
 def _collect(statistics: dict[str, list[float]], columns: Mapping[str, Any]) -> None:
-    """Count, sum, smallest and largest, so that memory does not grow with rows."""
+    """Count, sum, smallest, largest and nulls, so that memory does not grow with rows."""
     for name, value in columns.items():
         for number in value if isinstance(value, list) else [value]:
+            if number is None:
+                statistics.setdefault(name, [0, 0.0, math.inf, -math.inf, 0])[4] += 1
             if not isinstance(number, int | float):
                 continue
-            known = statistics.setdefault(name, [0, 0.0, number, number])
-            known[:] = [known[0] + 1, known[1] + number, min(known[2], number), max(known[3], number)]
+            known = statistics.setdefault(name, [0, 0.0, math.inf, -math.inf, 0])
+            known[:] = [known[0] + 1, known[1] + number, min(known[2], number), max(known[3], number), known[4]]
 
 
 def _summary(known: Sequence[float]) -> dict[str, float]:
-    n, total, low, high = known
-    return {"n": n, "mean": total / n, "min": low, "max": high}
+    n, total, low, high, nulls = known
+    numbers = {"mean": total / n, "min": low, "max": high} if n else {}
+    return {"n": n, "null": nulls, **numbers}
 
 
 def _rejected(output: Path) -> Path:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +19,13 @@ from align.errors import AlignError, ConfigError
 from align.models.fingerprint import weights_hash
 from align.models.hardware import resolve_dtype
 from align.models.load import LOAD_ERRORS, LoadedModel, load_run
+from align.rewards import named
 from align.rewards.encoding import encode_answers
-from align.rewards.functions import is_rule
-from align.rewards.models import CONFIG_FILE
-from align.rewards.named import Reward, load_reward, split_choice
+from align.rewards.named import load_reward
 from align.rewards.pal_model import ChoiceError, load_reward_model
+from align.rewards.scorers import ModelReward, RewardError, RuleReward
 
-from .rows import LISTED, ScoreRow, plain
+from .rows import LISTED, ScoreRow
 
 Columns = dict[str, Any]
 
@@ -39,11 +37,13 @@ class Scored(NamedTuple):
         columns: one mapping a row, from names to what JSON holds.
         cut: answers that were too long, of which the beginning was scored.
         moved: rows whose prompt ends in other tokens when an answer follows.
+        left_out: answers drawn for references that have no reward.
     """
 
     columns: list[Columns]
     cut: int = 0
     moved: int = 0
+    left_out: int = 0
 
 
 class Scorer(Protocol):
@@ -72,40 +72,50 @@ class Scorer(Protocol):
 class AnswerScorer(Scorer, Protocol):
     """A scorer that gives one number to every answer, so that other answers to a prompt can be its reference."""
 
-    def rewards(self, row: ScoreRow) -> list[float]:
-        """One number for each answer of the row."""
+    @property
+    def reward(self) -> RuleReward | ModelReward: ...
 
 
 class RuleScorer:
-    """A function ``(prompts, completions) -> list of numbers``, as text: ``module:function``.
-
-    Of messages it sees the last user turn, and the last assistant turn of the answer.
-    """
+    """A function ``(prompts, completions) -> list of numbers``, as ``align.rewards.scorers`` calls it."""
 
     def __init__(self, name: str, spec: str) -> None:
         try:
-            self.rule: Reward = load_reward(spec)
+            self.reward = RuleReward(load_reward(spec))
         except ValueError as error:
             raise ConfigError("align score", [("--with", str(error))]) from error
         self.name = name
-        self.identity = {"rule": spec, "code": _code(self.rule)}
+        self.identity = {"rule": spec, "code": _code(self.reward.rule)}
 
     def score(self, rows: Sequence[ScoreRow]) -> Scored:
-        return Scored(by_answer(rows, {self.name: self._values(rows)}))
-
-    def rewards(self, row: ScoreRow) -> list[float]:
-        return self._values([row])
-
-    def _values(self, rows: Sequence[ScoreRow]) -> list[float]:
-        prompts = [plain(row.prompt, "user") for row in rows for _ in row.each]
-        answers = [plain(answer, "assistant") for row in rows for answer in row.each]
+        own = [row for row in rows for _ in row.each]
+        answers = [answer for row in rows for answer in row.each]
+        columns = {name: [row.fields[name] for row in own] for name in self._asked(rows)}
         try:
-            values = [float(value) for value in self.rule(prompts, answers)] if answers else []
-        except Exception as error:  # a rule is anyone's code; what it says of the row is the reason
-            raise FieldError(self.name, f"the rule fails: {type(error).__name__}: {error}") from error
-        if len(values) != len(answers):
-            raise FieldError(self.name, f"the rule gave {len(values)} numbers for {len(answers)} answers")
-        return finite(self.name, values)
+            values = self.reward([row.prompt for row in own], answers, columns)
+        except RewardError as error:
+            called = [name for row in rows for name in _answer_names(row)]
+            where = f"{called[error.row]}: " if error.row is not None and len(called) > 1 else ""
+            raise FieldError(self.name, f"{where}{error.problem}") from error
+        return Scored(by_answer(rows, {self.name: values}))
+
+    def _asked(self, rows: Sequence[ScoreRow]) -> list[str]:
+        """Columns that the rule reads."""
+        asked = {name for row in rows for name in row.fields if self.reward.asks(name)}
+        if any(name not in row.fields for row in rows for name in asked):
+            raise FieldError(
+                self.name, f"rows that have {', '.join(sorted(asked))} and rows that do not"
+            )  # one by one
+        return sorted(asked)
+
+
+def _answer_names(row: ScoreRow) -> list[str]:
+    """What each answer of the row is called."""
+    return [
+        f"{field} {number}" if field == LISTED else field
+        for field, several in row.answers.items()
+        for number, _ in enumerate(several, start=1)
+    ]
 
 
 def _code(rule: Callable[..., Any]) -> str | None:
@@ -120,8 +130,9 @@ def _code(rule: Callable[..., Any]) -> str | None:
 class ModelScorer:
     """A reward model: one column, and one an attribute where it has attributes.
 
-    A gpm compares: a pair gets how much better chosen is than rejected, and each of several answers its mean score
-    against the others. A PAL model has a reward an annotator: ``FOLDER@WHO`` says whose (``PalRewardModel.choose``).
+    A gpm compares: a pair gets the log-odds that chosen is preferred to rejected, and each of several answers the mean
+    of its log-odds against the others. A PAL model has a reward an annotator: ``FOLDER@WHO`` says whose
+    (``PalRewardModel.choose``).
     """
 
     def __init__(self, name: str, folder: str, *, dtype: str, batch_size: int, device: Any) -> None:
@@ -138,6 +149,7 @@ class ModelScorer:
             raise AlignError(f"--with {folder}: {reason}") from error
         self.name = name
         self.batch_size = batch_size
+        self.reward = ModelReward(self.model, batch_size)
         weights = weights_hash(self.model.state_dict().items())
         self.identity = {"reward_model": folder, "dtype": str(torch_dtype), "weights": weights}
 
@@ -147,16 +159,11 @@ class ModelScorer:
         if config.kind == "gpm":
             return Scored(self._compared(rows), cut)
         values = self.model.score_ids(prompts, answers, batch_size=self.batch_size)
-        named = {self.name: self.model.ranking(values).tolist()}
+        made = {self.name: self.model.ranking(values).tolist()}
         if config.kind == "attributes":
             columns = values.T.tolist()
-            named |= {f"{self.name}_{key}": column for key, column in zip(config.attributes, columns, strict=True)}
-        return Scored(by_answer(rows, named), cut)
-
-    def rewards(self, row: ScoreRow) -> list[float]:
-        prompts, answers, _ = self._encoded([row])
-        values = self.model.score_ids(prompts, answers, batch_size=self.batch_size)
-        return list(self.model.ranking(values).tolist())
+            made |= {f"{self.name}_{key}": column for key, column in zip(config.attributes, columns, strict=True)}
+        return Scored(by_answer(rows, made), cut)
 
     def _encoded(self, rows: Sequence[ScoreRow]) -> tuple[list[list[int]], list[list[int]], int]:
         """Ids of the prompt and of the answer, for every answer, and how many are too long."""
@@ -244,28 +251,16 @@ OF_THE_MODEL = {
 """Words of ``--with`` that stand for what the model of ``--model`` says; ``policy.PolicyScorer`` makes the columns."""
 
 
-def by_answer(rows: Sequence[ScoreRow], named: Mapping[str, Sequence[float]]) -> list[Columns]:
+def by_answer(rows: Sequence[ScoreRow], values: Mapping[str, Sequence[float | None]]) -> list[Columns]:
     """Columns ``NAME_FIELD`` from values of all answers of all rows, in the order of ``ScoreRow.each``."""
     found: list[Columns] = [{} for _ in rows]
-    for name, values in named.items():
-        rest = iter(values)
+    for name, several_values in values.items():
+        rest = iter(several_values)
         for row, columns in zip(rows, found, strict=True):
             for field, several in row.answers.items():
                 taken = [next(rest) for _ in several]
                 columns[f"{name}_{field}"] = taken if field == LISTED else taken[0]
     return found
-
-
-def finite(name: str, values: list[float]) -> list[float]:
-    """The values, all of them finite numbers.
-
-    Raises:
-        FieldError: one is not.
-    """
-    for value in values:
-        if not math.isfinite(value):
-            raise FieldError(name, f"{value}: not a finite number")
-    return values
 
 
 def named_specs(specs: Sequence[str]) -> dict[str, str]:
@@ -283,7 +278,7 @@ def named_specs(specs: Sequence[str]) -> dict[str, str]:
     for given in specs:
         name, equals, spec = given.partition("=")
         if not equals:
-            name, spec = _default_name(given), given
+            name, spec = given if given in OF_THE_MODEL else named.reward_name(given), given
         if not name.replace("-", "_").isidentifier() or not spec:
             problems.append(("--with", f"{given!r}: {name!r} is no name for a column; write NAME={spec or 'SPEC'}"))
         elif name in found:
@@ -294,38 +289,13 @@ def named_specs(specs: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _default_name(spec: str) -> str:
-    if spec in OF_THE_MODEL:
-        return spec
-    if is_rule(spec):
-        return spec.rpartition(":")[2]
-    folder, who = split_choice(spec)
-    if who is not None:
-        return f"{_default_name(folder)}_{who.removeprefix('annotator:').replace(':', '_')}"
-    path = Path(spec)
-    return path.parent.name if path.name == "model" and path.parent.name else path.name
-
-
 def reward_folder(spec: str) -> str | None:
-    """Where the reward model of ``spec`` is: the folder itself, a run's ``model`` folder, or a hub id; None: a rule.
-
-    What ``FOLDER@WHO`` says of annotators stays with the folder.
+    """``align.rewards.named.reward_folder``.
 
     Raises:
-        AlignError: a folder that holds none.
+        AlignError: a folder that holds no reward model.
     """
-    name, who = split_choice(spec)
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        return None if is_rule(spec) else spec
-    for place in (folder, folder / "model"):
-        if (place / CONFIG_FILE).is_file() or _is_classifier(place / "config.json"):
-            return f"{place}@{who}" if who is not None else str(place)
-    raise AlignError(f"--with {spec}: no {CONFIG_FILE} in this folder, so it holds no reward model")
-
-
-def _is_classifier(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    names = json.loads(path.read_text(encoding="utf-8")).get("architectures") or [""]
-    return str(names[0]).endswith("ForSequenceClassification")
+    try:
+        return named.reward_folder(spec)
+    except ValueError as error:
+        raise AlignError(f"--with {error}") from error

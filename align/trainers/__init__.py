@@ -3,7 +3,8 @@
 - ``pair``       ``PairTrainer``: TRL's ``DPOTrainer`` with any loss of the table, shared-prompt rows, log-probs of
   completion tokens alone, loss-true metrics, and the check at the first step that policy and reference agree.
 - ``thumbs``     ``ThumbsTrainer``: TRL's ``KTOTrainer`` with BCO or KTO, their state and their metrics.
-- ``grpo``       ``GroupTrainer``: TRL's ``GRPOTrainer`` on any reward or combination; references sampled before.
+- ``grpo``       ``GroupTrainer``: TRL's ``GRPOTrainer`` on any reward or combination; references made before.
+- ``references`` what answers have to beat, by the starting policy; ``align score`` makes its columns so, too.
 - ``host``       what both do alike: the reference, its check, the clock, resuming.
 - ``matching``   BCO's weights of prompts; ``thumbs_collate`` the batches, and KTO's mismatched answers;
   ``thumbs_metrics`` what is logged of them.

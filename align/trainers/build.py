@@ -26,7 +26,7 @@ from align.models.packaged import PUBLISHED
 from align.models.scoring import attach_scoring
 from align.rewards.named import load_function
 
-from .grpo import GroupTrainer, reward_function, with_sampled_references
+from .grpo import GroupTrainer, reward_function, with_references
 from .matching import Encoder
 from .memory import ReleaseFreed
 from .pair import PairTrainer
@@ -141,11 +141,13 @@ def _group_trainer(recipe: Recipe, common: dict[str, Any], output: Path) -> Grou
     if arguments.eval_strategy == "no":
         common = {**common, "eval_dataset": None}
     model.to(arguments.device)
+    sources = {"train_dataset": recipe.data.train, "eval_dataset": str(recipe.data.eval)}
     prompts = {
         name: common[name]
-        and with_sampled_references(
+        and with_references(
             common[name],
             reward,
+            sources[name],
             model,
             common["processing_class"],
             output / "references.jsonl",

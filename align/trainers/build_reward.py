@@ -74,7 +74,12 @@ def _model(recipe: Recipe, loss: Loss, train: Dataset) -> tuple[RewardModel, dic
         if "tau" in loss.settings:
             model.config = replace(model.config, tau=loss.settings["tau"])
         hashed = weights_hash(model.state_dict().items())
-        model.config = replace(model.config, max_length=recipe.data.max_length)
+    # What training set aside, scoring refuses.
+    limit: dict[str, Any] = {
+        "max_length": recipe.data.max_length,
+        "over_long": "cut" if reward.over_long == "cut" else "error",
+    }
+        model.config = replace(model.config, **limit)
         model.train_backbone(**training)
     else:
         model = RewardModel.create(
@@ -86,7 +91,7 @@ def _model(recipe: Recipe, loss: Loss, train: Dataset) -> tuple[RewardModel, dic
             tau=loss.settings.get("tau"),
             unit_norm=reward.unit_norm,
             gate=reward.gate,
-            max_length=recipe.data.max_length,
+            **limit,
             **training,
             **options,
         )

@@ -1,14 +1,15 @@
 """Training on rewards of the policy's own answers: TRL's GRPOTrainer with any reward of the library.
 
 What is TRL's: drawing the answers, advantages, the loss, the loop. What is ours: the reward function
-(``align.rewards.functions``), references that are quantiles of the starting policy's rewards, and the clock, the
-checkpoints and the log-probs for evaluation that all trainers here have.
+(``align.rewards.functions``), its references by the starting policy (``references``), and the clock, the checkpoints
+and the log-probs for evaluation that all trainers here have.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,26 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 
-from align.data.tokenize import encode_prompt
+from align.data.load import read_rows
+from align.data.prompts import read_prompts
+from align.data.rows import Fault
 from align.errors import AlignError
-from align.evals.sampling import sample
 from align.losses.logprobs import TokenLogps
-from align.models.ends import end_tokens
 from align.models.memory import release_freed
-from align.rewards.expression import SampledReference
+from align.rewards.encoding import plain
+from align.rewards.expression import PredictedReference, SampledReference
 from align.rewards.functions import RewardFunction
-from align.rewards.references import quantile_reference
+from align.rewards.references import sampled_reference
+from align.rewards.scorers import RewardError, Scorer
 from align.tracking.progress import progress
 
 from .host import Hosted
+from .references import Draws, drawn_rewards, fitted_reference, prompt_embeddings
 
-BATCH = 32  # answers sampled together
+logger = logging.getLogger(__name__)
+
+OF_TRL = ("completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
+"""What TRL gives reward functions besides columns."""
 
 
 class GroupTrainer(Hosted, GRPOTrainer):  # type: ignore[misc]
@@ -56,6 +63,13 @@ class GroupTrainer(Hosted, GRPOTrainer):  # type: ignore[misc]
         loss = super().training_step(*args, **kwargs)
         self._total_train_tokens = int(self.state.num_input_tokens_seen)
         return loss
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        try:
+            found: torch.Tensor = super()._calculate_rewards(*args, **kwargs)
+        except RewardError as error:
+            raise AlignError(f"grpo.rewards: {error}") from error
+        return found
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -118,9 +132,10 @@ def images_given(images: dict[str, Any]) -> bool:
     return any(value is not None for value in images.values())
 
 
-def with_sampled_references(
+def with_references(
     prompts: Dataset,
     reward: RewardFunction,
+    source: str,
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     path: Path,
@@ -128,60 +143,99 @@ def with_sampled_references(
     max_new_tokens: int,
     seed: int,
 ) -> Dataset:
-    """The prompts with the references that are quantiles of the starting policy's rewards, a column each.
+    """The prompts with all that the reward reads of a row: columns that rules ask for, and references that are made.
 
-    Answers are drawn at temperature 1. The rewards are kept in ``path`` as they come, so that an interrupted run goes
-    on where it stopped, with the same references.
+    Of the references, a canned answer's is scored with the answers; the others are columns, made here once. The
+    rewards of sampled answers are kept in ``path`` as they come, so that an interrupted run goes on where it stopped,
+    with the same references.
 
     Args:
         prompts: columns prompt, row_id, and the references of the data.
+        source: the data that they were read from.
         model: the starting policy.
+
+    Raises:
+        AlignError: a column is missing, a reward cannot be had, or a quantile or regression has too little to go by.
     """
-    sampled = [part for part in reward.expression.parts if isinstance(part.reference, SampledReference)]
-    if not sampled:
-        return prompts
-    count = max(part.reference.samples for part in sampled if isinstance(part.reference, SampledReference))
-    kept = _read(path)
-    missing = [row for row in prompts if row["row_id"] not in kept]
-    at_once = max(1, BATCH // count)
-    with progress("references from the model's own answers", len(missing)) as advance, path.open("a") as file:
-        for start in range(0, len(missing), at_once):
-            rows = missing[start : start + at_once]
-            repeated = [row for row in rows for _ in range(count)]
-            answers = sample(
-                model,
-                tokenizer,
-                [encode_prompt(row["prompt"], tokenizer) for row in repeated],
-                eos_ids=end_tokens(model, tokenizer),
-                max_new_tokens=max_new_tokens,
-                temperature=1.0,
-                seed=seed,
-                batch_size=BATCH,
-            )
-            texts = [as_answer(row["prompt"], answer.text) for row, answer in zip(repeated, answers, strict=True)]
-            names = dict.fromkeys(part.reward for part in sampled)
-            scores = {name: reward.scorers[name]([row["prompt"] for row in repeated], texts) for name in names}
-            for number, row in enumerate(rows):
-                own = slice(number * count, (number + 1) * count)
-                kept[row["row_id"]] = {name: found[own].tolist() for name, found in scores.items()}
-                file.write(json.dumps({"row_id": row["row_id"], "rewards": kept[row["row_id"]]}) + "\n")
-            file.flush()
-            release_freed()
-            advance(len(rows))
-    for part in sampled:
-        assert isinstance(part.reference, SampledReference)
-        drawn = [torch.tensor(kept[name][part.reward][: part.reference.samples]) for name in prompts["row_id"]]
-        column = quantile_reference(drawn, quantile=part.reference.quantile).tolist()
+    prompts = _with_asked_columns(prompts, reward, source)
+    parts = reward.expression.parts
+    sampled = [(part, part.reference) for part in parts if isinstance(part.reference, SampledReference)]
+    if sampled:
+        scorers = {part.reward: reward.scorers[part.reward] for part, _ in sampled}
+        draws = Draws(max(reference.samples for _, reference in sampled), max_new_tokens, seed)
+        kept = _drawn(prompts, scorers, model, tokenizer, draws, path)
+    for part, reference in sampled:
+        rewards = [kept[name][part.reward][: reference.samples] for name in prompts["row_id"]]
+        column: list[float | None] = []
+        for prompt, own in zip(prompts["prompt"], rewards, strict=True):
+            try:
+                column.append(sampled_reference(own, reference.quantile))
+            except ValueError as error:
+                raise AlignError(
+                    f"{part.reference_column} of prompt {plain(prompt, 'user')[:60]!r}: {error}"
+                ) from error
+        if without := sum(one is None for own in rewards for one in own):
+            total = sum(map(len, rewards))
+            logger.warning("%s: %d of %d answers have no reward and are left out", part.name, without, total)
         prompts = prompts.add_column(str(part.reference_column), column)
+    for part in parts:
+        if isinstance(part.reference, PredictedReference):
+            fitted = fitted_reference(part.reference.source, str(part.reference_column), model, tokenizer)
+            found = fitted.predict(prompt_embeddings(prompts["prompt"], model, tokenizer))
+            prompts = prompts.add_column(str(part.reference_column), found.tolist())
+    release_freed()
     return prompts
 
 
-def as_answer(prompt: Any, text: str) -> Any:
-    """An answer in its prompt's form: text, or a message."""
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+def _with_asked_columns(prompts: Dataset, reward: RewardFunction, source: str) -> Dataset:
+    asked = [
+        (name, column, needed)
+        for name, scorer in reward.scorers.items()
+        for column, needed in scorer.columns.items()
+        if column not in (*OF_TRL, *prompts.column_names)
+    ]
+    if not asked:
+        return prompts
+    rows = {(file, number): row for file, number, row in read_rows(source) if not isinstance(row, Fault)}
+    by_id = {row.row_id: rows[row.source, row.row] for row in read_prompts(source).rows}
+    own = [by_id[name] for name in prompts["row_id"]]
+    for name, column, needed in asked:
+        lacking = sum(column not in row for row in own)
+        if needed and lacking:
+            raise AlignError(
+                f"grpo.rewards: {name} asks for column {column}, which {lacking:,} of {len(own):,} prompts of "
+                f"{source} do not have"
+            )
+        if lacking < len(own) and column not in prompts.column_names:
+            prompts = prompts.add_column(column, [row.get(column) for row in own])
+    return prompts
 
 
-def _read(path: Path) -> dict[str, dict[str, Sequence[float]]]:
+def _drawn(
+    prompts: Dataset,
+    scorers: Mapping[str, Scorer],
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    draws: Draws,
+    path: Path,
+) -> dict[str, dict[str, list[float | None]]]:
+    """By row id and reward, the rewards of the model's own answers."""
+    kept = _read(path)
+    missing = [row for row in prompts if row["row_id"] not in kept]
+    with progress("references from the model's own answers", len(missing)) as advance, path.open("a") as file:
+        for row in missing:
+            try:
+                kept[row["row_id"]] = drawn_rewards(row["prompt"], scorers, model, tokenizer, draws, row)
+            except ValueError as error:
+                raise AlignError(f"grpo.rewards: prompt {plain(row['prompt'], 'user')[:60]!r}: {error}") from error
+            file.write(json.dumps({"row_id": row["row_id"], "rewards": kept[row["row_id"]]}) + "\n")
+            file.flush()
+            release_freed()
+            advance(1)
+    return kept
+
+
+def _read(path: Path) -> dict[str, dict[str, list[float | None]]]:
     kept = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:

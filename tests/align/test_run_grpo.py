@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from align.cli import app
 from align.config.load import load_recipe
+from align.data.rows import row_id
 from align.errors import AlignError
 from align.run import train
 
@@ -17,6 +20,12 @@ def longer(prompts, completions):
 
 def spaces(prompts, completions):
     return [float(text.count(" ")) for text in completions]
+
+def near(prompts, completions, wanted):
+    return [None if want < 2 else -abs(len(text) - want) for text, want in zip(completions, wanted)]
+
+def fails(prompts, completions):
+    return [1 / (len(prompt) - 5) for prompt in prompts]
 """
 GRPO = {"num_generations": 4, "max_completion_length": 12, "beta": 0.01}
 BOTH = {
@@ -110,6 +119,79 @@ def test_references_from_a_column_and_from_the_model_s_own_answers(grpo_recipe, 
     assert len(kept) == 6
     assert all(len(row["rewards"]["users_rules:spaces"]) == 3 for row in kept)
     assert len(metrics(folder)) == 3
+
+
+def test_references_of_every_kind_for_a_rule_that_reads_a_column(grpo_recipe, tmp_path):
+    """The rule gives None for prompts 0 and 1, which then have no reward and no reference; the run is as long.
+
+    What align score writes as the quantile of a prompt is what the run is given, to the last digit.
+    """
+    rows = [{"prompt": f"say {number}", "wanted": number} for number in range(6)]
+    source = tmp_path / "prompts.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = load_recipe(str(grpo_recipe(name="r.yaml")), [])
+    spec = "near=users_rules:near,users_rules:longer"
+    words = ["score", str(source), "--with", spec, "-m", recipe.model.name, "--reference-quantile", "0.5"]
+    words += ["--samples", "3", "--max-new-tokens", "12", "--seed", "7", "--dtype", "float32"]
+    scored = tmp_path / "scored.jsonl"
+    done = CliRunner().invoke(app, [*words, "-o", str(scored)])
+    assert done.exit_code == 0, done.output
+    assert "6 reference answers without a reward left out" in done.stdout
+    assert "near_reference    mean" in done.stdout
+    assert "2 without a number" in done.stdout
+    parts = [
+        {"lsc": {"reward": "users_rules:near", "reference": {"quantile": 0.5, "samples": 3}}},
+        {"lsc": {"reward": "users_rules:near", "reference": {"canned": "No"}, "name": "canned"}},
+        {"lsc": {"reward": "users_rules:longer", "reference": {"regression": str(scored)}}},
+    ]
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join(json.dumps({"prompt": f"ask {n}", "wanted": n}) + "\n" for n in range(6)))
+    data = {"train": str(source), "eval": str(held_out)}
+    training = {"max_steps": 3, "per_device_train_batch_size": 8, "seed": 7}
+    changes = {"data": data, "training": training, "generation": {"prompts": 6}, "model": {"dtype": "float32"}}
+    folder = run(grpo_recipe({"all_of": parts}, **changes))
+    lines = (folder / "references.jsonl").read_text().splitlines()
+    kept = {row["row_id"]: row["rewards"] for row in map(json.loads, lines)}
+    for row in map(json.loads, scored.read_text().splitlines()):
+        own = kept[row_id(row["prompt"])]["users_rules:near"]
+        assert row["near_reference"] == (None if row["wanted"] < 2 else sorted(own)[1])
+    assert len(metrics(folder)) == 3
+    goals = json.loads((folder / "eval" / "goals.json").read_text())
+    assert (goals["metrics"]["near_after"]["n"], goals["metrics"]["longer_after"]["n"]) == (4, 6)
+    assert goals["rows"][0]["after"]["rewards"]["near"] is None
+    lacking = [{"prompt": f"say {number}"} for number in range(6)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in lacking))
+    with pytest.raises(AlignError, match="near asks for column wanted, which 6 of 6 prompts of"):
+        run(grpo_recipe("users_rules:near", **{**changes, "output": str(tmp_path / "other")}))
+
+
+def test_a_rule_that_fails_is_an_error_that_names_the_prompt(grpo_recipe, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "say 1"}\n')
+    data = {"train": str(tmp_path / "prompts.jsonl"), "eval": None}
+    with pytest.raises(AlignError, match=r"grpo\.rewards: users_rules:fails: row 0: .*ZeroDivision.*'say 1'"):
+        run(grpo_recipe("users_rules:fails", data=data, evals=[]))
+
+
+def test_folders_that_cannot_serve_are_told_before_the_run(grpo_recipe, tiny_model_dir, tmp_path):
+    from align.rewards.models import RewardModel
+
+    RewardModel.create(tiny_model_dir, kind="gpm", dimension=2).save_pretrained(tmp_path / "gpm" / "model")
+    for rewards, where, what in (
+        (str(tiny_model_dir), "raw_sum.0.reward", "holds no reward model"),
+        (
+            {"lsc": {"reward": str(tmp_path / "gpm"), "reference": {"quantile": 0.5}}},
+            "lsc.reference",
+            "is a gpm, whose reward is of an answer among the others",
+        ),
+        (
+            {"lsc": {"reward": "users_rules:longer", "reference": {"regression": "no/such.jsonl"}}},
+            "lsc.reference.regression",
+            "no such file",
+        ),
+    ):
+        with pytest.raises(AlignError) as caught:
+            load_recipe(str(grpo_recipe(rewards)), [])
+        assert what in dict(caught.value.problems)[f"grpo.rewards.{where}"]
 
 
 def test_a_row_without_its_reference_stops_the_run(grpo_recipe, tmp_path):

@@ -95,6 +95,21 @@ def test_the_saved_model_scores_as_the_suite_did(tmp_path, tiny_model_dir, score
     assert plain.config.num_labels == 1
 
 
+def test_the_saved_model_refuses_what_training_set_aside(tmp_path, tiny_model_dir, scored):
+    """And its scores of pairs are what the suite tells, in log-odds: the same with a tau of .5."""
+    options = [*tiny(tiny_model_dir, scored, tmp_path / "run", steps=1), "reward.over_long=set_aside", "loss.tau=0.5"]
+    model = RewardModel.from_pretrained(run("reward_gpm", *options) / "model")
+    limit = model.config.max_length
+    assert model.config.over_long == "error"
+    with pytest.raises(ValueError, match=rf"over max_length {limit:,}"):
+        model.score(["say"], ["x" * limit])
+    rows = [json.loads(line) for line in scored[1].read_text().splitlines()]
+    found = model.score_pairs(*([row[name] for row in rows] for name in ("prompt", "chosen", "rejected")))
+    told = [row["score"] for row in suite(tmp_path / "run")["rows"]]
+    assert found.tolist() == pytest.approx(told, abs=1e-3)
+    assert suite(tmp_path / "run")["settings"]["tau"] == 0.5
+
+
 def test_scaled_bradley_terry_goes_on_from_a_regression(tmp_path, tiny_model_dir, scored):
     """Its first scores rank held-out answers as the regression's ratings did."""
     first = run("reward_regression", *tiny(tiny_model_dir, scored, tmp_path / "first"))

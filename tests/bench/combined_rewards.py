@@ -25,8 +25,7 @@ from align.evals.statistics import Estimate, bootstrap_interval
 from align.models.ends import end_tokens
 from align.models.load import load_run
 from align.models.scoring import attach_scoring, sequence_logps
-from align.rewards.functions import RewardFunction
-from align.trainers.grpo import as_answer
+from align.rewards.functions import RewardFunction, as_answer
 
 BATCH = 32
 

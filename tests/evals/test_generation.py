@@ -93,9 +93,9 @@ def test_short_answers_repeat_nothing():
 def test_refusals():
     with pytest.raises(ValueError, match="3 prompts, 1 answers before"):
         compare(PROMPTS, BEFORE[:1], AFTER, brevity)
-    with pytest.raises(ValueError, match="gave 1 scores for 3 answers"):
+    with pytest.raises(ValueError, match="gave 1 numbers for 3 answers"):
         compare(PROMPTS, BEFORE, AFTER, lambda prompts, completions: [1.0])
-    with pytest.raises(ValueError, match=r"reward\[1\] is nan"):
+    with pytest.raises(ValueError, match="row 1: nan: not a finite number"):
         compare(PROMPTS, BEFORE, AFTER, lambda prompts, completions: [1.0, float("nan"), 1.0])
     with pytest.raises(ValueError, match="4 log-ratios for 3 prompts"):
         compare(PROMPTS, BEFORE, AFTER, brevity, kl=LogRatios([1.0] * 4, [1] * 4, 1.0))

@@ -36,13 +36,6 @@ def test_a_label_below_one_half_turns_the_pair_and_one_half_decides_nothing():
     assert value(found, "log_loss") == pytest.approx((2 * math.log1p(math.exp(-1)) + tie) / 3)
 
 
-def test_tau_divides_scores_in_the_log_loss_alone():
-    one = reward_suite(torch.tensor([0.5, -0.2]), ["a", "b"], tau=0.1)
-    other = reward_suite(torch.tensor([5.0, -2.0]), ["a", "b"])
-    assert value(one, "log_loss") == pytest.approx(value(other, "log_loss"))
-    assert value(one, "margin") == pytest.approx(0.15)
-
-
 def test_prompts_are_resampled_together():
     scores = torch.tensor([1.0, 1.0, -1.0, -1.0])
     assert reward_suite(scores, list("abcd"), groups=["p", "p", "q", "q"])["metrics"]["accuracy"]["n"] == 2

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from align.rewards.expression import ExpressionError, SampledReference, parse_expression
-from align.rewards.functions import RewardFunction, load_scorer, rule_scorer
+from align.rewards.functions import RewardFunction
 from align.rewards.models import RewardModel
+from align.rewards.scorers import ModelReward, RewardError, RuleReward, load_scorer
 
 RULE = "align.rewards.rules:everyday_answer"
 
@@ -22,7 +23,7 @@ def vowels(prompts, completions):
     return [sum(letter in "aeiou" for letter in text) for text in completions]
 
 
-SCORERS = {"m:length": rule_scorer(length), "m:vowels": rule_scorer(vowels)}
+SCORERS = {"m:length": RuleReward(length), "m:vowels": RuleReward(vowels)}
 CHAT = [{"role": "user", "content": "Say it"}]
 
 
@@ -103,17 +104,17 @@ def test_a_sampled_reference_that_nobody_sampled_is_an_error():
     )
     assert reward.expression.parts[0].reference == SampledReference(0.5, 4)
     assert reward.expression.data_columns == ()
-    with pytest.raises(ValueError, match=r"length_reference.*sampled before training"):
+    with pytest.raises(ValueError, match=r"length_reference.*makes it before training"):
         reward(["p"], ["cat"])
     assert reward(["p"], ["cat"], length_reference=[3.0]) == pytest.approx([math.log(0.5)])
 
 
 def test_rewards_that_are_no_numbers():
-    reward = RewardFunction.of("m:bad", scorers={"m:bad": rule_scorer(lambda p, c: [math.nan] * len(p))})
+    reward = RewardFunction.of("m:bad", scorers={"m:bad": RuleReward(lambda p, c: [math.nan] * len(p))})
     with pytest.raises(ValueError, match="m:bad"):
         reward(["p"], ["cat"])
-    reward = RewardFunction.of("m:bad", scorers={"m:bad": rule_scorer(lambda p, c: [1.0])})
-    with pytest.raises(ValueError, match=r"shape \(1,\) for 2 answers"):
+    reward = RewardFunction.of("m:bad", scorers={"m:bad": RuleReward(lambda p, c: [1.0])})
+    with pytest.raises(ValueError, match="gave 1 numbers for 2 answers"):
         reward(["p", "p"], ["cat", "dog"])
 
 
@@ -137,20 +138,14 @@ def test_a_preference_model_rewards_an_answer_among_those_of_its_prompt(backbone
     other = [{"role": "user", "content": "Say more"}]
     prompts = [CHAT, CHAT, CHAT, other, other]
     answers = [answer(text) for text in ("one", "two", "three", "four", "five")]
-    reward = RewardFunction.of("gpm", scorers={"gpm": load_scorer_of(model)})
+    reward = RewardFunction.of("gpm", scorers={"gpm": ModelReward(model)})
     found = reward(prompts, answers)
     first, second = model.score_groups([CHAT, other], [answers[:3], answers[3:]])
-    assert found[0] == pytest.approx(float((first[0, 1] + first[0, 2]) / 2 / 0.5), abs=1e-6)
-    assert found[3] == pytest.approx(float(second[0, 1] / 0.5), abs=1e-6)
+    assert found[0] == pytest.approx(float((first[0, 1] + first[0, 2]) / 2), abs=1e-6)
+    assert found[3] == pytest.approx(float(second[0, 1]), abs=1e-6)
     assert sum(found[:3]) == pytest.approx(0, abs=1e-5)
     with pytest.raises(ValueError, match="row 0: one answer to its prompt"):
         reward([CHAT], [answer("one")])
-
-
-def load_scorer_of(model):
-    from align.rewards.functions import model_scorer
-
-    return model_scorer(model)
 
 
 def test_names_that_lead_nowhere(tmp_path):
@@ -173,6 +168,8 @@ def test_names_that_lead_nowhere(tmp_path):
         ({"lsc": {"reward": "m:f", "reference": float("nan")}}, "lsc.reference", "finite"),
         ({"lsc": {"reward": "m:f", "reference": {"quantile": 1.0}}}, "lsc.reference.quantile", "between 0 and 1"),
         ({"lsc": {"reward": "m:f", "reference": {"samples": 1}}}, "lsc.reference.samples", "2 answers"),
+        ({"lsc": {"reward": "m:f", "reference": {"canned": " "}}}, "lsc.reference.canned", "is empty"),
+        ({"lsc": {"reward": "m:f", "reference": {"canned": "a", "quantile": 0.5}}}, "lsc.reference", "give one"),
         ({"weighted": [{"lsc": {"reward": "m:f", "reference": 1}}]}, "weighted.0", "no weight"),
         ({"weighted": [{"weight": -1, "lsc": {"reward": "m:f", "reference": 1}}]}, "weighted", "must not be negative"),
         ({"raw_sum": ["m:f", "n:f"]}, "raw_sum.1", "is the name of raw_sum.0 too"),
@@ -184,3 +181,58 @@ def test_expressions_that_say_nothing(given, where, problem):
     with pytest.raises(ExpressionError, match=problem) as caught:
         parse_expression(given)
     assert caught.value.where == where
+
+
+def some(prompts, completions):
+    """No reward for an answer with an x."""
+    return [None if "x" in text else float(len(text)) for text in completions]
+
+
+def test_an_answer_without_a_reward_is_judged_by_the_others():
+    """Of the second answer length says nothing: vowels alone, log sigmoid(1 - 2). Of the third neither does: None."""
+    scorers = {**SCORERS, "m:some": RuleReward(some), "m:none": RuleReward(lambda p, c: [None] * len(c))}
+    parts = [{"lsc": {"reward": "m:some", "reference": 3}}, {"lsc": {"reward": "m:vowels", "reference": 2}}]
+    reward = RewardFunction.of({"all_of": parts}, scorers=scorers)
+    logged = {}
+    found = reward(["p"] * 2, ["cat", "axz"], log_metric=lambda name, value: logged.update({name: value}))
+    assert found == pytest.approx([math.log(0.5) + math.log(1 / (1 + math.e)), math.log(1 / (1 + math.e))])
+    assert logged["rewards/some"] == 3.0
+    assert (logged["good/some"], logged["good/all"]) == (1.0, 0.0)
+    assert RewardFunction.of({"raw_sum": ["m:some", "m:none"]}, scorers=scorers)(["p"] * 2, ["ox", "on"]) == [
+        None,
+        2.0,
+    ]
+    weighted = {"weighted": [{"weight": 2, **parts[0]}, {"weight": 3, "not": parts[1]}]}
+    found = RewardFunction.of(weighted, scorers=scorers)(["p"], ["axz"])
+    assert found == pytest.approx([3 * math.log(1 / (1 + math.exp(-1)))])
+
+
+def test_a_canned_answer_is_the_reference():
+    """It has 2 letters to a prompt of 1, and the rule adds the column: 2 + 10 and 2 + 20."""
+
+    def shifted(prompts, completions, shift):
+        return [len(text) + one for text, one in zip(completions, shift, strict=True)]
+
+    given = {"lsc": {"reward": "m:shifted", "reference": {"canned": "No"}}}
+    reward = RewardFunction.of(given, scorers={"m:shifted": RuleReward(shifted)})
+    found = reward.columns(["p", "p", "q"], ["a", "bcd", "ef"], {"shift": [10, 10, 20]})
+    assert found["shifted_reference"].tolist() == [12, 12, 22]
+    assert reward([CHAT], [answer("ab")], shift=[1]) == pytest.approx([math.log(0.5)])
+    with pytest.raises(RewardError, match="m:shifted: the rule asks for column shift"):
+        reward(["p"], ["a"])
+
+
+def test_a_tie_with_a_sampled_reference_is_one_half():
+    """Rewards are float64 from end to end: .6 against .6 is log .5, and good."""
+    given = {"lsc": {"reward": "m:six", "reference": {"quantile": 0.5}}}
+    reward = RewardFunction.of(given, scorers={"m:six": RuleReward(lambda p, c: [0.6] * len(c))})
+    assert reward(["p"], ["a"], six_reference=[0.6]) == [math.log(0.5)]
+    assert reward.good(reward.columns(["p"], ["a"], {"six_reference": [0.6]}))["six"].tolist() == [1.0]
+
+
+@pytest.mark.parametrize("reference", [{"quantile": 0.5}, {"canned": "No"}, {"regression": "some.jsonl"}])
+def test_a_preference_model_has_no_reference_to_be_made(backbone_dir, reference):
+    model = ModelReward(RewardModel.create(backbone_dir("llama"), kind="gpm", dimension=2))
+    with pytest.raises(ExpressionError, match="an answer among the others of its prompt") as caught:
+        RewardFunction.of({"not": {"lsc": {"reward": "g", "reference": reference}}}, scorers={"g": model})
+    assert caught.value.where == "not.lsc.reference"

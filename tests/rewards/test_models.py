@@ -256,7 +256,7 @@ def test_pairs_are_antisymmetric_and_groups_agree_with_them(backbone_dir: Backbo
     assert float(model.score_pairs(["the"], [" no"], [" no"])) == 0.0
     p = model.preference(*triples())
     torch.testing.assert_close(p + model.preference(PROMPTS, ANSWERS[::-1], ANSWERS), torch.ones(5), **CLOSE)
-    torch.testing.assert_close(p, torch.sigmoid(scores / model.config.tau))
+    torch.testing.assert_close(p, torch.sigmoid(scores))
     matrix = model.score_groups(PROMPTS[:1], [ANSWERS])[0]
     assert torch.equal(matrix, -matrix.T)
     pairs = model.score_pairs([PROMPTS[0]] * 5, ANSWERS, ANSWERS[::-1])

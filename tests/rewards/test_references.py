@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from align.rewards.references import PromptReference, quantile_reference
+from align.rewards.references import PromptReference, quantile_reference, sampled_reference
 from align.rewards.transforms import LogSigmoidCentered
 
 TEN = torch.tensor([-0.3, 0.1, 0.4, 0.9, 1.2, 1.3, 2, 2.2, 2.5, 3.1], dtype=torch.float64)
@@ -68,37 +67,39 @@ def prompts(count: int, samples: int, seed: int) -> tuple[torch.Tensor, torch.Te
 def test_ridge_finds_the_line():
     """64 samples put a prompt's .85 quantile within .05 of 1.85 + 2 x_0 - x_1 each; 300 prompts, nearer still."""
     x, mean, samples = prompts(300, 64, seed=0)
-    fitted = PromptReference.fit(x, samples, quantile=0.85, alpha=1e-6)
+    fitted = PromptReference.fit(x, quantile_reference(samples))
     assert fitted.coefficients == pytest.approx((2.0, -1.0), abs=0.02)
     assert fitted.intercept == pytest.approx(1.85, abs=0.02)
+    assert (fitted.prompts, fitted.explained > 0.99) == (300, True)
     torch.testing.assert_close(fitted.predict(x), mean + 0.85, rtol=0, atol=0.05)
 
 
-def test_quantile_regression_needs_one_sample_a_prompt():
-    """Of held-out answers, a share of .85 +- three standard errors (.85 .15 / 2000)^(1/2) .008 lie below."""
-    x, _, samples = prompts(500, 1, seed=1)
-    fitted = PromptReference.fit(x, samples, quantile=0.85, method="quantile", alpha=0.0)
-    held, _, fresh = prompts(2000, 1, seed=2)
-    below = float((fresh[:, 0] < fitted.predict(held)).double().mean())
-    assert below == pytest.approx(0.85, abs=0.05)  # three errors of the test and of the fit to 500 together
+def test_what_is_explained_is_of_prompts_left_out():
+    """Of noise alone nothing is, however many dimensions could fit it; of a constant, all of nothing."""
+    generator = torch.Generator().manual_seed(0)
+    x, noise = torch.randn(40, 100, generator=generator), torch.randn(40, generator=generator)
+    fitted = PromptReference.fit(x, noise)
+    assert abs(fitted.explained) < 0.2
+    assert fitted.predict(x).std() < 0.5 * noise.std()
+    assert PromptReference.fit(x, torch.full((40,), 3.0)).predict(x).tolist() == pytest.approx([3.0] * 40)
 
 
-def test_a_regression_comes_back_from_its_file(tmp_path: Path):
-    x, _, samples = prompts(20, 8, seed=3)
-    fitted = PromptReference.fit(x, samples)
-    fitted.save(tmp_path / "reference.json")
-    assert PromptReference.load(tmp_path / "reference.json") == fitted
+def test_answers_without_a_reward_are_left_out():
+    """Of (1, none, 3) the median is 2, in float64; .6 stays .6, so that an answer of .6 ties with it."""
+    assert sampled_reference([1.0, None, 3.0], 0.5) == 2.0
+    assert sampled_reference([0.6] * 4, 0.85) == 0.6
+    assert sampled_reference([None, None], 0.5) is None
+    with pytest.raises(ValueError, match="1 of 3 sampled answers has a reward"):
+        sampled_reference([None, 2.0, None], 0.5)
 
 
 def test_regressions_that_cannot_be():
-    x, _, samples = prompts(20, 8, seed=4)
-    with pytest.raises(ValueError, match="of 19 prompts"):
-        PromptReference.fit(x, samples[:19])
-    with pytest.raises(ValueError, match="method is 'forest'"):
-        PromptReference.fit(x, samples, method="forest")  # type: ignore[arg-type]
+    x, mean, _ = prompts(20, 8, seed=4)
+    with pytest.raises(ValueError, match="one a prompt"):
+        PromptReference.fit(x, mean[:19])
     with pytest.raises(ValueError, match=r"embeddings\[0, 1\] is nan"):
-        PromptReference.fit(torch.full_like(x, math.nan).index_fill(1, torch.tensor([0]), 0.0), samples)
-    with pytest.raises(ValueError, match="alpha is -1"):
-        PromptReference.fit(x, samples, alpha=-1.0)
+        PromptReference.fit(torch.full_like(x, math.nan).index_fill(1, torch.tensor([0]), 0.0), mean)
+    with pytest.raises(ValueError, match="2 prompts: a regression takes 3"):
+        PromptReference.fit(x[:2], mean[:2])
     with pytest.raises(ValueError, match=r"must have \(B, 2\)"):
-        PromptReference.fit(x, samples).predict(x[:, :1])
+        PromptReference.fit(x, mean).predict(x[:, :1])

@@ -94,8 +94,8 @@ def test_messages_count_as_their_last_turns() -> None:
     chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
     chat += [{"role": "assistant", "content": "Hello."}, {"role": "user", "content": ASK}]
     assert everyday_answer([chat], [[{"role": "assistant", "content": GOOD}]]) == [1.0]
-    with pytest.raises(ValueError, match="no user turn"):
-        everyday_answer([chat[:1]], [GOOD])
+    assert everyday_answer([chat[:1]], [GOOD]) == everyday_answer(["Be kind."], [GOOD])  # no user turn: the last one
+    assert everyday_answer([chat], [[{"role": "assistant", "content": None}]]) == everyday_answer([ASK], [""])
 
 
 def test_as_many_answers_as_prompts() -> None:

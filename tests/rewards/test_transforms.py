@@ -249,3 +249,20 @@ def test_parts_of_other_sizes_do_not_broadcast():
 def test_a_weighted_sum_has_no_opposite():
     with pytest.raises(ValueError, match="has no opposite"):
         Not(Weighted([A], [2]))(columns(0, 0))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: AllOf(LogSigmoidCentered("a", 0.0)), "give a list"),
+        (lambda: AnyOf(["a"]), "part 0 is 'a': it must be a goal"),
+        (lambda: Not("a"), "what Not negates is 'a'"),
+        (lambda: RawSum("ab"), "give a list"),
+        (lambda: LogSigmoidCentered("a", None), "the reference of a is None: it must be a number"),
+        (lambda: LogSigmoidCentered("a", 0.0, "1"), "the temperature of a is '1'"),
+        (lambda: LogSigmoidCentered("a", 0.0)({"a": [1.0, 2.0]}), "a is a list: it must be a tensor"),
+    ],
+)
+def test_what_is_no_goal_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -17,9 +17,10 @@ from align.errors import AlignError, ConfigError
 from align.models.load import LoadedModel
 from align.rewards.models import RewardModel
 from align.score.policy import PolicyScorer
-from align.score.references import Draws, ReferenceScorer
+from align.score.references import CannedReferences, PredictedReferences, SampledReferences
 from align.score.rows import ScoreRow, score_row
 from align.score.scorers import ModelScorer, Policy, RuleScorer, named_specs, reward_folder
+from align.trainers.references import Draws, drawn_rewards
 
 PAIRS = [
     {"prompt": "the inner thing", "chosen": " another garden", "rejected": " ant"},
@@ -59,6 +60,10 @@ def letters(prompts, completions):
     return [len(prompt) + len(text) / 100 for prompt, text in zip(prompts, completions)]
 def one(prompts, completions):
     return [1.0]
+def some(prompts, completions):
+    return [None if len(text) % 2 else len(text) for text in completions]
+def shifted(prompts, completions, shift):
+    return [len(text) + one for text, one in zip(completions, shift)]
 def broken(prompts, completions):
     return [float("nan") if "nan" in text else 1 / (len(text) - 1) for text in completions]
 """
@@ -103,7 +108,9 @@ def test_a_reward_model_scores_every_answer(make_reward: Callable[..., str]) -> 
         for name in ("chosen", "rejected"):
             alone = model.rewards([fields["prompt"]], [fields[name]])
             assert found[f"rm_{name}"] == pytest.approx(float(alone), abs=1e-5)
-    assert scorer.rewards(row(PAIRS[0])) == pytest.approx([columns[0]["rm_chosen"], columns[0]["rm_rejected"]])
+    answers = [PAIRS[0]["chosen"], PAIRS[0]["rejected"]]
+    both = pytest.approx([columns[0]["rm_chosen"], columns[0]["rm_rejected"]])
+    assert scorer.reward([PAIRS[0]["prompt"]] * 2, answers) == both
 
 
 def test_attributes_have_columns_of_their_own(make_reward: Callable[..., str]) -> None:
@@ -117,13 +124,16 @@ def test_attributes_have_columns_of_their_own(make_reward: Callable[..., str]) -
 
 
 def test_a_gpm_compares(make_reward: Callable[..., str]) -> None:
-    """A pair has one score; of three answers each has its mean against the others, and these add up to 0."""
+    """A pair has log-odds; of three answers each has its mean against the others: what GRPO is rewarded with."""
     scorer = model_scorer(make_reward(kind="gpm", dimension=4))
     pair, several = scorer.score([row(PAIRS[0]), row({"prompt": "cat", "completions": ["a", "b", "c"]})]).columns
     swapped = {"prompt": PAIRS[0]["prompt"], "chosen": PAIRS[0]["rejected"], "rejected": PAIRS[0]["chosen"]}
     (other,) = scorer.score([row(swapped)]).columns
     assert pair["rm"] == pytest.approx(-other["rm"], abs=1e-5)
+    assert several["rm_completions"] == pytest.approx(scorer.reward(["cat"] * 3, ["a", "b", "c"]), abs=1e-5)
     assert sum(several["rm_completions"]) == pytest.approx(0, abs=1e-5)
+    ((p,),) = [scorer.model.preference(*([PAIRS[0][name]] for name in ("prompt", "chosen", "rejected")))]
+    assert pair["rm"] == pytest.approx(float(p.logit()), abs=1e-4)
     with pytest.raises(FieldError, match="a gpm compares answers"):
         scorer.score([row({"prompt": "cat", "completion": "a"})])
 
@@ -174,7 +184,7 @@ def test_references_are_quantiles_of_the_models_own_answers(policy: Policy, rule
     rows = [row(fields) for fields in (*PAIRS, {"prompt": "cat"})]
 
     def references(quantile: float, *of: ScoreRow) -> list[float]:
-        scorer = ReferenceScorer([letters], policy, Draws(quantile, samples=8, max_new_tokens=6, seed=1))
+        scorer = SampledReferences([letters], policy, quantile, Draws(samples=8, max_new_tokens=6, seed=1))
         return [columns["letters_reference"] for columns in scorer.score(of).columns]
 
     high = references(0.9, *rows)
@@ -184,6 +194,50 @@ def test_references_are_quantiles_of_the_models_own_answers(policy: Policy, rule
     assert int(high[0]) == len(PAIRS[0]["prompt"])  # the rule's whole part: the answers were to this prompt
     with pytest.raises(FieldError, match="are more than --max-length 64"):
         references(0.5, row({"prompt": "x" * 60}))
+
+
+def test_a_rule_gives_nulls_and_reads_columns(rules: str) -> None:
+    """An answer of 4 letters has a reward, one of 3 has none; a row without the column is a fault of its own."""
+    some = RuleScorer("some", f"{rules}:some")
+    found = some.score([row({"prompt": "p", "completions": [" ant", "cat"]})]).columns
+    assert found == [{"some_completions": [4.0, None]}]
+    shifted = RuleScorer("shifted", f"{rules}:shifted")
+    fields = {"prompt": "p", "chosen": "ab", "rejected": "c", "shift": 10}
+    assert shifted.score([row(fields)]).columns == [{"shifted_chosen": 12.0, "shifted_rejected": 11.0}]
+    del fields["shift"]
+    with pytest.raises(FieldError, match="asks for column shift"):
+        shifted.score([row(fields)])
+
+
+def test_what_has_no_reward_is_left_out_of_references_and_counted(policy: Policy, rules: str) -> None:
+    """Of the answers drawn, those of even length have a reward: the median is of these, and the others are counted."""
+    some, draws = RuleScorer("some", f"{rules}:some"), Draws(samples=12, max_new_tokens=3, seed=3)
+    found = SampledReferences([some], policy, 0.5, draws).score([row({"prompt": "cat"})])
+    rewards = drawn_rewards("cat", {"some": some.reward}, policy.loaded.model, policy.loaded.tokenizer, draws)["some"]
+    there = [reward for reward in rewards if reward is not None]
+    assert found.left_out == 12 - len(there) > 0
+    assert found.columns[0]["some_reference"] == torch.tensor(there, dtype=torch.float64).quantile(0.5)
+
+
+def test_references_by_a_canned_answer_and_by_regression(policy: Policy, rules: str, tmp_path: Path) -> None:
+    """Letters of the prompt + .02 for "No"; predicted, they lie between; a row without the column is left out."""
+    letters = RuleScorer("letters", f"{rules}:letters")
+    rows = [row(fields) for fields in PAIRS]
+    canned = CannedReferences([letters], "No").score(rows).columns
+    assert [columns["letters_reference"] for columns in canned] == [15.02, 8.02, 3.02]
+    source = tmp_path / "some.jsonl"
+    known = [*canned, {"letters_reference": None}]
+    prompts = [fields["prompt"] for fields in PAIRS] + ["dog"]
+    lines = [json.dumps({"prompt": prompt, **one}) for prompt, one in zip(prompts, known, strict=True)]
+    source.write_text("\n".join(lines), encoding="utf-8")
+    scorer = PredictedReferences([letters], policy, str(source))
+    (fitted,) = scorer.fitted.values()
+    assert fitted.prompts == 3
+    predicted = [columns["letters_reference"] for columns in scorer.score(rows).columns]
+    assert all(3 < one < 15.02 for one in predicted)
+    assert scorer.score(rows[1:2]).columns[0]["letters_reference"] == pytest.approx(predicted[1], abs=1e-4)
+    with pytest.raises(AlignError, match="no row has a prompt and other_reference"):
+        PredictedReferences([RuleScorer("other", f"{rules}:letters")], policy, str(source))
 
 
 def test_names_of_columns() -> None:
@@ -228,6 +282,16 @@ def test_the_command(
     first = json.loads(output.read_text(encoding="utf-8").splitlines()[0])
     made = {f"{name}_{side}" for name in ("letters", "rm", "logps", "logps_tokens") for side in ("chosen", "rejected")}
     assert set(first) - set(PAIRS[0]) == made | {"row_id", "letters_reference", "rm_reference"}
+    again = align(
+        *words[:4], "--with", "logps", "-o", tmp_path / "c.jsonl", "-m", tiny_model_dir, "--reference-canned", "No"
+    )
+    assert again.exit_code == 0, again.output
+    first = json.loads((tmp_path / "c.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert first["letters_reference"] == 15.02
+    gpm = make_reward(kind="gpm", dimension=2)
+    refused = align("score", source, "--with", f"{rules}:letters,{gpm}", "--reference-canned", "No", "-o", "x.jsonl")
+    assert refused.exit_code == 2
+    assert "is a gpm, which compares answers and has no reference" in refused.stderr
     missing = align(*words)
     assert missing.exit_code == 2
     assert "--model  is missing: logps needs it" in missing.stderr

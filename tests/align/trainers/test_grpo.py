@@ -7,13 +7,14 @@ import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from align.rewards.functions import RewardFunction, rule_scorer
+from align.rewards.functions import RewardFunction
+from align.rewards.scorers import RuleReward
 from align.trainers.grpo import GroupTrainer
 
 
 @pytest.fixture
 def trainer(make_tiny_model, tiny_tokenizer, tmp_path):
-    scorers = {"m:length": rule_scorer(lambda prompts, answers: [float(len(text)) for text in answers])}
+    scorers = {"m:length": RuleReward(lambda prompts, answers: [float(len(text)) for text in answers])}
     arguments = GRPOConfig(
         str(tmp_path),
         per_device_train_batch_size=4,
