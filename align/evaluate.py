@@ -35,9 +35,9 @@ from align.losses.types import UnpairedLogps
 from align.models.ends import end_tokens
 from align.models.memory import release_freed
 from align.models.scoring import sequence_logps
-from align.rewards.models import RewardOutput
 from align.rewards.encoding import plain
 from align.rewards.functions import as_answer
+from align.rewards.models import RewardOutput
 from align.rewards.named import load_reward
 from align.tracking.files import write_json, write_text
 from align.tracking.progress import progress
@@ -259,6 +259,7 @@ def _goals(
         data = with_references(
             data,
             reward,
+            held_out.table.source,
             untrained,
             tokenizer,
             run / "references.jsonl",
@@ -276,7 +277,6 @@ def _goals(
     columns = reward.columns(prompts, texts, given)
     rewards = {part.name: columns[part.name] for part in reward.expression.parts}
     return goals_suite(
-            held_out.table.source,
         [plain(prompt, "user") for prompt in data["prompt"]],
         before,
         after,

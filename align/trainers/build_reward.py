@@ -68,17 +68,17 @@ def _model(recipe: Recipe, loss: Loss, train: Dataset) -> tuple[RewardModel, dic
     training: dict[str, Any] = {"frozen": reward.frozen}
     if spec.lora is not None:
         training["lora"] = lora_config(spec.lora)
+    # What training set aside, scoring refuses.
+    limit: dict[str, Any] = {
+        "max_length": recipe.data.max_length,
+        "over_long": "cut" if reward.over_long == "cut" else "error",
+    }
     set_seed(recipe.training.get("seed", 42))  # a resumed run draws the same head and adapters
     if (Path(path) / CONFIG_FILE).is_file():
         model = _continued(recipe, RewardModel.from_pretrained(path, **options))
         if "tau" in loss.settings:
             model.config = replace(model.config, tau=loss.settings["tau"])
         hashed = weights_hash(model.state_dict().items())
-    # What training set aside, scoring refuses.
-    limit: dict[str, Any] = {
-        "max_length": recipe.data.max_length,
-        "over_long": "cut" if reward.over_long == "cut" else "error",
-    }
         model.config = replace(model.config, **limit)
         model.train_backbone(**training)
     else:
