@@ -111,9 +111,9 @@ def fitted_reference(source: str, column: str, model: Any, tokenizer: Any) -> Pr
         )
     except ValueError as error:
         raise AlignError(f"{source}: {column}: {error}") from error
-    if found.explained <= 0:
+    if found.explained < 0.05:
         logger.warning(
-            "%s: a regression on %d prompts predicts %s no better than its mean (%.2f of the variance, of prompts "
+            "%s: a regression on %d prompts predicts %s hardly better than its mean (%.2f of the variance, of prompts "
             "left out one by one): score more prompts, or draw more samples of each",
             source,
             found.prompts,
