@@ -145,6 +145,8 @@ def _move(before: np.ndarray, after: np.ndarray) -> str:
 
 def _runs(values: Sequence[float] | np.ndarray) -> str:
     """Mean over runs, with the lowest and the highest: of three runs there is no more to say."""
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
     return f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
