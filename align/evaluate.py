@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from align.config.schema import Recipe
 from align.data.splits import Split
 from align.data.tokenize import encode_prompt
+from align.evals.cycles import cycle_suite
 from align.evals.displacement import displacement_suite, gained_tokens
 from align.evals.generation import compare
 from align.evals.goals import goals_suite
@@ -27,7 +28,7 @@ from align.evals.preference import preference_suite
 from align.evals.reward import ratings_suite, reward_suite
 from align.evals.sampling import Sample, sample
 from align.evals.thumbs import thumbs_suite
-from align.heldout import answer_logps, first_tokens, pair_logps
+from align.heldout import answer_logps, cycles_of, first_tokens, pair_logps
 from align.losses import PairLogps, SequenceLogps, combine
 from align.losses.general_preference import gpm_score
 from align.losses.rows import answer_rows
@@ -69,6 +70,7 @@ def evaluate(
         "displacement": pairs.displacement,
         "generation": lambda: _generation(recipe, built, tokenizer, held_out, run),
         "reward": lambda: _reward(recipe, built, held_out),
+        "cycles": lambda: _cycles(recipe, built, held_out),
         "goals": lambda: _goals(recipe, built, tokenizer, held_out, run),
     }
     results: dict[str, dict[str, Any]] = {}
@@ -189,6 +191,21 @@ def _reward(recipe: Recipe, built: Built, held_out: Split) -> dict[str, Any]:
         groups=prompts,
         settings=settings,
     )
+
+
+def _cycles(recipe: Recipe, built: Built, held_out: Split) -> dict[str, Any]:
+    """The trained reward model on the held-out pairs that run in a circle: an answer is read once."""
+    model, cycles = built.trainer.reward.eval(), cycles_of(held_out.used)
+    scores = []
+    with progress("scoring held-out cycles", len(cycles)) as advance:
+        for cycle in cycles:
+            (matrix,) = model.score_groups([cycle.prompt], [cycle.answers], batch_size=BATCH)
+            places = torch.arange(len(matrix))
+            scores.append(matrix[places, (places + 1) % len(matrix)])
+            release_freed()
+            advance(1)
+    settings = {"model": model.config.kind, "method": recipe.method, "tau": model.config.tau}
+    return cycle_suite(scores, [cycle.row_ids for cycle in cycles], settings=settings)
 
 
 def _pair_scores(found: RewardOutput) -> torch.Tensor:

@@ -1,13 +1,17 @@
-"""One pass of a model over held-out rows: log-probs of their answers, and what it would begin an answer with."""
+"""Held-out rows: one pass of a model over them, what it would begin an answer with, and pairs that run in a circle."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from align.data.rows import Content
 from align.data.tokenize import TokenizedPair
+from align.evals.cycles import pure_cycles
 from align.losses import PairLogps, SequenceLogps
 from align.losses.rows import Rows, pair_rows
 from align.models.memory import release_freed
@@ -82,3 +86,35 @@ def first_tokens(model: Any, pairs: Sequence[TokenizedPair], *, pad_token_id: in
         total = total + logps.exp().sum(dim=0).cpu().double()
         release_freed()
     return total / len(prompts)
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """Answers to a prompt of which each is preferred to the next, and the last to the first.
+
+    Args:
+        row_ids: of the pairs, the first one between the first and the second answer.
+    """
+
+    prompt: Content
+    answers: list[Content]
+    row_ids: list[str]
+
+
+def cycles_of(rows: Sequence[Any]) -> list[Cycle]:
+    """The pure cycles of three or more among pairs. Ties (preference 0.5) are none; below it the order is turned."""
+    rows = [row for row in rows if row.preference != 0.5]
+    turned = [row.preference is not None and row.preference < 0.5 for row in rows]
+    sides = [
+        (row.rejected, row.chosen) if other else (row.chosen, row.rejected)
+        for row, other in zip(rows, turned, strict=True)
+    ]
+    found = pure_cycles(
+        [json.dumps(row.prompt) for row in rows],
+        [json.dumps(winner) for winner, _ in sides],
+        [json.dumps(loser) for _, loser in sides],
+    )
+    return [
+        Cycle(rows[pairs[0]].prompt, [sides[pair][0] for pair in pairs], [rows[pair].row_id for pair in pairs])
+        for pairs in found
+    ]

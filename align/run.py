@@ -26,6 +26,7 @@ from align.data.splits import Split, read_split
 from align.data.tokenize import TokenizedCompletions
 from align.errors import AlignError
 from align.evaluate import evaluate
+from align.heldout import cycles_of
 from align.losses import SequenceLogps
 from align.models.load import load_tokenizer
 from align.models.scoring import sequence_logps
@@ -258,10 +259,15 @@ def _check_testable(recipe: Recipe, splits: dict[str, Split]) -> None:
     """Stop before training where the held-out data leave an evaluation nothing to be right or wrong about.
 
     Raises:
-        AlignError: all labels are ties, or no annotator can be tested.
+        AlignError: all labels are ties, no pairs run in a circle, or no annotator can be tested.
     """
     rows: list[Any] = splits["eval"].used
     source = recipe.data.eval
+    if "cycles" in recipe.evals and not cycles_of(rows):
+        raise AlignError(
+            f"{source}: no pairs run in a circle (A over B, B over C, C over A, to one prompt): there is nothing for "
+            "evals: [cycles] to test; leave it out"
+        )
     if recipe.data_kind == "pairs" and {"preference", "reward"} & set(recipe.evals):
         if all(row.preference == 0.5 for row in rows):
             raise AlignError(f"{source}: all pairs are ties (preference 0.5): no ranking could be right or wrong")

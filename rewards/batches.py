@@ -71,9 +71,23 @@ def by_length(rows: Sequence[Ids], batch_size: int) -> Iterator[list[int]]:
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: it must be positive")
-    order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
+    # Of equal length by their ids, so that the same rows make the same batches in whatever order they come.
+    order = sorted(range(len(rows)), key=lambda row: (-len(rows[row]), list(rows[row])))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
+
+
+def distinct(*columns: Sequence[Ids]) -> tuple[list[int], Tensor]:
+    """Numbers of the rows that differ from all before them, and for each row which of those it is, (N,)."""
+    places: dict[tuple[tuple[int, ...], ...], int] = {}
+    first: list[int] = []
+    which = []
+    for number, row in enumerate(zip(*columns, strict=True)):
+        place = places.setdefault(tuple(tuple(ids) for ids in row), len(first))
+        if place == len(first):
+            first.append(number)
+        which.append(place)
+    return first, torch.tensor(which, dtype=torch.long)
 
 
 def padded(rows: Sequence[Ids], pad_token_id: int) -> tuple[Tensor, Tensor]:

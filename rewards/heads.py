@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from align.losses.general_preference import gpm_score
+
 
 def first_positions(attention_mask: Tensor) -> Tensor:
     """Index of the first real token of each row, (B,). ``attention_mask``: (B, T), non-zero on real tokens.
@@ -44,7 +46,7 @@ def states_at(hidden: Tensor, index: Tensor) -> Tensor:
 
 
 def pair_matrix(embeddings: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Scores of all answers to a prompt against each other, from one product.
+    """Scores of all answers to a prompt against each other, from one product of their embeddings.
 
     ``s_ij = <R v_i, v_j> = sum_l lam_l (v_i[2l] v_j[2l+1] - v_i[2l+1] v_j[2l])`` (arXiv:2410.02197).
 
@@ -53,27 +55,15 @@ def pair_matrix(embeddings: Tensor, scale: Tensor | None = None) -> Tensor:
         scale: ``lam`` of the prompt, (..., d/2); None is 1.
 
     Returns:
-        (..., K, K), exactly antisymmetric: ``[i, j]`` is the score of i over j.
+        (..., K, K): ``[i, j]`` is the score of i over j. Exactly antisymmetric, and exactly 0 of equal embeddings; of
+        a matrix product, whose sums may be rounded one way or the other, that would not be sure.
 
     Raises:
-        ValueError: d is odd.
-    """
-    blocks = even_blocks(embeddings)
-    rotated = torch.stack([-blocks[..., 1], blocks[..., 0]], dim=-1)
-    if scale is not None:
-        rotated = rotated * scale[..., None, :, None]
-    scores = rotated.flatten(-2) @ embeddings.transpose(-1, -2)
-    return (scores - scores.transpose(-1, -2)) / 2  # exact: a product may round the two halves differently
-
-
-def even_blocks(embeddings: Tensor) -> Tensor:
-    """The embedding as d/2 points of a plane, (..., d/2, 2).
-
-    Raises:
-        ValueError: d is odd.
+        ValueError: d is odd, or a number is not finite.
     """
     check_even(embeddings.shape[-1])
-    return embeddings.reshape(*embeddings.shape[:-1], -1, 2)
+    lam = None if scale is None else scale[..., None, None, :]
+    return gpm_score(embeddings[..., :, None, :], embeddings[..., None, :, :], lam)
 
 
 def check_even(dimension: int) -> None:

@@ -36,7 +36,7 @@ from transformers.utils import cached_file
 from align.losses.checks import check_finite, check_shape
 from align.losses.general_preference import gpm_scale, unit_norm
 
-from .batches import by_length, fit_answers, in_order, padded
+from .batches import by_length, distinct, fit_answers, in_order, padded
 from .carrier import RewardConfig, load_carrier, with_lora, with_padding
 from .encoding import Content, encode_row, encode_rows
 from .heads import (
@@ -415,9 +415,8 @@ class RewardModel(nn.Module):
         self, prompt_ids: Sequence[Ids], completion_ids: Sequence[Ids], *, batch_size: int = 8
     ) -> tuple[Tensor, Tensor]:
         """``embed`` on token ids."""
-        found = [
-            (order, *self.states(*batch)) for order, batch in self._batches(prompt_ids, completion_ids, batch_size)
-        ]
+        answers = self.fit(prompt_ids, completion_ids)
+        found = [(order, *self.states(*batch)) for order, batch in self._batches(prompt_ids, answers, batch_size)]
         return in_order([(o, a) for o, a, _ in found]), in_order([(o, p) for o, _, p in found if p is not None])
 
     @property
@@ -434,21 +433,24 @@ class RewardModel(nn.Module):
     def _run(
         self, prompt_ids: Sequence[Ids], completion_ids: Sequence[Ids], batch_size: int
     ) -> tuple[Tensor, Tensor | None]:
-        found = [(order, self(*batch)) for order, batch in self._batches(prompt_ids, completion_ids, batch_size)]
-        if not found:
+        """Values and scales of all rows; equal rows go through the model once, so that they tie to the last bit."""
+        if not len(prompt_ids):
             shape = (0, self.config.width) if self.config.kind in ("attributes", "gpm") else (0,)
             return torch.zeros(shape), None
+        fitted = self.fit(prompt_ids, completion_ids)
+        first, which = distinct(prompt_ids, fitted)
+        prompts, answers = [prompt_ids[row] for row in first], [fitted[row] for row in first]
+        found = [(order, self(*batch)) for order, batch in self._batches(prompts, answers, batch_size)]
         values = in_order([(order, output.values) for order, output in found])
         check_finite("score", values)
         scales = [(order, output.scale) for order, output in found if output.scale is not None]
-        return values, in_order(scales) if scales else None
+        return values[which], in_order(scales)[which] if scales else None
 
     def _batches(
         self, prompt_ids: Sequence[Ids], completion_ids: Sequence[Ids], batch_size: int
     ) -> Iterator[tuple[list[int], tuple[Tensor, Tensor, Tensor | None]]]:
-        """Numbers of rows, with the arguments of ``forward``; in evaluation mode, without gradients."""
-        answers = self.fit(prompt_ids, completion_ids)
-        rows = [[*prompt, *answer] for prompt, answer in zip(prompt_ids, answers, strict=True)]
+        """Numbers of fitted rows, with the arguments of ``forward``; in evaluation mode, without gradients."""
+        rows = [[*prompt, *answer] for prompt, answer in zip(prompt_ids, completion_ids, strict=True)]
         prompted = all(len(prompt) for prompt in prompt_ids)
         training, device = self.training, self.carrier.score.weight.device
         self.eval()

@@ -197,6 +197,7 @@ def _unfit_evals(method: Any, evals: list[Any]) -> list[Problem]:
         "displacement": "compares pairs",
         "goals": "judges answers by grpo.rewards",
         "reward": "judges a reward model",
+        "cycles": "judges a reward model on pairs that run in a circle",
         "pal": "judges the rewards of annotators",
         "generation": "judges answers that the model writes",
     }

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LISTING = "align recipes methods"
+OF_THE_MODEL = {("gpm", "tau")}
+"""Settings that a model to go on from has already: where the recipe is silent, they stay what they are."""
 
 
 def check_losses(recipe: Mapping[str, Any]) -> list[Problem]:
@@ -158,5 +160,6 @@ def _settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     from align.losses import LOSSES, Loss
 
     info = LOSSES[name]
-    defaults = {key: p.default for key, p in info.parameters.items() if p.default is not p.empty}
+    left = {key: p for key, p in info.parameters.items() if (name, key) not in OF_THE_MODEL}
+    defaults = {key: p.default for key, p in left.items() if p.default is not p.empty}
     return {**defaults, **Loss(info, given).settings}

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
-Eval = Literal["thumbs", "preference", "generation", "displacement", "goals", "reward", "pal"]
-EVALS: tuple[Eval, ...] = ("thumbs", "preference", "generation", "displacement", "goals", "reward", "pal")
+Eval = Literal["thumbs", "preference", "generation", "displacement", "goals", "reward", "cycles", "pal"]
+EVALS: tuple[Eval, ...] = ("thumbs", "preference", "generation", "displacement", "goals", "reward", "cycles", "pal")
 WITHOUT_LOSSES = ("sft", "grpo", "pal")
 """Methods that are no loss of the table."""
 Text = Annotated[str, Field(min_length=1)]
@@ -293,8 +293,9 @@ def reward_kind(method: str | None) -> Kind | None:
 
 def eval_applies(name: Eval, method: str | None) -> bool:
     """Whether an evaluation can run on what a method trains, with held-out data of its kind."""
-    if name == "reward" or reward_kind(method) is not None:
-        return name == "reward" and reward_kind(method) is not None
+    trained = reward_kind(method)
+    if name in ("reward", "cycles") or trained is not None:
+        return trained is not None if name == "reward" else name == "cycles" and trained in ("scalar", "gpm")
     kind = data_kind(method)
     if name == "pal" or kind == "judgements":
         return name == "pal" and kind == "judgements"
@@ -305,8 +306,10 @@ def _evals_of(fields: dict[str, Any]) -> list[Eval]:
     data, generation = fields.get("data"), fields.get("generation")
     if data is None or not data.eval:
         return []
-    scored = generation is not None and generation.reward is not None
-    return [name for name in EVALS if eval_applies(name, fields.get("method")) and (scored or name != "generation")]
+    asked_for = {"cycles"}  # few data sets have any
+    if generation is None or generation.reward is None:
+        asked_for.add("generation")
+    return [name for name in EVALS if eval_applies(name, fields.get("method")) and name not in asked_for]
 
 
 class Recipe(Section):
@@ -339,7 +342,7 @@ class Recipe(Section):
     evals: list[Eval] = Field(default_factory=_evals_of)
     """Evaluations before and after training. When not given, all that apply: none without data.eval, generation with
     generation.reward, thumbs for bco and kto, goals for grpo, reward for reward models, pal for pal, preference
-    and displacement for other pairs."""
+    and displacement for other pairs. cycles is never among them: it judges held-out pairs that run in a circle."""
     tracking: TrackingSpec = Field(default_factory=TrackingSpec)
     """Where metrics go."""
     output: Text

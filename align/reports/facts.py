@@ -263,6 +263,9 @@ def headline(record: RunRecord) -> list[Measure]:
         "thumbs/auc",
         "goals/good_all_after",
         "reward/accuracy",
+        "cycles/accuracy",
+        "cycles/ceiling",
+        "cycles/whole",
         *_pal_headline(record),
         "preference/accuracy",
         "displacement/chosen_delta_per_token",
@@ -319,9 +322,29 @@ def _find(record: RunRecord, name: str) -> Measure | None:
 
 
 def _measure(name: str, entry: Mapping[str, Any]) -> Measure:
-    label, kind = _pal_label(name) if name.startswith("pal/") else METRICS.get(name) or _goal_label(name)
+    label, kind = _label(name)
     value = f"{number(entry['value'], kind)}{unit(kind)}"
     return Measure(label, value, _interval(entry, kind), entry["n"], _note(name, entry))
+
+
+def _label(name: str) -> tuple[str, str]:
+    if name.startswith("pal/"):
+        return _pal_label(name)
+    if name.startswith("cycles/"):
+        return _cycles_label(name)
+    return METRICS.get(name) or _goal_label(name)
+
+
+def _cycles_label(name: str) -> tuple[str, str]:
+    """``cycles/accuracy_3`` in words."""
+    what, _, length = name.removeprefix("cycles/").partition("_")
+    words = {
+        "accuracy": "pairs ranked right",
+        "ceiling": "the most that any one score an answer can rank right, (K − 1)/K",
+        "whole": "cycles with every pair right",
+        "ties": "pairs with equal scores",
+    }
+    return f"Held-out cycles{f' of {length}' if length else ''}: {words[what]}", PERCENT
 
 
 def _goal_label(name: str) -> tuple[str, str]:

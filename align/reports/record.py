@@ -16,7 +16,7 @@ from align.errors import AlignError
 from align.tracking.metrics import read_metrics
 from align.tracking.run_folder import read_manifest
 
-SUITES = ("generation", "thumbs", "reward", "preference", "displacement", "goals", "pal")
+SUITES = ("generation", "thumbs", "reward", "preference", "displacement", "goals", "cycles", "pal")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from .build import Built, lora_config, losses_of, training_arguments, weights_dt
 from .memory import ReleaseFreed
 from .reward import RewardTrainer, start_at_mean_ratings
 
+logger = logging.getLogger(__name__)
+
 
 def build_reward(recipe: Recipe, train: Dataset, held_out: Dataset | None, output: Path) -> Built:
     """Load the backbone, or the reward model to go on from, and set up its trainer.
@@ -35,6 +38,9 @@ def build_reward(recipe: Recipe, train: Dataset, held_out: Dataset | None, outpu
     (loss,) = losses_of(recipe)
     try:
         model, facts = _model(recipe, loss, train)
+        if "tau" in loss.info.parameters:
+            loss = replace(loss, settings={**loss.settings, "tau": model.config.tau})
+            facts["tau"] = model.config.tau
         arguments = training_arguments(recipe, output, model.tokenizer)
         trainer = RewardTrainer(
             model,
@@ -76,8 +82,10 @@ def _model(recipe: Recipe, loss: Loss, train: Dataset) -> tuple[RewardModel, dic
     set_seed(recipe.training.get("seed", 42))  # a resumed run draws the same head and adapters
     if (Path(path) / CONFIG_FILE).is_file():
         model = _continued(recipe, RewardModel.from_pretrained(path, **options))
-        if "tau" in loss.settings:
-            model.config = replace(model.config, tau=loss.settings["tau"])
+        if loss.settings.get("tau", model.config.tau) != model.config.tau:
+            was, now = model.config.tau, loss.settings["tau"]
+            logger.warning("%s: its tau goes from %g to %g, as the recipe says", spec.name, was, now)
+            model.config = replace(model.config, tau=now)
         hashed = weights_hash(model.state_dict().items())
         model.config = replace(model.config, **limit)
         model.train_backbone(**training)

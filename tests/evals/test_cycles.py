@@ -1,99 +1,119 @@
-"""Preferences in a circle: every edge is right by construction, and no reward can have them all."""
+"""Preferences in a circle: which pairs are pure cycles, and no reward can have them all."""
 
 from __future__ import annotations
 
 import itertools
+import random
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
-from align.evals.cycles import (
-    CRITERIA,
-    LEVELS,
-    attribute_cycles,
-    cycle_suite,
-    edge_scores,
-    scalar_ceiling,
-    text_cycles,
-)
+from align.evals.cycles import cycle_suite, pure_cycles, scalar_ceiling
 from align.losses.general_preference import gpm, unit_norm
 from align.losses.preference import bradley_terry
 from align.rewards.heads import pair_matrix
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.integers(3, 8), st.integers(0, 1000))
-def test_each_answer_beats_the_next_on_the_criterion_of_its_edge(length: int, seed: int):
-    x = attribute_cycles(20, length, seed=seed)
-    for edge in range(length):
-        assert float((x[:, edge, edge] - x[:, (edge + 1) % length, edge]).min()) >= 0.6 - 1e-6
-    assert torch.equal(x, attribute_cycles(20, length, seed=seed))
-    assert not torch.equal(x, attribute_cycles(20, length, seed=seed + 1))
+def edges(matrices: Tensor) -> list[Tensor]:
+    """Scores of each answer over the next one."""
+    places = torch.arange(matrices.shape[-1])
+    return list(matrices[:, places, (places + 1) % len(places)])
 
 
-def test_texts_say_what_the_attributes_are():
-    rows = text_cycles(5, 4, seed=3)
-    assert len(rows) == 20
-    for row in rows:
-        level = {
-            key: LEVELS.index(word) for key in CRITERIA[:4] for word in LEVELS if f"{key} {word}" in row["chosen"]
-        }
-        other = {
-            key: LEVELS.index(word) for key in CRITERIA[:4] for word in LEVELS if f"{key} {word}" in row["rejected"]
-        }
-        assert len(level) == len(other) == 4
-        assert level[row["criterion"]] == 4
-        assert other[row["criterion"]] in (0, 1)
-    for cycle in range(5):
-        edges = [row for row in rows if row["cycle"] == cycle]
-        assert [row["edge"] for row in edges] == [0, 1, 2, 3]
-        assert all(edges[i]["rejected"] == edges[(i + 1) % 4]["chosen"] for i in range(4))
-        assert len({row["prompt"] for row in edges}) == 1
+def ids(scores: list[Tensor]) -> list[list[str]]:
+    return [[f"{number}-{edge}" for edge in range(len(values))] for number, values in enumerate(scores)]
 
 
-@pytest.mark.parametrize("length", [3, 4, 5, 6])
-def test_ceiling_of_a_reward(length: int):
-    assert scalar_ceiling(length) == (length - 1) / length
+def value(scores: list[Tensor], name: str) -> float:
+    return float(cycle_suite(scores, ids(scores))["metrics"][name]["value"])
+
+
+@given(st.lists(st.integers(3, 6), min_size=1, max_size=5), st.integers(0, 1000))
+def test_cycles_are_found_whole_and_in_order_in_any_order_of_the_pairs(lengths: list[int], seed: int):
+    pairs = [
+        ("p", (cycle, edge), (cycle, (edge + 1) % length))
+        for cycle, length in enumerate(lengths)
+        for edge in range(length)
+    ]
+    random.Random(seed).shuffle(pairs)
+    found = pure_cycles(*map(list, zip(*pairs, strict=True)))
+    assert sorted(pair for cycle in found for pair in cycle) == list(range(len(pairs)))
+    assert sorted(map(len, found)) == sorted(lengths)
+    for cycle in found:
+        assert all(pairs[one][2] == pairs[other][1] for one, other in itertools.pairwise([*cycle, cycle[0]]))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "cycles"),
+    [
+        (["ab", "bc", "ca"], 1),
+        (["ab", "bc", "ca", "ab"], 1),  # said twice
+        (["ab", "ba"], 0),  # people who contradict each other
+        (["ab", "bc", "cd"], 0),
+        (["ab", "bc", "ca", "ax"], 0),  # a is compared with another one too
+        (["ab", "bc", "ca", "xa"], 0),
+        (["ab", "bc", "ca", "ba"], 0),
+        (["ab", "bc", "cd", "db"], 0),  # a path that leads into a circle
+        (["ab", "bc", "ca", "xy", "yz", "zx"], 2),
+    ],
+)
+def test_what_is_a_pure_cycle(pairs: list[str], cycles: int):
+    assert len(pure_cycles(["p"] * len(pairs), [p[0] for p in pairs], [p[1] for p in pairs])) == cycles
+
+
+def test_answers_to_other_prompts_make_no_circle():
+    assert pure_cycles(["p", "p", "q"], "abc", "bca") == []
 
 
 @pytest.mark.parametrize("length", [3, 4])
 def test_ties_do_not_help_a_reward(length: int):
-    """Every weak order, by ranks that may be equal, a tie as half: still at most (K - 1) / K."""
+    """Every weak order, by ranks that may be equal, a tie as half: at most (K - 1) / K, which some order has."""
     best = 0.0
     for ranks in itertools.product(range(length), repeat=length):
-        edges = [(ranks[i], ranks[(i + 1) % length]) for i in range(length)]
-        best = max(best, sum((a > b) + 0.5 * (a == b) for a, b in edges) / length)
+        pairs = [(ranks[i], ranks[(i + 1) % length]) for i in range(length)]
+        best = max(best, sum((a > b) + 0.5 * (a == b) for a, b in pairs) / length)
     assert best == scalar_ceiling(length)
 
 
 def test_accuracy_counts_ties_as_half():
-    """Edges + + - and 0 0 0: (2/3 + 1/2) / 2 = 7/12; half of the edges tie; no cycle is whole."""
-    result = cycle_suite(torch.tensor([[1.0, 2.0, -1.0], [0.0, 0.0, 0.0]]))
+    """Edges + + - and 0 0 0 0: (2 + 2) / 7; 4 of 7 tie; the ceiling is (2 + 3) / 7; no cycle is whole."""
+    scores = [torch.tensor([1.0, 2.0, -1.0]), torch.zeros(4)]
+    result = cycle_suite(scores, ids(scores))
     values = {name: metric["value"] for name, metric in result["metrics"].items()}
-    assert values == pytest.approx({"accuracy": 7 / 12, "ties": 0.5, "cycles": 0.0})
-    assert result["settings"]["scalar_ceiling"] == 2 / 3
+    assert values == pytest.approx(
+        {"accuracy": 4 / 7, "ceiling": 5 / 7, "whole": 0, "ties": 4 / 7}
+        | {"accuracy_3": 2 / 3, "ceiling_3": 2 / 3, "whole_3": 0, "ties_3": 0}
+        | {"accuracy_4": 1 / 2, "ceiling_4": 3 / 4, "whole_4": 0, "ties_4": 1}
+    )
     assert result["n"] == 2
+    assert result["rows"][1]["row_ids"] == ["1-0", "1-1", "1-2", "1-3"]
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(3, 6), st.integers(0, 1000))
 def test_no_reward_passes_the_ceiling(length: int, seed: int):
     rewards = torch.randint(0, 4, (50, length), generator=torch.Generator().manual_seed(seed)).float()
-    scores = edge_scores(rewards[:, :, None] - rewards[:, None])
-    assert torch.equal(scores, rewards - rewards.roll(-1, 1))
-    assert cycle_suite(scores)["metrics"]["accuracy"]["value"] <= scalar_ceiling(length) + 1e-12
+    assert value(edges(rewards[:, :, None] - rewards[:, None]), "accuracy") <= scalar_ceiling(length) + 1e-12
+
+
+def drawn(length: int, seed: int) -> Tensor:
+    """200 cycles of answers (K, 2K): how much each is praised and blamed for each criterion, by 0.5 or more; noise."""
+    praised = torch.eye(length)
+    said = torch.cat([praised, praised.roll(1, 0)], 1)  # answer i + 1 is blamed for what i is praised for
+    noise = torch.rand(200, length, 2 * length, generator=torch.Generator().manual_seed(seed))
+    return (0.5 + noise) * said + 0.3 * noise.flip(-1) * (1 - said)
 
 
 @pytest.mark.parametrize("length", [3, 4, 5])
 def test_a_preference_model_learns_cycles_and_a_reward_cannot(length: int):
     """On 200 held-out cycles the one is right on every edge; the other at most on K - 1 of K."""
-    train, held = attribute_cycles(200, length, seed=0), attribute_cycles(200, length, seed=1)
+    train, held = drawn(length, 0), drawn(length, 1)
     torch.manual_seed(0)
-    preference, reward = nn.Linear(length, 4, bias=False), nn.Sequential(nn.Linear(length, 16), nn.Tanh())
+    preference, reward = nn.Linear(2 * length, 4, bias=False), nn.Sequential(nn.Linear(2 * length, 16), nn.Tanh())
     head = nn.Linear(16, 1)
     optimizer = torch.optim.Adam([*preference.parameters(), *reward.parameters(), *head.parameters()], lr=0.05)
     for _ in range(150):
@@ -105,25 +125,22 @@ def test_a_preference_model_learns_cycles_and_a_reward_cannot(length: int):
         (cyclic + scalar).backward()
         optimizer.step()
     with torch.no_grad():
-        cyclic_result = cycle_suite(edge_scores(pair_matrix(unit_norm(preference(held)))))
+        cyclic_edges = edges(pair_matrix(unit_norm(preference(held))))
         r = head(reward(held))[..., 0]
-        scalar_result = cycle_suite(edge_scores(r[:, :, None] - r[:, None]))
-    assert cyclic_result["metrics"]["accuracy"]["value"] == 1.0
-    assert cyclic_result["metrics"]["cycles"]["value"] == 1.0
-    assert scalar_result["metrics"]["accuracy"]["value"] <= (length - 1) / length + 1e-12
+        scalar_edges = edges(r[:, :, None] - r[:, None])
+    assert (value(cyclic_edges, "accuracy"), value(cyclic_edges, "whole")) == (1.0, 1.0)
+    assert value(scalar_edges, "accuracy") <= (length - 1) / length + 1e-12
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: attribute_cycles(5, 2, seed=0), "length is 2"),
-        (lambda: attribute_cycles(0, 3, seed=0), "count is 0"),
-        (lambda: text_cycles(1, 9, seed=0), "texts have 8 criteria"),
-        (lambda: scalar_ceiling(9), "too many orders"),
-        (lambda: edge_scores(torch.zeros(2, 3, 4)), r"must have \(C, K, K\)"),
-        (lambda: edge_scores(torch.zeros(2, 2, 2)), "length is 2"),
-        (lambda: cycle_suite(torch.zeros(3)), r"must have \(C, K\)"),
-        (lambda: cycle_suite(torch.tensor([[1.0, 2.0, float("nan")]])), r"scores\[2\] is nan"),
+        (lambda: pure_cycles(["p"], ["a"], []), "1 prompts, 1 winners, 0 losers"),
+        (lambda: scalar_ceiling(2), "length is 2"),
+        (lambda: cycle_suite([], []), "no cycles"),
+        (lambda: cycle_suite([torch.zeros(2)], [["a", "b"]]), "length is 2"),
+        (lambda: cycle_suite([torch.zeros(1, 3)], [["a"]]), "scores is of shape"),
+        (lambda: cycle_suite([torch.tensor([1.0, 2.0, float("nan")])], [["a"] * 3]), r"scores\[2\] is nan"),
     ],
 )
 def test_what_is_no_cycle(call: Any, message: str):

@@ -263,6 +263,25 @@ def test_pairs_are_antisymmetric_and_groups_agree_with_them(backbone_dir: Backbo
     torch.testing.assert_close(matrix[range(5), range(4, -1, -1)], pairs, **CLOSE)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_answers_tie_and_swapped_ones_turn_the_sign_to_the_last_bit(backbone_dir: Backbones, kind: str):
+    """Twelve pairs of answers of many lengths, in batches of 2 and 5; every third pair is of one answer with itself."""
+    words = ["the", "apple", "garden", "ok", "no", "another", "one", "there", "and", "ant"]
+    rng = random.Random(0)
+    first = [" " + " ".join(rng.choices(words, k=rng.randint(1, 12))) for _ in range(12)]
+    second = [a if row % 3 == 0 else " " + " ".join(rng.choices(words, k=4)) for row, a in enumerate(first)]
+    prompts = [PROMPTS[row % 5] for row in range(12)]
+    model = make(backbone_dir("llama"), kind)
+    for size in (2, 5):
+        scores = model.score_pairs(prompts, first, second, batch_size=size)
+        assert (scores[::3] == 0).all()
+        assert (scores != 0).sum() == 8
+        assert torch.equal(model.score_pairs(prompts, second, first, batch_size=size), -scores)
+        matrix = model.score_groups(["the"], [[*ANSWERS, *ANSWERS]], batch_size=size)[0]
+        assert torch.equal(matrix[:5, 5:], matrix[:5, :5])
+        assert (matrix[range(5), range(5, 10)] == 0).all()
+
+
 def test_groups_cost_a_row_an_answer(backbone_dir: Backbones):
     """4 + 5 answers: 9 rows through the backbone, and not the 6 + 10 pairs."""
     model = make(backbone_dir("llama"), "gpm")
