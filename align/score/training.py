@@ -65,7 +65,7 @@ class TrainingFilter:
     @cached_property
     def rows(self) -> list[tuple[Any, Any]]:
         """The usable rows, as read and as token ids."""
-        read = iter(self.split.table.rows)
+        read: Iterator[Any] = iter(self.split.table.rows)
         usable: list[Any] = list(self.split.tokenized.rows)
         # Tokenising keeps the order, and refuses all rows of one content or none.
         return [(next(row for row in read if row.row_id == ids.row_id), ids) for ids in usable]

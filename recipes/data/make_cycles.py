@@ -176,8 +176,10 @@ SAID = {
         ),
     ),
 }
-CITIES = ("Lyon", "Porto", "Ghent", "Turin", "Bergen", "Seville", "Riga", "Gdansk")
-CITIES += ("Leipzig", "Utrecht", "Cork", "Split", "Malmo", "Basel", "Bath", "Brno")
+CITIES = (
+    *("Lyon", "Porto", "Ghent", "Turin", "Bergen", "Seville", "Riga", "Gdansk"),
+    *("Leipzig", "Utrecht", "Cork", "Split", "Malmo", "Basel", "Bath", "Brno"),
+)
 QUESTION = "Which hotel in {}?"
 
 
