@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .catalogue import thumbs_loss
-from .checks import check_finite, check_none_negative, check_positive, check_shape, log_ratio, wide
+from .checks import Positive, check_none_negative, check_number, check_shape, log_ratio, wide
 from .laws import SINGLE, SUMS, Laws
-from .types import LossOutput, SequenceLogps, UnpairedLogps, check_type
+from .types import LARGEST, LossOutput, SequenceLogps, UnpairedLogps, check_bounded, check_type
 
 ShiftMode = Literal["balanced_ema", "pooled"]
 
@@ -40,7 +40,7 @@ ShiftMode = Literal["balanced_ema", "pooled"]
     ),
 )
 def bco(
-    policy: UnpairedLogps, reference: SequenceLogps, shift: Tensor, weight: Tensor | None = None, *, beta: float
+    policy: UnpairedLogps, reference: SequenceLogps, shift: Tensor, weight: Tensor | None = None, *, beta: Positive
 ) -> LossOutput:
     """Binary classifier optimisation (arXiv:2404.04656).
 
@@ -63,15 +63,14 @@ def bco(
         ValueError: beta is not positive, the shift is not a finite scalar, a weight is negative or not finite, or
             policy and reference score different completions.
     """
-    check_positive("beta", beta)
     check_type("policy", policy, UnpairedLogps)
     _check_scalar("shift", shift)
-    rewards = beta * log_ratio(policy.sequence, reference)
+    rewards = beta * log_ratio(policy.sequence, reference, "policy.sequence")
     margin = rewards - wide(shift).detach()
     loss = -F.logsigmoid(torch.where(policy.label, margin, -margin))
     if weight is not None:
         check_shape("weight", weight, loss.shape, "one an answer")
-        check_finite("weight", weight)
+        check_bounded("weight", weight)
         check_none_negative("weight", weight)
         loss = torch.where(policy.label, loss, weight.detach().to(loss.dtype) * loss)
     return LossOutput(loss, rewards.detach()[:, None])
@@ -97,9 +96,9 @@ def kto(
     reference: SequenceLogps,
     kl: Tensor,
     *,
-    beta: float,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
+    beta: Positive,
+    desirable_weight: Positive = 1.0,
+    undesirable_weight: Positive = 1.0,
 ) -> LossOutput:
     """Kahneman-Tversky optimisation (arXiv:2402.01306).
 
@@ -122,13 +121,10 @@ def kto(
         ValueError: beta or a weight is not positive, kl is not a finite scalar or is negative, or policy and reference
             score different completions.
     """
-    check_positive("beta", beta)
     check_type("policy", policy, UnpairedLogps)
-    check_positive("desirable_weight", desirable_weight)
-    check_positive("undesirable_weight", undesirable_weight)
     _check_scalar("kl", kl)
     check_none_negative("kl", kl)
-    rewards = beta * log_ratio(policy.sequence, reference)
+    rewards = beta * log_ratio(policy.sequence, reference, "policy.sequence")
     margin = rewards - beta * wide(kl).detach()
     # 1 - sigmoid(z) loses every digit from z = 17 on in float32; sigmoid(-z) is the same and loses none.
     loss = torch.where(
@@ -190,6 +186,7 @@ class RewardShift(nn.Module):
         super().__init__()
         if mode not in get_args(ShiftMode):
             raise ValueError(f"mode is {mode!r}: it is one of {', '.join(get_args(ShiftMode))}")
+        check_number("decay", decay)
         if not 0 <= decay < 1:
             raise ValueError(f"decay is {decay}: it must be in [0, 1)")
         self.mode, self.decay = mode, decay
@@ -209,8 +206,9 @@ class RewardShift(nn.Module):
             label: True for thumbs up, (B,), Boolean.
 
         Raises:
-            ValueError: the shapes differ, labels are not Boolean, or a reward of any process is NaN or infinite (then
-                every process raises, and the state is as it was: a cumulative mean would never forget it).
+            ValueError: the shapes differ, labels are not Boolean, or a reward of any process is NaN, infinite or
+                beyond +-1e6 (then every process raises, and the state is as it was: a cumulative mean would never
+                forget it).
         """
         check_type("rewards", rewards, Tensor)
         check_type("label", label, Tensor)
@@ -220,10 +218,10 @@ class RewardShift(nn.Module):
             raise ValueError(f"rewards and label have shape (B,), not {tuple(rewards.shape)} and {tuple(label.shape)}")
         values, up = rewards.cpu().double(), label.cpu()
         parts = [f(values[mask]) for mask in (~up, up) for f in (torch.sum, _count)]
-        reduced = _over_processes([*parts, (~torch.isfinite(values)).sum()], rewards.device)
+        reduced = _over_processes([*parts, (~(values.abs() <= LARGEST)).sum()], rewards.device)
         if reduced[4]:
-            check_finite("rewards", values)
-            raise ValueError("rewards of another process are NaN or infinite: they must be finite")
+            check_bounded("rewards", values)
+            raise ValueError(f"rewards of another process are NaN, infinite or beyond +-{LARGEST:g}")
         sums, counts = reduced[[0, 2]], reduced[[1, 3]]
         if self.mode == "pooled":
             self.total += sums.to(self.total)
@@ -259,4 +257,4 @@ def _over_processes(parts: list[Tensor], device: torch.device) -> Tensor:
 
 def _check_scalar(name: str, value: Tensor) -> None:
     check_shape(name, value, (), "one for the whole batch")
-    check_finite(name, value)
+    check_bounded(name, value)

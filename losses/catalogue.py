@@ -7,10 +7,11 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 from torch import Tensor
 
+from .checks import check_positive, check_settings
 from .laws import Laws
 from .types import LossOutput, PairLogps
 
@@ -35,7 +36,8 @@ class LossInfo:
         kind: what the loss is computed on; a key of ``KINDS``.
         name: what recipes call the loss.
         function: ``f(policy, reference, *, beta, ...)``, or ``f(policy, *, ...)`` when ``reference`` is false. Tensors
-            come by position, settings by keyword alone. One that takes ``preference`` takes soft labels.
+            come by position, settings by keyword alone. One that takes ``preference`` takes soft labels. Its settings
+            are checked against their annotations (``align.losses.checks.check_settings``).
         reference: whether the loss compares the policy with a reference; a function of the settings where they decide.
         default_beta: ``beta`` where the user gives none; None for a loss that has no beta.
         paper: where it comes from, such as ``arXiv:2305.18290``.
@@ -84,18 +86,24 @@ def _enter(
     ranks: bool = True,
     laws: Laws | None = None,
 ) -> Callable[[F], F]:
-    """Enter a loss in the table. The function itself stays as it is."""
+    """Enter a loss in the table, with its settings checked against their annotations whenever it is called."""
 
     def enter(function: F) -> F:
         if name in LOSSES:
             raise ValueError(f"two losses are named {name!r}")
+
+        @functools.wraps(function)
+        def checked(*tensors: Any, **keywords: Any) -> LossOutput:
+            check_settings(function, keywords)
+            return function(*tensors, **keywords)
+
         LOSSES[name] = LossInfo(
-            kind, name, function, reference, default_beta, paper, formula, purpose, ranks=ranks, laws=laws
+            kind, name, checked, reference, default_beta, paper, formula, purpose, ranks=ranks, laws=laws
         )
         # Listed by kind, whichever module is imported first.
         for row in sorted(LOSSES.values(), key=lambda row: [*KINDS].index(row.kind)):
             LOSSES[row.name] = LOSSES.pop(row.name)
-        return function
+        return cast(F, checked)
 
     return enter
 
@@ -127,10 +135,11 @@ class Loss:
     Args:
         info: the table's row.
         settings: the loss's keyword arguments; ``beta`` falls back to the table's default.
-        weight: factor in a combination.
+        weight: factor in a combination, positive.
 
     Raises:
-        ValueError: a setting that the loss does not have, or one it needs and does not get.
+        ValueError: a setting that the loss does not have, one it needs and does not get, or one (or a weight) that is
+            out of its range or of another type.
     """
 
     info: LossInfo
@@ -148,6 +157,8 @@ class Loss:
         needed = [n for n, p in self.info.parameters.items() if p.default is p.empty and n not in settings]
         if needed:
             raise ValueError(f"{self.info.name} needs {', '.join(needed)}")
+        check_settings(self.info.function, settings)
+        check_positive("weight", self.weight)
         object.__setattr__(self, "settings", settings)
 
     @classmethod

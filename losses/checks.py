@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
+from collections.abc import Callable, Mapping
+from numbers import Real
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
-from .types import SequenceLogps, check_type, first
+from .types import PairLogps, SequenceLogps, check_type, first
 
 LEAST, MOST = 1e-12, 1e12
 """Settings lie within: so neither they, nor their reciprocals, nor the squares of these overflow float32 (3e38), and
@@ -20,9 +25,25 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def check_number(name: str, value: object) -> None:
+    """Raise a ValueError unless ``value`` is a number; True and a tensor are none."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{name} is {value!r}: it must be a number")
+
+
+def check_real(name: str, value: float) -> None:
+    """Raise a ValueError unless ``value`` is a number, of either sign, that float32 can compute with."""
+    check_number(name, value)
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}: it must be finite")
+    if abs(value) > MOST:
+        raise ValueError(f"{name} is {value}: it must be within +-{MOST:g}, or float32 overflows")
+
+
 def check_positive(name: str, value: float) -> None:
     """Raise a ValueError unless ``value`` is a positive number that float32 can compute with."""
-    if not (value > 0 and math.isfinite(value)):
+    check_number(name, value)
+    if not value > 0:
         raise ValueError(f"{name} is {value}: it must be positive")
     if not LEAST <= value <= MOST:
         raise ValueError(f"{name} is {value}: it must be from {LEAST:g} to {MOST:g}, or float32 overflows")
@@ -30,10 +51,59 @@ def check_positive(name: str, value: float) -> None:
 
 def check_not_negative(name: str, value: float) -> None:
     """Raise a ValueError unless ``value`` is a number, 0 or more, that float32 can compute with."""
-    if not (value >= 0 and math.isfinite(value)):
+    check_number(name, value)
+    if not value >= 0:
         raise ValueError(f"{name} is {value}: it must not be negative")
     if value > MOST:
         raise ValueError(f"{name} is {value}: it must be {MOST:g} at most, or float32 overflows")
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise a ValueError unless ``value`` is a share of wrong labels: under a half, or they would say nothing."""
+    check_number(name, value)
+    if not 0 <= value < 0.5:
+        raise ValueError(f"{name} is {value}: a share of wrong labels is in [0, 0.5)")
+
+
+Positive = Annotated[float, check_positive]
+NotNegative = Annotated[float, check_not_negative]
+Share = Annotated[float, check_share]
+"""Types of settings: a loss whose setting is ``beta: Positive`` has it checked when it is called, and before that when
+``Loss`` is made with it."""
+
+
+def check_settings(function: Callable[..., Any], settings: Mapping[str, Any]) -> None:
+    """Raise a ValueError that names the first setting which is not what the function's annotation of it says.
+
+    Numbers are finite, and within the range of their type above; text, Booleans and choices (``Literal``) are that.
+    """
+    for name, rule in _rules(function).items():
+        if name in settings:
+            rule(name, settings[name])
+
+
+@functools.cache
+def _rules(function: Callable[..., Any]) -> dict[str, Callable[[str, Any], None]]:
+    hints = get_type_hints(function, include_extras=True)
+    every = inspect.signature(function).parameters
+    own = [name for name, p in every.items() if p.kind is p.KEYWORD_ONLY and name in hints]
+    return {name: rule for name in own if (rule := _rule(hints[name])) is not None}
+
+
+def _rule(hint: Any) -> Callable[[str, Any], None] | None:
+    if get_origin(hint) is Annotated:
+        rule: Callable[[str, Any], None] = hint.__metadata__[0]
+        return rule
+    if get_origin(hint) is Literal:
+        return functools.partial(_check_choice, choices=get_args(hint))
+    if hint is float:
+        return check_real
+    return functools.partial(check_type, wanted=hint) if hint in (bool, str) else None
+
+
+def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it is one of {', '.join(map(str, choices))}")
 
 
 def check_none_negative(name: str, values: Tensor) -> None:
@@ -84,27 +154,40 @@ def check_log_probs(name: str, answers: SequenceLogps) -> None:
         )
 
 
-def log_ratio(policy: SequenceLogps, reference: SequenceLogps) -> Tensor:
+def log_ratio(
+    policy: SequenceLogps, reference: SequenceLogps, ours: str = "policy", theirs: str = "reference"
+) -> Tensor:
     """Sequence log-ratio ``log pi - log pi_ref``, nats, of the shape of ``total``, in float32 or better.
+
+    Args:
+        policy, reference: log-probs of the same completions.
+        ours, theirs: what messages call them.
 
     Raises:
         ValueError: there is no reference, or the two differ in number of rows, or in the length of a completion.
     """
-    check_type("policy", policy, SequenceLogps)
-    check_reference("reference", reference, SequenceLogps)
+    check_type(ours, policy, SequenceLogps)
+    check_reference(theirs, reference, SequenceLogps)
     if policy.total.shape != reference.total.shape:
         raise ValueError(
-            f"the policy has {_rows(policy.total)} and the reference {_rows(reference.total)}; both score the same "
-            "completions"
+            f"{ours} has shape {tuple(policy.total.shape)} and {theirs} has shape {tuple(reference.total.shape)}: "
+            "both score the same completions"
         )
     unequal = policy.length != reference.length
     if bool(unequal.any()):
+        counts = [int(answers.length[unequal][0]) for answers in (policy, reference)]
         raise ValueError(
-            f"row {first(unequal)[1:-1]}: {int(policy.length[unequal][0])} tokens under the policy and "
-            f"{int(reference.length[unequal][0])} under the reference; both score the same completion"
+            f"{ours}.length{first(unequal)} is {counts[0]} and {theirs}.length{first(unequal)} is {counts[1]}: both "
+            "score the same completion"
         )
     return wide(policy.total) - wide(reference.total)
 
 
-def _rows(values: Tensor) -> str:
-    return f"{len(values)} rows" if values.ndim == 1 else " x ".join(map(str, values.shape)) + " answers"
+def log_ratios(policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tensor]:
+    """``log_ratio`` of the chosen and of the rejected answers, nats, (B,) each; raises as it does."""
+    check_type("policy", policy, PairLogps)
+    check_reference("reference", reference, PairLogps)
+    return (
+        log_ratio(policy.chosen, reference.chosen, "policy.chosen", "reference.chosen"),
+        log_ratio(policy.rejected, reference.rejected, "policy.rejected", "reference.rejected"),
+    )

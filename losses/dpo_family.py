@@ -5,17 +5,15 @@ Notation, soft labels and what raises: see ``pairwise``, which these losses are 
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .catalogue import pairwise_loss
-from .checks import check_not_negative, check_positive, check_reference, log_ratio
+from .checks import NotNegative, Positive, Share, log_ratios
 from .laws import SUMS, Laws
 from .soft_labels import expected, logistic, probability
-from .types import LossOutput, PairLogps, check_type
+from .types import LossOutput, PairLogps
 
 
 @pairwise_loss(
@@ -32,8 +30,8 @@ def dpo(
     reference: PairLogps,
     preference: Tensor | None = None,
     *,
-    beta: float,
-    label_smoothing: float = 0.0,
+    beta: Positive,
+    label_smoothing: Share = 0.0,
 ) -> LossOutput:
     """Direct preference optimisation (arXiv:2305.18290, Eq. 7); with label smoothing, cDPO.
 
@@ -50,8 +48,6 @@ def dpo(
     Returns:
         Unreduced loss (B,) and the implicit rewards ``beta * r``.
     """
-    check_positive("beta", beta)
-    _check_smoothing(label_smoothing)
     chosen, rejected = (beta * ratio for ratio in log_ratios(policy, reference))
     margin = chosen - rejected
     right = None
@@ -70,7 +66,7 @@ def dpo(
     purpose="DPO without its pull to long answers: log-ratios are means per token",
     laws=Laws(fails={"prompt_shift": "the constant is divided by lengths that differ"}),
 )
-def ln_dpo(policy: PairLogps, reference: PairLogps, preference: Tensor | None = None, *, beta: float) -> LossOutput:
+def ln_dpo(policy: PairLogps, reference: PairLogps, preference: Tensor | None = None, *, beta: Positive) -> LossOutput:
     """Length-normalised DPO (arXiv:2407.15229).
 
     ``loss = -log sigmoid(beta * (a_w - a_l))`` with ``a = (log pi - log pi_ref) / length``: the mean log-ratio per
@@ -85,7 +81,6 @@ def ln_dpo(policy: PairLogps, reference: PairLogps, preference: Tensor | None = 
     Returns:
         Unreduced loss (B,) and the implicit rewards ``beta * a``.
     """
-    check_positive("beta", beta)
     chosen, rejected = (beta * ratio for ratio in mean_log_ratios(policy, reference))
     margin = chosen - rejected
     right = None if preference is None else probability(preference, margin)
@@ -111,8 +106,8 @@ def robust_dpo(
     reference: PairLogps,
     preference: Tensor | None = None,
     *,
-    beta: float,
-    label_smoothing: float = 0.1,
+    beta: Positive,
+    label_smoothing: Share = 0.1,
 ) -> LossOutput:
     """Robust DPO: an unbiased estimate of DPO's loss on labels of which a share is flipped (arXiv:2403.00409).
 
@@ -129,8 +124,6 @@ def robust_dpo(
     Returns:
         Unreduced loss (B,) and the implicit rewards ``beta * r``.
     """
-    check_positive("beta", beta)
-    _check_smoothing(label_smoothing)
     chosen, rejected = (beta * ratio for ratio in log_ratios(policy, reference))
     margin = chosen - rejected
     p = torch.ones_like(margin) if preference is None else probability(preference, margin)
@@ -159,8 +152,8 @@ def dpop(
     reference: PairLogps,
     preference: Tensor | None = None,
     *,
-    beta: float,
-    penalty: float = 50.0,
+    beta: Positive,
+    penalty: NotNegative = 50.0,
 ) -> LossOutput:
     """DPO-Positive (arXiv:2402.13228).
 
@@ -176,8 +169,6 @@ def dpop(
     Returns:
         Unreduced loss (B,) and the implicit rewards ``beta * (r_w - penalty * max(0, -r_w))`` and ``beta * r_l``.
     """
-    check_positive("beta", beta)
-    check_not_negative("penalty", penalty)
     one, other = log_ratios(policy, reference)
     chosen, rejected = (beta * (ratio - penalty * F.relu(-ratio)) for ratio in (one, other))
     loss = expected(-F.logsigmoid(chosen - beta * other), -F.logsigmoid(rejected - beta * one), preference)
@@ -194,7 +185,7 @@ def dpop(
     laws=Laws(fails={"duplication": SUMS}),
 )
 def r_dpo(
-    policy: PairLogps, reference: PairLogps, preference: Tensor | None = None, *, beta: float, alpha: float = -0.01
+    policy: PairLogps, reference: PairLogps, preference: Tensor | None = None, *, beta: Positive, alpha: float = -0.01
 ) -> LossOutput:
     """DPO regularised in length (arXiv:2403.19159).
 
@@ -211,10 +202,6 @@ def r_dpo(
     Returns:
         Unreduced loss (B,) and the implicit rewards ``beta * r - alpha * n``.
     """
-    check_positive("beta", beta)
-    if not math.isfinite(alpha):
-        raise ValueError(f"alpha is {alpha}: it must be finite")
-    check_not_negative("the size of alpha", abs(alpha))
     one, other = log_ratios(policy, reference)
     # A whole number times a Python float would be float32, whatever the log-probs are.
     chosen = beta * one - alpha * policy.chosen.length.to(one.dtype)
@@ -224,19 +211,7 @@ def r_dpo(
     return LossOutput.from_rewards(logistic(margin, right), chosen, rejected)
 
 
-def log_ratios(policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tensor]:
-    """``r_w`` and ``r_l``, nats, (B,) each."""
-    check_type("policy", policy, PairLogps)
-    check_reference("reference", reference, PairLogps)
-    return log_ratio(policy.chosen, reference.chosen), log_ratio(policy.rejected, reference.rejected)
-
-
 def mean_log_ratios(policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tensor]:
     """``r_w / n_w`` and ``r_l / n_l``, nats per token, (B,) each."""
     chosen, rejected = log_ratios(policy, reference)
     return chosen / policy.chosen.length, rejected / policy.rejected.length
-
-
-def _check_smoothing(label_smoothing: float) -> None:
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing is {label_smoothing}: a share of wrong labels is in [0, 0.5)")

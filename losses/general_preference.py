@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .catalogue import reward_loss
-from .checks import check_finite, check_none_negative, check_positive, check_shape, wide
+from .checks import Positive, check_none_negative, check_positive, check_shape, wide
 from .laws import SCORES, Laws
 from .soft_labels import expected
-from .types import LossOutput, check_type
+from .types import LossOutput, check_bounded, check_type
 
 
 def unit_norm(embeddings: Tensor, *, eps: float = 1e-6) -> Tensor:
@@ -24,7 +24,7 @@ def unit_norm(embeddings: Tensor, *, eps: float = 1e-6) -> Tensor:
         ValueError: an element is NaN or infinite, or eps is not positive.
     """
     check_positive("eps", eps)
-    check_finite("embeddings", embeddings)
+    check_bounded("embeddings", embeddings)
     return F.normalize(wide(embeddings), dim=-1, eps=eps)
 
 
@@ -44,7 +44,7 @@ def gpm_scale(logits: Tensor, *, temperature: float = 1.0, total: float = 1.0) -
     """
     check_positive("temperature", temperature)
     check_positive("total", total)
-    check_finite("logits", logits)
+    check_bounded("logits", logits)
     return total * torch.softmax(wide(logits) / temperature, -1)
 
 
@@ -72,7 +72,7 @@ def gpm_score(first_embedding: Tensor, second_embedding: Tensor, scale: Tensor |
         raise ValueError(f"embeddings have {width} and {second_embedding.shape[-1]} numbers: both come from one head")
     shapes = [first_embedding.shape[:-1], second_embedding.shape[:-1]]
     if scale is not None:
-        check_finite("scale", scale)
+        check_bounded("scale", scale)
         check_none_negative("scale", scale)
         if scale.ndim < 1 or scale.shape[-1] != width // 2:
             raise ValueError(
@@ -105,7 +105,7 @@ def gpm(
     scale: Tensor | None = None,
     preference: Tensor | None = None,
     *,
-    tau: float = 0.1,
+    tau: Positive = 0.1,
 ) -> LossOutput:
     """General preference model (arXiv:2410.02197): ``loss = -log sigmoid(s(w, l) / tau)`` with s of ``gpm_score``.
 
@@ -122,7 +122,6 @@ def gpm(
         ValueError: tau is not positive, D is odd, sizes that differ, a number that is not finite, a negative scale, or
             a preference outside [0, 1].
     """
-    check_positive("tau", tau)
     check_type("chosen_embedding", chosen_embedding, Tensor)
     if chosen_embedding.ndim != 2:
         raise ValueError(f"chosen_embedding has shape {tuple(chosen_embedding.shape)} and must have (B, D)")
@@ -144,5 +143,5 @@ def _embedding(name: str, embedding: Tensor) -> Tensor:
         raise ValueError(
             f"{name} has shape {tuple(embedding.shape)} and must have (..., D) with D even: blocks of two numbers"
         )
-    check_finite(name, embedding)
+    check_bounded(name, embedding)
     return wide(embedding)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_finite, wide
-from .types import PairLogps, SequenceLogps, check_type, first
+from .checks import wide
+from .types import PairLogps, SequenceLogps, check_bounded, check_type, first
 
 
 def all_pairs(group: SequenceLogps) -> PairLogps:
@@ -21,6 +21,7 @@ def all_pairs(group: SequenceLogps) -> PairLogps:
     Raises:
         ValueError: not of shape (B, K), or K < 2.
     """
+    check_type("group", group, SequenceLogps)
     i, j = pairs_of("group", group.total)
     return PairLogps(
         SequenceLogps(group.total[:, i].flatten(), group.length[:, i].flatten()),
@@ -63,7 +64,7 @@ def mean_scores(scores: Tensor, include_self: bool = False) -> Tensor:
     """
     _check_table("scores", scores)
     pairs_of("scores", scores[..., 0])
-    check_finite("scores", scores)
+    check_bounded("scores", scores)
     scores = wide(scores)
     uneven = (scores + scores.mT).abs() > 1e-4 * (1 + scores.abs())
     if bool(uneven.any()):
@@ -72,9 +73,6 @@ def mean_scores(scores: Tensor, include_self: bool = False) -> Tensor:
             f"{float(scores.mT[uneven][0])}: scores are antisymmetric, s_ij = -s_ji"
         )
     return scores.sum(-1) / (scores.shape[-1] - (not include_self))
-
-
-# --- the mixture that opponents are drawn from -----------------------------------------------------------------------
 
 
 def _check_table(name: str, table: Tensor) -> None:

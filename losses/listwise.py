@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .catalogue import ranking_loss
-from .checks import check_positive, check_shape, log_ratio
+from .checks import Positive, check_shape, log_ratio
 from .laws import SUMS, Laws
 from .types import LossOutput, SequenceLogps, check_type, first
 
@@ -28,7 +28,7 @@ from .types import LossOutput, SequenceLogps, check_type, first
     ),
 )
 def plackett_luce(
-    policy: SequenceLogps, reference: SequenceLogps, answers: Tensor | None = None, *, beta: float
+    policy: SequenceLogps, reference: SequenceLogps, answers: Tensor | None = None, *, beta: Positive
 ) -> LossOutput:
     """DPO under the Plackett-Luce model of rankings (arXiv:2305.18290); with two answers it is ``dpo``.
 
@@ -38,7 +38,7 @@ def plackett_luce(
     Args:
         policy, reference: totals (nats) and lengths (tokens), (B, K), best answer first.
         answers: how many of the K answers in a row are real, (B,), whole numbers, at least 2. The rest is padding,
-            whose totals (any finite number) and lengths (1) are read by nothing. None: all of them.
+            whose totals (any number that the carrier takes) and lengths (1) are read by nothing. None: all of them.
         beta: strength of the pull to the reference, per nat; 0.01-0.5 is usual.
 
     Returns:
@@ -48,7 +48,6 @@ def plackett_luce(
         ValueError: beta is not positive, there are fewer than two answers, or policy and reference score different
             completions.
     """
-    check_positive("beta", beta)
     check_type("policy", policy, SequenceLogps)
     if policy.total.ndim != 2 or policy.total.shape[1] < 2:
         raise ValueError(f"policy has shape {tuple(policy.total.shape)}: a ranking is (B, K) with two answers or more")

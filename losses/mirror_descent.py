@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from .catalogue import selfplay_loss
-from .checks import check_finite, check_positive, check_reference, check_shape, wide
+from .checks import Positive, check_reference, check_shape, wide
 from .laws import SUMS, Laws
-from .types import LossOutput, check_type
+from .types import LossOutput, check_bounded, check_type
 
 
 @selfplay_loss(
@@ -31,7 +31,7 @@ from .types import LossOutput, check_type
         },
     ),
 )
-def mdpo(logps: Tensor, previous: Tensor, advantage: Tensor, *, step_size: float = 1.0) -> LossOutput:
+def mdpo(logps: Tensor, previous: Tensor, advantage: Tensor, *, step_size: Positive = 1.0) -> LossOutput:
     """Mirror descent policy optimisation (arXiv:2005.09814, on policy, with the KL estimated from samples).
 
     ``loss = -e^d A + (d e^d - e^d + 1) / t`` with ``d = log pi - log pi_k``, for elements drawn from ``pi_k``. In
@@ -51,7 +51,6 @@ def mdpo(logps: Tensor, previous: Tensor, advantage: Tensor, *, step_size: float
     Raises:
         ValueError: step_size is not positive, sizes that differ, or a number that is not finite.
     """
-    check_positive("step_size", step_size)
     check_type("logps", logps, Tensor)
     check_reference("previous", previous, Tensor)
     if logps.ndim != 1:
@@ -59,7 +58,7 @@ def mdpo(logps: Tensor, previous: Tensor, advantage: Tensor, *, step_size: float
     check_shape("previous", previous, logps.shape, "one an element")
     check_shape("advantage", advantage, logps.shape, "one an element")
     for name, values in (("logps", logps), ("previous", previous), ("advantage", advantage)):
-        check_finite(name, values)
+        check_bounded(name, values)
     d = (wide(logps) - wide(previous).detach()).clamp(-20, 20)
     ratio = d.exp()
     # expm1: near d = 0 the term is d^2 / 2, and exp(d) - 1 would have lost it.

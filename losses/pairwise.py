@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .catalogue import pairwise_loss
-from .checks import check_log_probs, check_not_negative, check_positive, wide
+from .checks import NotNegative, Positive, check_log_probs, log_ratios, wide
 from .complement import log_not
-from .dpo_family import dpo, dpop, ln_dpo, log_ratios, mean_log_ratios, r_dpo, robust_dpo
+from .dpo_family import dpo, dpop, ln_dpo, mean_log_ratios, r_dpo, robust_dpo
 from .laws import SUMS, Laws
 from .soft_labels import expected, probability
 from .types import LossOutput, PairLogps, SequenceLogps, check_type
@@ -62,7 +62,7 @@ _OWN_TARGET = "the margin aimed at is 1/(2 beta), whatever the margin is"
     purpose="a bounded target for the margin, so that certain labels cannot drive it to infinity (the paper's form)",
     laws=Laws(fails={"duplication": SUMS, "small_beta": _OWN_TARGET, "large_beta": _OWN_TARGET}),
 )
-def ipo(policy: PairLogps, reference: PairLogps, preference: Tensor | None = None, *, beta: float) -> LossOutput:
+def ipo(policy: PairLogps, reference: PairLogps, preference: Tensor | None = None, *, beta: Positive) -> LossOutput:
     """Identity preference optimisation, the paper's form on sequence sums (arXiv:2310.12036, Eq. 17).
 
     ``loss = (r_w - r_l - 1 / (2 * beta))^2`` with ``r`` summed over the completion; with soft labels
@@ -77,7 +77,6 @@ def ipo(policy: PairLogps, reference: PairLogps, preference: Tensor | None = Non
     Returns:
         Unreduced loss (B,), in nats squared, and the implicit rewards ``beta * r``; the aim is a margin of p - 1/2.
     """
-    check_positive("beta", beta)
     chosen, rejected = log_ratios(policy, reference)
     return LossOutput.from_rewards(_squared(chosen - rejected, preference, beta), beta * chosen, beta * rejected)
 
@@ -92,7 +91,7 @@ def ipo(policy: PairLogps, reference: PairLogps, preference: Tensor | None = Non
     laws=Laws(fails={"prompt_shift": _MEANS, "small_beta": _OWN_TARGET, "large_beta": _OWN_TARGET}),
 )
 def ipo_per_token(
-    policy: PairLogps, reference: PairLogps, preference: Tensor | None = None, *, beta: float
+    policy: PairLogps, reference: PairLogps, preference: Tensor | None = None, *, beta: Positive
 ) -> LossOutput:
     """IPO on mean log-ratios per token: what TRL calls ``ipo``. The paper's form is ``ipo``.
 
@@ -106,7 +105,6 @@ def ipo_per_token(
     Returns:
         Unreduced loss (B,) and the implicit rewards ``beta * r / n``; the aim is a margin of p - 1/2.
     """
-    check_positive("beta", beta)
     chosen, rejected = mean_log_ratios(policy, reference)
     return LossOutput.from_rewards(_squared(chosen - rejected, preference, beta), beta * chosen, beta * rejected)
 
@@ -120,7 +118,7 @@ def ipo_per_token(
     purpose="the hinge on log-ratios (TRL's hinge): pairs beyond the margin stop pushing",
     laws=Laws(fails={"duplication": SUMS}),
 )
-def slic(policy: PairLogps, reference: PairLogps, preference: Tensor | None = None, *, beta: float) -> LossOutput:
+def slic(policy: PairLogps, reference: PairLogps, preference: Tensor | None = None, *, beta: Positive) -> LossOutput:
     """SLiC in its reference form: the hinge on log-ratios (arXiv:2309.06657; TRL's ``hinge``).
 
     This is the hinge-norm loss of the RSO paper; SLiC-HF itself, without a reference, is ``slic_hf``.
@@ -135,7 +133,6 @@ def slic(policy: PairLogps, reference: PairLogps, preference: Tensor | None = No
     Returns:
         Unreduced loss (B,) and the implicit rewards ``beta * r``.
     """
-    check_positive("beta", beta)
     chosen, rejected = (beta * ratio for ratio in log_ratios(policy, reference))
     margin = chosen - rejected
     loss = expected(F.relu(1 - margin), F.relu(1 + margin), preference)
@@ -155,7 +152,7 @@ def slic(policy: PairLogps, reference: PairLogps, preference: Tensor | None = No
     ),
 )
 def slic_hf(
-    policy: PairLogps, preference: Tensor | None = None, *, delta: float = 1.0, sft_weight: float = 0.1
+    policy: PairLogps, preference: Tensor | None = None, *, delta: NotNegative = 1.0, sft_weight: NotNegative = 0.1
 ) -> LossOutput:
     """SLiC-HF with the chosen answer as the one to imitate (arXiv:2305.10425).
 
@@ -172,8 +169,6 @@ def slic_hf(
         Unreduced loss (B,), nats, and the log-probs ``S`` as rewards.
     """
     check_type("policy", policy, PairLogps)
-    check_not_negative("delta", delta)
-    check_not_negative("sft_weight", sft_weight)
     chosen, rejected = wide(policy.chosen.total), wide(policy.rejected.total)
     loss = expected(
         F.relu(delta - (chosen - rejected)) - sft_weight * chosen,
@@ -192,7 +187,9 @@ def slic_hf(
     purpose="no reference model: mean log-probs themselves are the reward, with a target margin",
     laws=Laws(fails={"prompt_shift": _MEANS}, not_applicable={"reference_shift": _NO_REFERENCE}),
 )
-def simpo(policy: PairLogps, preference: Tensor | None = None, *, beta: float, gamma: float = 1.0) -> LossOutput:
+def simpo(
+    policy: PairLogps, preference: Tensor | None = None, *, beta: Positive, gamma: NotNegative = 1.0
+) -> LossOutput:
     """SimPO (arXiv:2405.14734, Eq. 6): ``loss = -log sigmoid(beta * (S_w / n_w - S_l / n_l) - gamma)``.
 
     Args:
@@ -206,8 +203,6 @@ def simpo(policy: PairLogps, preference: Tensor | None = None, *, beta: float, g
         Unreduced loss (B,) and the implicit rewards ``beta * S / n``.
     """
     check_type("policy", policy, PairLogps)
-    check_positive("beta", beta)
-    check_not_negative("gamma", gamma)
     chosen, rejected = beta * _mean(policy.chosen), beta * _mean(policy.rejected)
     margin = chosen - rejected
     loss = expected(-F.logsigmoid(margin - gamma), -F.logsigmoid(-margin - gamma), preference)
@@ -232,7 +227,9 @@ def simpo(policy: PairLogps, preference: Tensor | None = None, *, beta: float, g
         not_applicable={"reference_shift": _NO_REFERENCE},
     ),
 )
-def cpo(policy: PairLogps, preference: Tensor | None = None, *, beta: float, sft_weight: float = 1.0) -> LossOutput:
+def cpo(
+    policy: PairLogps, preference: Tensor | None = None, *, beta: Positive, sft_weight: NotNegative = 1.0
+) -> LossOutput:
     """Contrastive preference optimisation (arXiv:2401.08417).
 
     ``loss = -log sigmoid(beta * (S_w - S_l)) - sft_weight * S_w / n_w``: DPO's with a uniform reference, and the mean
@@ -249,8 +246,6 @@ def cpo(policy: PairLogps, preference: Tensor | None = None, *, beta: float, sft
         Unreduced loss (B,) and the implicit rewards ``beta * S``.
     """
     check_type("policy", policy, PairLogps)
-    check_positive("beta", beta)
-    check_not_negative("sft_weight", sft_weight)
     chosen, rejected = beta * wide(policy.chosen.total), beta * wide(policy.rejected.total)
     margin = chosen - rejected
     loss = expected(
@@ -274,7 +269,11 @@ def cpo(policy: PairLogps, preference: Tensor | None = None, *, beta: float, sft
     ),
 )
 def orpo(
-    policy: PairLogps, preference: Tensor | None = None, *, odds_weight: float = 0.1, sft_weight: float = 1.0
+    policy: PairLogps,
+    preference: Tensor | None = None,
+    *,
+    odds_weight: NotNegative = 0.1,
+    sft_weight: NotNegative = 1.0,
 ) -> LossOutput:
     """Odds-ratio preference optimisation (arXiv:2403.07691).
 
@@ -298,8 +297,6 @@ def orpo(
         ValueError: a mean log-prob is over 0 by more than 1e-3 (a probability over 1).
     """
     check_type("policy", policy, PairLogps)
-    check_not_negative("odds_weight", odds_weight)
-    check_not_negative("sft_weight", sft_weight)
     check_log_probs("policy.chosen", policy.chosen)
     check_log_probs("policy.rejected", policy.rejected)
     chosen, rejected = _log_odds(policy.chosen), _log_odds(policy.rejected)

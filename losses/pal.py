@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .catalogue import reward_loss
-from .checks import check_finite, check_not_negative, check_positive, check_shape, wide
+from .checks import NotNegative, check_positive, check_shape, wide
 from .laws import SCORES, Laws
-from .types import LossOutput, check_type, first
+from .types import LossOutput, as_mask, check_bounded, check_type, first
 
 Weighting = Literal["mean", "cumulative", "last"]
 
@@ -33,10 +33,11 @@ def pal_delta(left: Tensor, right: Tensor, ideal: Tensor, *, squared: bool = Fal
     Raises:
         ValueError: shapes that differ, or a number that is not finite.
     """
+    check_type("left", left, Tensor)
     check_shape("right", right, left.shape, "as left")
     check_shape("ideal", ideal, left.shape, "as left")
     for name, values in (("left", left), ("right", right), ("ideal", ideal)):
-        check_finite(name, values)
+        check_bounded(name, values)
     a = wide(ideal)
     if squared:
         return ((wide(left) - a) ** 2).sum(-1) - ((wide(right) - a) ** 2).sum(-1)
@@ -59,10 +60,11 @@ def pal_logits(left: Tensor, right: Tensor, user: Tensor, *, scale: float | Tens
     Raises:
         ValueError: shapes that differ, a number that is not finite, or a scale that is not positive.
     """
+    check_type("left", left, Tensor)
     check_shape("right", right, left.shape, "as left")
     check_shape("user", user, left.shape, "as left")
     for name, values in (("left", left), ("right", right), ("user", user)):
-        check_finite(name, values)
+        check_bounded(name, values)
     check_positive("scale", float(scale.detach()) if isinstance(scale, Tensor) else scale)
     user = F.normalize(wide(user), dim=-1, eps=eps)
     cosines = [(F.normalize(wide(x), dim=-1, eps=eps) * user).sum(-1) for x in (left, right)]
@@ -79,7 +81,7 @@ def pal_logits(left: Tensor, right: Tensor, user: Tensor, *, scale: float | Tens
     purpose="per-user preference models by distance from an ideal point; pairs beyond the margin stop pushing",
     laws=Laws(not_applicable={"prompt_shift": "delta is a difference already", **SCORES}),
 )
-def pal_hinge(delta: Tensor, label: Tensor, *, smoothing: float = 0.0) -> LossOutput:
+def pal_hinge(delta: Tensor, label: Tensor, *, smoothing: NotNegative = 0.0) -> LossOutput:
     """Hinge on the difference of distances (arXiv:2406.08469).
 
     ``loss = max(0, 1 - y delta)``. With ``smoothing`` g it is ``(1 - y delta)^2 / (2 g)`` for ``y delta`` in
@@ -96,7 +98,6 @@ def pal_hinge(delta: Tensor, label: Tensor, *, smoothing: float = 0.0) -> LossOu
     Raises:
         ValueError: a label other than -1 and +1, sizes that differ, a number that is not finite, or smoothing < 0.
     """
-    check_not_negative("smoothing", smoothing)
     if smoothing > 0:
         check_positive("smoothing", smoothing)
     margin = _margin(delta, label)
@@ -158,7 +159,7 @@ def pal_cross_entropy(logits: Tensor, label: Tensor) -> LossOutput:
     check_type("logits", logits, Tensor)
     if logits.ndim != 2 or logits.shape[1] != 2:
         raise ValueError(f"logits has shape {tuple(logits.shape)} and must have (B, 2): left and right")
-    check_finite("logits", logits)
+    check_bounded("logits", logits)
     right = _labels(label, logits.shape[:1]) > 0
     left_logit, right_logit = wide(logits).unbind(1)
     preferred, other = (
@@ -183,15 +184,16 @@ def token_weighted(losses: Tensor, mask: Tensor, weighting: Weighting = "cumulat
     Raises:
         ValueError: shapes that differ, a row without a true position, a loss that is not finite, or no such weighting.
     """
+    check_type("losses", losses, Tensor)
     if losses.ndim != 2:
         raise ValueError(f"losses has shape {tuple(losses.shape)} and must have (B, T)")
     check_shape("mask", mask, losses.shape, "one a position")
-    mask = mask.bool()
+    mask = as_mask("mask", mask)
     empty = ~mask.any(1)
     if bool(empty.any()):
         raise ValueError(f"mask{first(empty)} has no true position: a row has at least one")
     losses = torch.where(mask, wide(losses), 0.0)
-    check_finite("losses", losses)
+    check_bounded("losses", losses)
     place = mask.cumsum(1).to(losses.dtype)
     count = place[:, -1:]
     weights = {
@@ -217,5 +219,5 @@ def _margin(delta: Tensor, label: Tensor) -> Tensor:
     check_type("delta", delta, Tensor)
     if delta.ndim != 1:
         raise ValueError(f"delta has shape {tuple(delta.shape)} and must have (B,): one a pair")
-    check_finite("delta", delta)
+    check_bounded("delta", delta)
     return _labels(label, delta.shape) * wide(delta)

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .catalogue import reward_loss
-from .checks import check_finite, check_none_negative, check_shape, wide
+from .checks import check_none_negative, check_shape, wide
 from .general_preference import gpm, gpm_scale, gpm_score, unit_norm
 from .laws import SCORES, SINGLE, Laws
 from .pal import pal_cross_entropy, pal_delta, pal_hinge, pal_logistic, pal_logits, token_weighted
 from .soft_labels import expected
-from .types import LossOutput, check_type, first
+from .types import LossOutput, check_bounded, check_type, first
 
 __all__ = [
     "MASKED",
@@ -62,7 +62,7 @@ def chosen_by_strength(first_score: Tensor, second_score: Tensor, strength: Tens
     """
     first_score, second_score = _scores("first_score", first_score, "second_score", second_score)
     check_shape("strength", strength, first_score.shape, "one a pair")
-    check_finite("strength", strength)
+    check_bounded("strength", strength)
     over = strength.abs() > 3
     if bool(over.any()):
         raise ValueError(f"strength{first(over)} is {float(strength[over][0])}: a strength is in [-3, 3]")
@@ -177,6 +177,7 @@ def scaled_bradley_terry(
     if normalize_weights:
         if not bool((m > 0).any()):
             raise ValueError("strength is 0 in every row: there is no weight to normalise")
+        m = m / m.max()  # or the mean of the tiniest would round to 0
         m = m / m.mean()
     delta = chosen - rejected
     loss = m * expected(-F.logsigmoid(delta), -F.logsigmoid(-delta), preference)
@@ -217,8 +218,8 @@ def regression(predictions: Tensor, labels: Tensor) -> LossOutput:
     if predictions.ndim != 2:
         raise ValueError(f"predictions has shape {tuple(predictions.shape)} and must have (B, A): one an attribute")
     check_shape("labels", labels, predictions.shape, "one an attribute")
-    check_finite("predictions", predictions)
-    check_finite("labels", labels)
+    check_bounded("predictions", predictions)
+    check_bounded("labels", labels)
     rated = labels != MASKED
     unrated = ~rated.any(1)
     if bool(unrated.any()):
@@ -266,13 +267,13 @@ def _scores(first_name: str, first_score: Tensor, second_name: str, second_score
     if first_score.ndim != 1:
         raise ValueError(f"{first_name} has shape {tuple(first_score.shape)} and must have (B,): one score an answer")
     check_shape(second_name, second_score, first_score.shape, "one score an answer")
-    check_finite(first_name, first_score)
-    check_finite(second_name, second_score)
+    check_bounded(first_name, first_score)
+    check_bounded(second_name, second_score)
     return wide(first_score), wide(second_score)
 
 
 def _strength(name: str, values: Tensor, shape: torch.Size) -> Tensor:
     check_shape(name, values, shape, "one a pair")
-    check_finite(name, values)
+    check_bounded(name, values)
     check_none_negative(name, values)
     return wide(values).detach()

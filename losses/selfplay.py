@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from .catalogue import selfplay_loss
-from .checks import check_finite, check_positive, check_probability, check_reference, check_shape, log_ratio, wide
+from .checks import Positive, check_number, check_probability, check_reference, check_shape, log_ratio, wide
 from .groups import all_pair_values, all_pairs, mean_scores, pairs_of
 from .laws import SINGLE, SUMS, Laws
 from .mirror_descent import mdpo
-from .types import LossOutput, SequenceLogps, check_type, first
+from .types import LossOutput, SequenceLogps, check_bounded, check_type, first
 
 __all__ = [
     "all_pair_values",
@@ -87,8 +87,11 @@ def mixture_logps(policy: Tensor, reference: Tensor, *, coefficient: float) -> T
     Raises:
         ValueError: coefficient outside [0, 1], the shapes differ, a logit is NaN or +inf, or no token is left.
     """
+    check_number("coefficient", coefficient)
     if not 0 <= coefficient <= 1:
         raise ValueError(f"coefficient is {coefficient}: it must be in [0, 1]")
+    check_type("policy", policy, Tensor)
+    check_reference("reference", reference, Tensor)
     if policy.shape != reference.shape:
         raise ValueError(
             f"policy and reference have shape {tuple(policy.shape)} and {tuple(reference.shape)}: both give a "
@@ -151,7 +154,7 @@ _POINTWISE = Laws(
         not_applicable={"swap": SINGLE, "large_beta": SINGLE},
     ),
 )
-def nash_md_pg(policy: SequenceLogps, reference: SequenceLogps, preference: Tensor, *, beta: float) -> LossOutput:
+def nash_md_pg(policy: SequenceLogps, reference: SequenceLogps, preference: Tensor, *, beta: Positive) -> LossOutput:
     """Nash-MD policy gradient (arXiv:2312.00886).
 
     ``loss = -(p - 1/2 - beta * r).detach() * S`` for an answer y that the policy gave and an opponent y' drawn from
@@ -170,7 +173,6 @@ def nash_md_pg(policy: SequenceLogps, reference: SequenceLogps, preference: Tens
     Raises:
         ValueError: beta is not positive, a preference outside [0, 1], or sizes that differ.
     """
-    check_positive("beta", beta)
     ratio = log_ratio(policy, reference)
     if ratio.ndim != 1:
         raise ValueError(f"policy has shape {tuple(ratio.shape)} and must have (B,): one answer a row")
@@ -189,7 +191,7 @@ def nash_md_pg(policy: SequenceLogps, reference: SequenceLogps, preference: Tens
     purpose="one step of the game with unbounded scores, by regression of differences between answers; exact",
     laws=_DIFFERENCES,
 )
-def gpo(policy: SequenceLogps, previous: SequenceLogps, scores: Tensor, *, beta: float) -> LossOutput:
+def gpo(policy: SequenceLogps, previous: SequenceLogps, scores: Tensor, *, beta: Positive) -> LossOutput:
     """General preference optimisation on differences of answers (arXiv:2410.02197, in a form without its constant).
 
     ``loss = mean over i < j of [h_i - h_j - (s_i - s_j) / beta]^2``. The partition constant of the step's closed form
@@ -223,7 +225,7 @@ def gpo(policy: SequenceLogps, previous: SequenceLogps, scores: Tensor, *, beta:
     purpose="GPO as published, with the constant of the closed form dropped; biased for that",
     laws=_POINTWISE,
 )
-def gpo_pointwise(policy: SequenceLogps, previous: SequenceLogps, scores: Tensor, *, beta: float) -> LossOutput:
+def gpo_pointwise(policy: SequenceLogps, previous: SequenceLogps, scores: Tensor, *, beta: Positive) -> LossOutput:
     """General preference optimisation as published (arXiv:2410.02197): the paper's dropped-constant form.
 
     ``loss_i = [h_i - s_i / beta]^2``. The closed form has ``h_i = s_i / beta - log Z``; a normalised policy cannot do
@@ -253,7 +255,7 @@ def gpo_pointwise(policy: SequenceLogps, previous: SequenceLogps, scores: Tensor
     purpose="one step of the game with win rates, by regression of differences between answers; exact",
     laws=_DIFFERENCES,
 )
-def sppo(policy: SequenceLogps, previous: SequenceLogps, win_rates: Tensor, *, beta: float) -> LossOutput:
+def sppo(policy: SequenceLogps, previous: SequenceLogps, win_rates: Tensor, *, beta: Positive) -> LossOutput:
     """Self-play preference optimisation on differences of answers (arXiv:2405.00675, in a form without its constant).
 
     ``gpo`` with the bounded score ``P - 1/2``. Near 1/2, ``P - 1/2`` is a quarter of the score ``logit P``, so that
@@ -282,7 +284,7 @@ def sppo(policy: SequenceLogps, previous: SequenceLogps, win_rates: Tensor, *, b
     purpose="SPPO as published, with the constant of the closed form set to 1/2; biased for that",
     laws=_POINTWISE,
 )
-def sppo_pointwise(policy: SequenceLogps, previous: SequenceLogps, win_rates: Tensor, *, beta: float) -> LossOutput:
+def sppo_pointwise(policy: SequenceLogps, previous: SequenceLogps, win_rates: Tensor, *, beta: Positive) -> LossOutput:
     """Self-play preference optimisation as published (arXiv:2405.00675): the paper's dropped-constant form.
 
     ``loss_i = [h_i - (P_i - 1/2) / beta]^2``: ``gpo_pointwise`` with the score ``P - 1/2``, and with its bias.
@@ -303,13 +305,12 @@ def sppo_pointwise(policy: SequenceLogps, previous: SequenceLogps, win_rates: Te
 
 def _regressands(policy: SequenceLogps, previous: SequenceLogps, scores: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """Log-ratios and scores of (B, K), checked; no gradient through the previous iterate, which may be the policy."""
-    check_positive("beta", beta)
     check_reference("previous", previous, SequenceLogps)
-    ratio = log_ratio(policy, SequenceLogps(previous.total.detach(), previous.length))
+    ratio = log_ratio(policy, SequenceLogps(previous.total.detach(), previous.length), theirs="previous")
     if ratio.ndim != 2:
         raise ValueError(f"policy has shape {tuple(ratio.shape)} and must have (B, K): K answers to each prompt")
     check_shape("scores", scores, ratio.shape, "one an answer")
-    check_finite("scores", scores)
+    check_bounded("scores", scores)
     return ratio, wide(scores).detach()
 
 

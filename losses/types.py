@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+LARGEST = 1e6
+"""What losses take lies within +-this, in whatever unit: then its products with settings (1e12 at most, and as much in
+the denominator), and the squares of these, do not overflow float32 (3e38). No answer has log-probs beyond it."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +22,8 @@ class SequenceLogps:
         length: number of tokens in that sum (EOS counted, prompt and padding not), of the same shape.
 
     Raises:
-        ValueError: the shapes differ, a length is not a whole number of at least 1, or a log-prob is NaN or infinite.
+        ValueError: the shapes differ, a length is not a whole number of at least 1, or a log-prob is NaN, infinite or
+            beyond +-1e6.
     """
 
     total: Tensor
@@ -40,9 +46,8 @@ class SequenceLogps:
                 "a completion has at least one token" if value.is_integer() else "it counts tokens, in whole numbers"
             )
             raise ValueError(f"length{first(wrong)} is {value:g}: {rule}")
-        bad = ~torch.isfinite(self.total)
-        if bool(bad.any()):
-            raise ValueError(f"total{first(bad)} is {float(self.total[bad][0])}: log-probs are finite")
+        check_bounded("length", self.length)
+        check_bounded("total", self.total)
 
     @classmethod
     def from_tokens(cls, logps: Tensor, mask: Tensor) -> SequenceLogps:
@@ -51,14 +56,16 @@ class SequenceLogps:
         Args:
             logps: log-prob of each token, nats, shape (..., T) with one or two leading dimensions; summed in float32,
                 float64 stays. What stands where the mask is false is never read, NaN included.
-            mask: true on the completion's tokens (EOS counted, prompt and padding not), of the same shape.
+            mask: true (or 1) on the completion's tokens (EOS counted, prompt and padding not), of the same shape.
 
         Raises:
-            ValueError: the shapes differ, a completion is empty, or a log-prob is NaN or infinite.
+            ValueError: the shapes differ, the mask is neither true nor false somewhere, a completion is empty, or its
+                log-prob is NaN, infinite or beyond +-1e6.
         """
+        check_type("logps", logps, Tensor)
+        mask = as_mask("mask", mask)
         if logps.shape != mask.shape:
             raise ValueError(f"logps and mask have the same shape, not {tuple(logps.shape)} and {tuple(mask.shape)}")
-        mask = mask.bool()
         values = logps.to(torch.promote_types(logps.dtype, torch.float32))
         return cls(torch.where(mask, values, values.new_zeros(())).sum(-1), mask.sum(-1))
 
@@ -153,6 +160,29 @@ def check_type(name: str, given: object, wanted: type) -> None:
     if not isinstance(given, wanted):
         what = given if given is None or isinstance(given, (int, float)) else f"a {type(given).__name__}"
         raise ValueError(f"{name} is {what}: it must be a {wanted.__name__}")
+
+
+def check_bounded(name: str, values: Tensor) -> None:
+    """Raise a ValueError that names the first element which is NaN, infinite, or beyond +-``LARGEST``."""
+    check_type(name, values, Tensor)
+    bad = ~(torch.isfinite(values) & (values <= LARGEST) & (values >= -LARGEST))
+    if bool(bad.any()):
+        value = float(values[bad][0])
+        rule = f"within +-{LARGEST:g}, or float32 overflows" if math.isfinite(value) else "finite"
+        raise ValueError(f"{name}{first(bad)} is {value:g}: it must be {rule}")
+
+
+def as_mask(name: str, values: Tensor) -> Tensor:
+    """A mask as Booleans.
+
+    Raises:
+        ValueError: an element is neither true nor false (1 nor 0), NaN included.
+    """
+    check_type(name, values, Tensor)
+    bad = (values != 0) & (values != 1)
+    if bool(bad.any()):
+        raise ValueError(f"{name}{first(bad)} is {float(values[bad][0]):g}: it must be true or false (1 or 0)")
+    return values.bool()
 
 
 def first(where: Tensor) -> str:

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from align.losses.checks import check_finite, check_positive, check_shape, wide
+from align.losses.checks import check_finite, check_number, check_positive, check_shape, wide
+from align.losses.types import as_mask, check_type
 
 FOLDS = 5
 # Inverse strengths of the L2 penalty on standardised embeddings, from sklearn's default down.
@@ -48,6 +49,7 @@ class DensityRatio:
     maximum: float
 
     def __post_init__(self) -> None:
+        check_type("coefficients", self.coefficients, Tensor)
         if self.coefficients.ndim != 1:
             raise ValueError(f"coefficients have shape (D,), not {tuple(self.coefficients.shape)}")
         check_finite("coefficients", self.coefficients)
@@ -86,9 +88,11 @@ class DensityRatio:
         from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
         _check_range(minimum, maximum)
+        check_number("sample", sample)
         if sample < 2:
             raise ValueError(f"sample is {sample}: a fit needs two prompts of each class or more")
         for name, rows in (("up", up), ("down", down)):
+            check_type(name, rows, Tensor)
             if rows.ndim != 2 or len(rows) < 2:
                 raise ValueError(
                     f"{name} has shape {tuple(rows.shape)}: embeddings are (N, D), of two prompts or more"
@@ -186,12 +190,13 @@ def mean_pooled(hidden: Tensor, mask: Tensor) -> Tensor:
         (B, D), summed in float32; float64 stays.
 
     Raises:
-        ValueError: the shapes do not fit, or a row has no token.
+        ValueError: the shapes do not fit, the mask is neither true nor false somewhere, or a row has no token.
     """
+    check_type("hidden", hidden, Tensor)
     if hidden.ndim != 3:
         raise ValueError(f"hidden has shape (B, T, D), not {tuple(hidden.shape)}")
     check_shape("mask", mask, hidden.shape[:2], "one a token")
-    mask = mask.bool()
+    mask = as_mask("mask", mask)
     count = mask.sum(1)
     if bool((count == 0).any()):
         raise ValueError(f"mask[{int((count == 0).nonzero()[0])}] has no token: there is nothing to average")

@@ -77,7 +77,15 @@ def methods(
 ) -> None:
     """List the losses by kind: formula, reference, soft labels, settings with defaults, paper, what each is for."""
     from align.losses.catalogue import KINDS
-    from align.reports.methods import NOTATION, losses_of, methods_page, reference_of, settings_of, soft_labels_of
+    from align.reports.methods import (
+        NOTATION,
+        NOTATION_OF,
+        losses_of,
+        methods_page,
+        reference_of,
+        settings_of,
+        soft_labels_of,
+    )
 
     if markdown:
         print(methods_page(), end="")
@@ -105,6 +113,8 @@ def methods(
             table.add_row(info.name, escape(f"{info.formula}\n{info.purpose}\n") + f"[dim]{escape(facts)}[/dim]")
         if table.row_count:
             console.print(f"[bold]{kind}[/bold]: {what}", highlight=False)
+            if kind in NOTATION_OF:
+                console.print(escape(NOTATION_OF[kind].replace("`", "")), highlight=False)
             console.print(table, highlight=False)
             console.print()
     print("method: sft trains on answers alone (TRL's SFTTrainer); as a term of losses, sft is the chosen answer's.")

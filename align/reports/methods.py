@@ -10,22 +10,31 @@ import re
 from collections.abc import Sequence
 
 from align.losses import LOSSES
-from align.losses.catalogue import KINDS, LossInfo
+from align.losses.catalogue import KINDS, Kind, LossInfo
 from align.losses.laws import LAWS
 
 COLUMNS = ("loss", "formula", "reference", "soft labels", "beta", "settings", "paper", "what it is for")
 NOTATION = (
     "`w` is the chosen answer, `l` the rejected one; `S` is the sum of an answer's token log-probs under the policy, "
-    "`R` under the reference (nats), `n` its length in tokens, `r = S - R`, `sigma` the logistic function.",
-    "`eps` is `label_smoothing`; `w_D`, `w_U` are `desirable_weight`, `undesirable_weight`; bco's `delta` is its "
-    "reward shift and its `w` the weight that `match_prompts` gives.",
-    "Self-play: `h` and `d` are log-ratios to the policy that gave the answers, `p` the probability that an answer is "
-    "preferred, `s` a score, `P` a win rate, `A` an advantage, `t` is `step_size`.",
-    "Reward models: `r` is a score, `m` a margin or strength, `s(w, l)` a preference score, `o` an output and `l` its "
-    "rating, `y` a label of +1 (right) or -1 (left) and `delta` what speaks for the right answer.",
+    "`R` under the reference (nats), `n` its length in tokens, `r = S - R`, `sigma` the logistic function; the rest "
+    "is said with each kind of loss.",
+    "Reference: whether the loss compares the policy with a reference model; `previous` is the policy as it was when "
+    "it gave the answers.",
     "Soft labels: whether the loss also takes the probability that the first answer is preferred, in place of a sure "
     "label. `beta` and the settings have the value that is taken where none is given.",
 )
+NOTATION_OF: dict[Kind, str] = {
+    "pair": "`eps` is `label_smoothing`. In `logic`, `P` is the formula (`logic`), `C` its condition (`where`), `A` "
+    "what counts above and below (`also`), `f` the outer function, and `WMC` the probability that a formula is true "
+    "where the model accepts an answer with probability `exp(S/n)` (`exp(S)` with `norm` sum).",
+    "thumbs": "`w_D`, `w_U` are `desirable_weight`, `undesirable_weight`; bco's `delta` is its reward shift and its "
+    "`w` the weight that `match_prompts` gives; kto's `KL` is an estimate of the KL from policy to reference, the "
+    "mean `r` of prompts with the answers of others, at least 0.",
+    "selfplay": "`h` and `d` are log-ratios to the previous policy, `p` is the probability that an answer is "
+    "preferred, `s` a score, `P` a win rate, `A` an advantage, `t` is `step_size`.",
+    "reward": "`r` is a score, `m` a margin or strength, `s(w, l)` a preference score, `o` an output and `l` its "
+    "rating, `y` a label of +1 (right) or -1 (left) and `delta` what speaks for the right answer.",
+}
 HEAD = """\
 # Methods
 
@@ -46,7 +55,8 @@ def methods_page() -> str:
     for kind, what in KINDS.items():
         rows = losses_of(kind)
         if rows:
-            lines += ["", f"## {kind.capitalize()}", "", f"Computed on {what}.", ""]
+            said = f"Computed on {what}. {NOTATION_OF.get(kind, '')}".rstrip()
+            lines += ["", f"## {kind.capitalize()}", "", said, ""]
             lines += [_row(COLUMNS), _row(["---"] * len(COLUMNS)), *(_row(_cells(info)) for info in rows)]
             broken = [line for info in rows for line in _breaks(info)]
             lines += ["", "Laws that they break:", "", *broken] if broken else []
@@ -60,9 +70,11 @@ def losses_of(kind: str) -> list[LossInfo]:
 
 
 def reference_of(info: LossInfo) -> str:
-    """Whether a loss compares the policy with a reference: yes, no, or as its settings have it."""
+    """Whether a loss compares the policy with a reference: yes, no, as its settings have it, or with its previous."""
     if callable(info.reference):
         return "by formula"
+    if "previous" in inspect.signature(info.function).parameters:
+        return "previous"
     return "yes" if info.reference else "no"
 
 

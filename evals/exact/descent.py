@@ -139,6 +139,7 @@ def train_pairs(
     labels: Tensor | None = None,
     hard: bool = False,
     kinked: bool = False,
+    steps: int = 400,
     rounds: int = 3,
 ) -> list[Tensor]:
     """The policies, (P, N) each, that training on every pair of the world reaches from each start.
@@ -147,6 +148,7 @@ def train_pairs(
         labels: (P, N, N); None: the world's.
         hard: as in ``expected_pair_loss``.
         kinked: the loss has kinks at its optimum.
+        steps: of Adam, where it has.
         rounds: of L-BFGS; one is enough to see that there is no optimum.
     """
     reference = stack.here(world.log_mu)
@@ -157,6 +159,6 @@ def train_pairs(
         return expected_pair_loss(loss, world.sequence_logps(logits), reference, length, wanted, hard=hard)
 
     def end(start: Tensor) -> Tensor:
-        return minimise_kinked(objective, start) if kinked else minimise(objective, start, rounds=rounds)
+        return minimise_kinked(objective, start, steps=steps) if kinked else minimise(objective, start, rounds=rounds)
 
     return [world.sequence_logps(end(start)).exp() for start in starts(world, stack)]

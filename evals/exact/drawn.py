@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor
 
 from align.losses.catalogue import Loss, LossInfo
-from align.losses.types import LossOutput, PairLogps, SequenceLogps, UnpairedLogps
+from align.losses.types import LARGEST, LossOutput, PairLogps, SequenceLogps, UnpairedLogps
 
 POLICY = ("policy", "logps")
 BASELINE = ("reference", "previous")
@@ -192,18 +192,17 @@ def draw(subject: Subject, generator: Generator, rows: int = 5) -> Batch:
     return Batch(values, length)
 
 
-def extremes(subject: Subject, generator: Generator) -> Batch:
-    """Rows that hold log-ratios, or scores, of +1e4 and -1e4 in every combination; log-probs stay below 0."""
+def extremes(subject: Subject, generator: Generator, size: float = 1e4) -> Batch:
+    """Rows that hold log-ratios, scores or embeddings of +-size in every combination; log-probs stay below 0."""
     columns = max(subject.answers, 2) if subject.leaves else 1
     signs = torch.tensor(list(itertools.product([1.0, -1.0], repeat=columns)), dtype=torch.float64)
     batch = draw(subject, generator, len(signs))
-    near, far = torch.full_like(signs, -1.0), torch.full_like(signs, -1.0 - 1e4)
+    near, far = torch.full_like(signs, -1.0), torch.full_like(signs, max(-1.0 - size, -LARGEST))
     high = torch.where(signs > 0, near, far)[:, : subject.answers]
     low = torch.where(signs > 0, far, near)[:, : subject.answers]
     values = {**dict.fromkeys(subject.policies, high), **dict.fromkeys(subject.baselines, low)}
     for place, name in enumerate([] if subject.policies else subject.leaves):
         value, sign = batch.values[name], signs[:, place % 2]
-        size = 100.0 if "embedding" in name else 1e4
         values[name] = size * (sign[:, None] * value.sign() if value.ndim == 2 else sign)
     return batch.put(**values)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,13 +11,14 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from align.losses.types import LossOutput, SequenceLogps
+from align.losses.types import LARGEST, LossOutput, SequenceLogps
 
 from .drawn import FIRST, LEVELS, Batch, Subject, draw, extremes
 
 TOLERANCE = 1e-9  # float64: what changes nothing may change by this times (1 + |value|)
 STEP = 1e-5  # of the central differences
 TINY_BETA, HUGE_BETA = 1e-9, 1e6  # factors on the default beta
+CLEAR = 50.0  # a gap of rewards at which exp(-gap) is nothing
 JUNK = (math.nan, math.inf, -math.inf, 1e30, -1e30)  # what may stand in padding
 
 
@@ -143,8 +145,8 @@ def _gradient(subject: Subject, batch: Batch, generator: Generator) -> Finding:
 
 
 def _finite(subject: Subject, batch: Batch, generator: Generator) -> Finding:
-    far = extremes(subject, generator)
-    for dtype in (torch.float64, torch.float32):
+    for size, dtype in itertools.product((1e4, LARGEST), (torch.float64, torch.float32)):
+        far = extremes(subject, generator, size)
         out = subject(far.to(dtype))
         named = {"loss": out.loss, "rewards": out.rewards}
         named |= dict(zip(subject.leaves, _gradients(subject, far.to(dtype)), strict=True))
@@ -152,15 +154,15 @@ def _finite(subject: Subject, batch: Batch, generator: Generator) -> Finding:
             bad = (~torch.isfinite(value)).nonzero()
             if len(bad):
                 return Finding(len(far), f"{what}{bad[0].tolist()} is {float(value[tuple(bad[0])])} in {dtype}")
-    return Finding(2 * len(far))
+    return Finding(4 * len(far))
 
 
 def _bf16(subject: Subject, batch: Batch, generator: Generator) -> Finding:
     rounded = batch.to(torch.bfloat16)
     ours, exact = subject(rounded).loss.detach(), subject(rounded.to(torch.float64)).loss.detach()
-    off = (ours.double() - exact).abs() - 1e-5 * exact.abs()
+    off = (ours.double() - exact).abs() - (1e-5 * exact.abs()).clamp(min=1e-6)
     place = int(off.argmax())
-    if float(off.max()) <= 1e-6:
+    if float(off.max()) <= 0:
         return Finding(len(batch))
     return Finding(
         len(batch), f"{float(ours.view(-1)[place]):.9g} from bf16, {float(exact.view(-1)[place]):.9g} exact"
@@ -271,7 +273,10 @@ def _with_margin(subject: Subject, batch: Batch, target: Tensor) -> tuple[Batch,
 
 
 def _ranked_right(batch: Batch, rewards: Tensor, beta: float) -> Tensor:
-    """Rows that the loss's own rewards rank as the labels, the order of the answers, or their scores do."""
+    """Rows that the loss's own rewards rank as the labels, the order of the answers, or their scores do.
+
+    By ``CLEAR`` at least: two rewards that are nearly equal are still so at this beta.
+    """
     scores = batch.values.get("scores", batch.values.get("win_rates"))
     if scores is not None:
         return (rewards.argsort(1) == scores.argsort(1)).all(1)
@@ -280,10 +285,11 @@ def _ranked_right(batch: Batch, rewards: Tensor, beta: float) -> Tensor:
         real = torch.arange(1, rewards.shape[1]) < batch.values.get("answers", torch.tensor(rewards.shape[1])).view(
             -1, 1
         )
-        return ((gaps > 0) | ~real).all(1)
+        return ((gaps > CLEAR) | ~real).all(1)
     threshold = batch.values.get("shift", beta * batch.values.get("kl", torch.zeros(())))
     up = batch.values.get("label", torch.ones(len(batch), dtype=torch.bool))
-    return (rewards[:, 0] > threshold) == up
+    over = rewards[:, 0] - threshold
+    return torch.where(up, over, -over) > CLEAR
 
 
 def _padded(subject: Subject, batch: Batch, side: str, junk: float, generator: Generator) -> Batch:

@@ -16,16 +16,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from align.losses.catalogue import Loss, find_loss, pairwise_loss
-from align.losses.checks import check_log_probs, check_positive, log_ratio, wide
+from align.losses.checks import Positive, check_log_probs, log_ratio, log_ratios, wide
 from align.losses.laws import Laws
 from align.losses.soft_labels import expected
 from align.losses.types import LossOutput, PairLogps, SequenceLogps, check_type
@@ -78,7 +78,7 @@ def logic(
     where: str = "true",
     also: str = "false",
     f: Outer = "logistic",
-    beta: float,
+    beta: Positive,
     norm: Norm = "mean",
 ) -> LossOutput:
     """The loss that a formula compiles to (arXiv:2412.17696).
@@ -115,9 +115,6 @@ def logic(
             a log-prob is over 0, the formula names an answer that is not there, or numbered answers come with a
             preference.
     """
-    check_positive("beta", beta)
-    _check_choice("f", f, get_args(Outer))
-    _check_choice("norm", norm, get_args(Norm))
     worlds = _checked(logic, where, also, norm)
     models = {"M": _answers("policy", policy)}
     if preference is not None and not isinstance(policy, PairLogps):
@@ -126,12 +123,8 @@ def logic(
         if reference is None:
             raise ValueError("reference: the formula has Ref atoms, and no reference log-probs were given")
         models["Ref"] = _answers("reference", reference)
-        if len(models["M"]) != len(models["Ref"]):
-            raise ValueError(
-                f"{len(models['M'])} answers under the policy and {len(models['Ref'])} under the reference"
-            )
-        for ours, theirs in zip(models["M"], models["Ref"], strict=True):
-            log_ratio(ours, theirs)  # for its checks: the same completions
+        compare: Callable[..., object] = log_ratios if isinstance(policy, PairLogps) else log_ratio
+        compare(policy, reference)  # for its checks: the same completions
     _check_answers(worlds, len(models["M"]))
 
     values = {
@@ -187,9 +180,6 @@ class LogicLoss(Loss):
     ) -> None:
         settings = {"logic": logic, "where": where, "also": also, "f": f, "beta": beta, "norm": norm}
         super().__init__(find_loss("logic"), settings, weight)
-        check_positive("beta", beta)
-        _check_choice("f", f, get_args(Outer))
-        _check_choice("norm", norm, get_args(Norm))
         _checked(logic, where, also, norm)
 
     def __call__(
@@ -241,8 +231,3 @@ def _check_answers(worlds: Structure, count: int) -> None:
         raise ValueError(f"the formula names {last}, and there are {count} answers to a prompt")
     if last.answer in ("w", "l") and count > 2:
         raise ValueError(f"the formula names {last}, and there are {count} answers to a prompt; number them from 1")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; it is one of {', '.join(choices)}")

@@ -11,8 +11,22 @@ import pytest
 import torch
 
 from align.evals.exact.drawn import Batch, Subject, draw, extremes
-from align.losses import LOSSES, Loss, PairLogps, SequenceLogps, find_loss
-from align.losses.types import UnpairedLogps
+from align.losses import (
+    LOSSES,
+    LogicLoss,
+    Loss,
+    PairLogps,
+    RewardShift,
+    SequenceLogps,
+    all_pairs,
+    find_loss,
+    mixture_logps,
+    pal_delta,
+    pal_logits,
+    token_weighted,
+    unit_norm,
+)
+from align.losses.types import LARGEST, UnpairedLogps
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "logic": {
@@ -163,6 +177,108 @@ def test_weights_that_overflow_float32(name, setting, value):
         SUBJECTS[name](whole(SUBJECTS[name]), **{setting: value})
 
 
+@pytest.mark.parametrize("value", [1.1e6, -3e38])
+@pytest.mark.parametrize(
+    ("name", "parameter"),
+    [
+        (n, p)
+        for log_probs in (True, False)
+        for n, p in inputs(log_probs=log_probs)
+        if p not in (*PROBABILITIES, "label")
+    ],
+)
+def test_numbers_that_overflow_float32(name, parameter, value):
+    """Beyond +-1e6 squares and products with settings would overflow, and a difference of two infs be NaN."""
+    subject = SUBJECTS[name]
+    batch = whole(subject).to(torch.float32)
+    if parameter == "answers":  # whole numbers, of which there are K at most
+        return
+    what = f"(total|{parameter})" if parameter in (*subject.policies, *subject.baselines) else parameter
+    spoilt = (
+        spoiled(batch, parameter, value)
+        if batch.values[parameter].ndim
+        else batch.put(**{parameter: torch.tensor(value)})
+    )
+    with pytest.raises(ValueError, match=rf"{what}(\[1(, 0)?\])? is .*must be within \+-1e\+06, or float32 overflows"):
+        subject(spoilt)
+
+
+@pytest.mark.parametrize("value", [1e-12, 1e12])
+@pytest.mark.parametrize(("name", "setting"), [*POSITIVE, *WEIGHTS])
+def test_the_largest_numbers_at_the_ends_of_settings(name, setting, value):
+    subject = SUBJECTS[name]
+    for seed in range(5):
+        batch = extremes(subject, torch.Generator().manual_seed(seed), LARGEST).to(torch.float32)
+        for name_, given in batch.values.items():
+            if name_ in ("scores", "advantage", "margin", "strength", "scale"):
+                batch = batch.put(**{name_: LARGEST * given.sign()})
+        out = subject(batch, **{setting: value})
+        assert torch.isfinite(out.loss).all()
+        assert torch.isfinite(out.rewards).all()
+
+
+@pytest.mark.parametrize("wrong", [None, "0.1", True, [1.0]])
+@pytest.mark.parametrize(
+    ("name", "setting"), [(name, setting) for name, info in LOSSES.items() for setting in info.parameters]
+)
+def test_a_setting_of_another_type(name, setting, wrong):
+    """When the loss is called, and before that when ``Loss`` is made with it."""
+    subject = SUBJECTS[name]
+    if wrong is True and isinstance(subject.info.parameters[setting].default, bool):
+        wrong = 1
+    if wrong == "0.1" and setting in ("logic", "where", "also"):
+        wrong = 0.1
+    for call in (
+        lambda: subject(whole(subject), **{setting: wrong}),
+        lambda: Loss(subject.info, {**subject.settings, setting: wrong}),
+    ):
+        with pytest.raises(ValueError, match=rf"{setting} is .*it (must be a |is one of )"):
+            call()
+
+
+@pytest.mark.parametrize(("name", "setting"), POSITIVE)
+def test_a_loss_is_made_with_settings_in_range(name, setting):
+    with pytest.raises(ValueError, match=f"{setting} is -1: it must be positive"):
+        Loss(find_loss(name), {**SUBJECTS[name].settings, setting: -1})
+
+
+@pytest.mark.parametrize("weight", [0, -1, "1", None, True, *NOT_FINITE])
+def test_a_weight_is_positive(weight):
+    for make in (
+        lambda: Loss(find_loss("dpo"), weight=weight),
+        lambda: LogicLoss("implies(M(l), M(w))", weight=weight),
+    ):
+        with pytest.raises(ValueError, match=rf"weight is '?{weight}'?: it must be"):
+            make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda x: SequenceLogps.from_tokens(None, x), "logps is None: it must be a Tensor"),
+        (lambda x: SequenceLogps.from_tokens(x, None), "mask is None: it must be a Tensor"),
+        (lambda x: SequenceLogps.from_tokens(x, x * math.nan), r"mask\[0, 0\] is nan: it must be true or false"),
+        (lambda x: SequenceLogps.from_tokens(x, 2 * x), r"mask\[0, 0\] is 2: it must be true or false"),
+        (lambda x: SequenceLogps(-x[0], 1e30 * x[0]), r"length\[0\] is 1e\+30: it must be within"),
+        (lambda x: all_pairs(None), "group is None: it must be a SequenceLogps"),
+        (lambda x: mixture_logps(None, x, coefficient=0.5), "policy is None: it must be a Tensor"),
+        (lambda x: mixture_logps(x, None, coefficient=0.5), "reference is None"),
+        (lambda x: mixture_logps(x, x, coefficient="a"), "coefficient is 'a': it must be a number"),
+        (lambda x: pal_delta(None, x, x), "left is None: it must be a Tensor"),
+        (lambda x: pal_delta(x, x, 1e20 * x, squared=True), r"ideal\[0, 0\] is 1e\+20: it must be within"),
+        (lambda x: pal_logits(None, x, x, scale=1.0), "left is None: it must be a Tensor"),
+        (lambda x: pal_logits(x, x, x, scale=None), "scale is None: it must be a number"),
+        (lambda x: token_weighted(None, x), "losses is None: it must be a Tensor"),
+        (lambda x: token_weighted(x, x * math.nan), r"mask\[0, 0\] is nan: it must be true or false"),
+        (lambda x: unit_norm(3e38 * x), r"embeddings\[0, 0\] is 3e\+38: it must be within"),
+        (lambda x: RewardShift(decay="a"), "decay is 'a': it must be a number"),
+    ],
+)
+def test_what_stands_beside_the_losses(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(torch.ones(1, 2))
+
+
 @pytest.mark.parametrize("name", [name for name, subject in SUBJECTS.items() if subject.carries_lengths])
 def test_an_empty_completion(name):
     subject = SUBJECTS[name]
@@ -188,13 +304,13 @@ def test_a_reference_of_other_rows_or_other_completions(name, baseline):
     batch = whole(subject)
     arguments = subject.arguments(batch)
     fewer = subject.arguments(batch.rows(torch.arange(len(batch) - 1)))[baseline]
-    with pytest.raises(ValueError, match=r"5 .* 4 |\(5,.*\(4,|\(4,.*\(5,"):
+    with pytest.raises(ValueError, match=rf"\(5,.*{baseline}\S* has shape \(4,|{baseline}\S* has shape \(4,.*\(5,"):
         subject.info.function(**{**arguments, baseline: fewer}, **subject.settings)
     if subject.carries_lengths:
         length = batch.length.clone()
         length[1, 0] += 1
         other = subject.arguments(Batch(batch.values, length))[baseline]
-        with pytest.raises(ValueError, match=r"row 1.*under the policy"):
+        with pytest.raises(ValueError, match=rf"policy\S*length\[1.* is \d+ and {baseline}\S*length\[1.* is \d+"):
             subject.info.function(**{**arguments, baseline: other}, **subject.settings)
 
 

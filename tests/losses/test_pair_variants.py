@@ -219,8 +219,11 @@ def test_gradient_of_orpo(w, l):  # noqa: E741
         (lambda p: dpop(p, p, beta=1.0, penalty=-1.0), "penalty is -1.0"),
         (lambda p: dpop(p, p, beta=math.inf), "beta is inf"),
         (lambda p: r_dpo(p, p, beta=1.0, alpha=math.nan), "alpha is nan: it must be finite"),
-        (lambda p: r_dpo(p, pairs([-1.0] * 2, [-1.0] * 2, 3, 5), beta=1.0), "row 1|rows"),
-        (lambda p: dpop(p, pairs(-1.0, -1.0, 3, 4), beta=1.0), "row 0: 5 tokens under the policy and 4 under"),
+        (lambda p: r_dpo(p, pairs([-1.0] * 2, [-1.0] * 2, 3, 5), beta=1.0), "policy.chosen has shape"),
+        (
+            lambda p: dpop(p, pairs(-1.0, -1.0, 3, 4), beta=1.0),
+            r"policy.rejected.length\[0\] is 5 and reference.rejected.length\[0\] is 4",
+        ),
     ],
 )
 def test_bad_settings_are_named(make, message):

@@ -19,12 +19,12 @@ from align.losses.laws import LAWS, Laws
 
 # Settings that have no default.
 SETTINGS: Mapping[str, Mapping[str, Any]] = {"logic": {"logic": "implies(M(l), M(w))", "where": "xor(M(l), M(w))"}}
-INVARIANCES = ("reference_shift", "prompt_shift", "duplication", "rows", "permutation", "padding")
+COSTLY = ("swap", "padding", "gradient", "finite")
 
 
 @functools.cache
 def results(name: str) -> dict[str, Any]:
-    return {result.law: result for result in check_laws(name, settings=SETTINGS.get(name))}
+    return {result.law: result for result in check_laws(name, settings=SETTINGS.get(name), draws=5)}
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -50,13 +50,13 @@ def test_loss_stands_where_it_says(name, law):
 def test_formulas_stand_where_the_family_says(formula):
     """Shifts and swaps depend on the formula; the other laws hold for all with a logistic outer function."""
     laws = [law for law in LAWS if formula.get("f") != "hinge" or "beta" not in law]
-    for result in check_laws("logic", settings=formula, only=laws):
+    for result in check_laws("logic", settings=formula, only=laws, draws=3):
         assert result.passed, str(result)
 
 
 @st.composite
 def subjects(draw_from: Callable[..., Any], name: str) -> Any:
-    """A loss and a batch: 1 to 5 rows, up to 400 tokens an answer, log-ratios within 30 nats."""
+    """A loss and a batch: 2 to 5 rows, up to 400 tokens an answer, log-ratios within 30 nats."""
     subject = Subject(find_loss(name), SETTINGS.get(name, {}))
     generator = torch.Generator().manual_seed(draw_from(st.integers(0, 2**31)))
     batch = draw(subject, generator, draw_from(st.integers(2, 5)))
@@ -75,13 +75,16 @@ def subjects(draw_from: Callable[..., Any], name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
-def test_invariances_on_generated_cases(name, data):
+def test_laws_on_generated_cases(name, data):
+    """Each example is put to every law that holds; to one alone of the four that take most of the time."""
     subject, batch, generator = data.draw(subjects(name))
-    for law in INVARIANCES:
-        if subject.info.laws.standing(law) == "holds":
-            assert check_law(subject, law, batch, generator).broken is None, law
+    costly = data.draw(st.sampled_from(COSTLY))
+    for law in LAWS:
+        if subject.info.laws.standing(law) == "holds" and (law == costly or law not in COSTLY):
+            rows = batch.rows(torch.arange(2)) if law == "gradient" else batch
+            assert check_law(subject, law, rows, generator).broken is None, law
 
 
 @pytest.mark.parametrize("name", [name for name, info in LOSSES.items() if info.soft and info.kind == "pair"])

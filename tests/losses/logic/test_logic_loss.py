@@ -245,7 +245,7 @@ def test_a_logic_loss_is_a_loss() -> None:
         (lambda: logic(of(0.3, 0.2), **DPO, beta=1.0), "reference: the formula has Ref atoms"),
         (
             lambda: logic(of(0.3, 0.2), pairs([-1.0], [-1.0], [2], [1]), **DPO, beta=1.0),
-            "row 0: 1 tokens under the policy and 2 under the reference",
+            r"policy.chosen.length\[0\] is 1 and reference.chosen.length\[0\] is 2",
         ),
         (lambda: logic(of(0.3, 0.2), logic="M(3)", beta=1.0), r"names M\(3\), and there are 2 answers"),
         (
