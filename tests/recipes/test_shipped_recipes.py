@@ -7,44 +7,63 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 import align.recipes
-from align.config.load import load_recipe
+from align.config.load import load_recipe, shipped_recipes
+from align.config.schema import Recipe
 from align.run import train
 
 FOLDER = Path(align.recipes.__file__).parent
-RECIPES = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.yaml"))}
+HUB = {"trl-lib/ultrafeedback_binarized": "quickstart", "nvidia/HelpSteer2": "quickstart"}
+"""Packaged rows that stand for those of the hub."""
 
 
-def some_rows(source: str, folder: Path) -> Path:
-    """The shortest of the packaged rows, since the tiny tokenizer makes a token of each byte."""
-    data, split = source.removeprefix("align:").split("/")
-    lines = (FOLDER / "data" / f"{data}_{split}.jsonl").read_text(encoding="utf-8").splitlines()
+def some_rows(source: str, folder: Path, attributes: list[str]) -> Path:
+    """A few short rows of a source, since the tiny tokenizer makes a token of each byte; rated, if asked."""
+    name, _, split = source.partition(":")
+    data, split = (HUB[name], "train" if split == "train" else "heldout") if name in HUB else split.split("/")
+    rows = [json.loads(line) for line in (FOLDER / "data" / f"{data}_{split}.jsonl").read_text("utf-8").splitlines()]
+    if data == "cycles":
+        rows = rows[:12]  # four circles of three
+    else:
+        rows = sorted(rows, key=lambda row: len(json.dumps(row, ensure_ascii=False)))[:40]
+    if name in HUB:
+        rows = [of_the_hub(row, attributes) for row in rows]
     path = folder / f"{data}_{split}.jsonl"
-    path.write_text("\n".join(sorted(lines, key=len)[:40]) + "\n", encoding="utf-8")
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
-def overrides(recipe: dict[str, Any], model: Path, folder: Path) -> list[str]:
-    found = [f"output={folder / 'run'}"]
-    found.append(f"model={model}" if isinstance(recipe["model"], str) else f"model.name={model}")
-    found += [f"data.{split}={some_rows(recipe['data'][split], folder)}" for split in ("train", "eval")]
+def of_the_hub(row: dict[str, Any], attributes: list[str]) -> dict[str, Any]:
+    """As the hub's rows are: a prompt inside both answers, or one response with its ratings."""
+    if attributes:
+        return {"prompt": row["prompt"], "response": row["chosen"], **dict.fromkeys(attributes, 3)}
+    return {side: [*row["prompt"], *row[side]] for side in ("chosen", "rejected")}
+
+
+def overrides(recipe: Recipe, model: Path, folder: Path) -> list[str]:
+    attributes = recipe.reward.attributes if recipe.reward else []
+    found = [f"output={folder / 'run'}", f"model.name={model}"]
+    for split, source in (("train", recipe.data.train), ("eval", str(recipe.data.eval))):
+        found.append(f"data.{split}={some_rows(source, folder, attributes)}")
     found.append("data.max_length=512")
-    if "training" in recipe:
+    if recipe.training:
         found.append("training.max_steps=1")
-    if "grpo" in recipe:
+    if "gradient_accumulation_steps" in recipe.training:
+        found += ["training.gradient_accumulation_steps=1", "training.per_device_train_batch_size=2"]
+    if recipe.grpo:
         found.append("grpo.max_completion_length=4")
-    if "generation" in recipe:
+    if "generation" in recipe.evals:
         found += ["generation.prompts=4", "generation.max_new_tokens=4"]
     return found
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", shipped_recipes())
 def test_a_shipped_recipe_takes_a_step(name: str, tmp_path: Path, tiny_model_dir: Path) -> None:
-    changed = overrides(RECIPES[name], tiny_model_dir, tmp_path)
+    recipe = load_recipe(name)
+    changed = overrides(recipe, tiny_model_dir, tmp_path)
     folder = train(load_recipe(name, changed), source=name, command=["align", "train", name, *changed])
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["status"] == "finished"
-    assert {path.stem for path in (folder / "eval").glob("*.json")} >= set(RECIPES[name].get("evals", ()))
+    assert {path.stem for path in (folder / "eval").glob("*.json")} >= set(recipe.evals)
     assert (folder / "report.html").stat().st_size > 10_000
