@@ -213,8 +213,7 @@ class _Task:
         except ConstraintError as error:
             self._fail(str(error))
         except Exception as error:
-            notes = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
-            self._fail(f"{type(error).__name__}: {error}{notes}")
+            self._fail(f"{type(error).__name__}: {error}")
 
     def check(self) -> None:
         """The prompt fits, and something satisfies the constraint."""
@@ -253,7 +252,14 @@ class _Task:
         if isinstance(logq, ValueError):
             raise logq
         particle, step = self.particles[number], len(self.particles[number].tokens)
-        draw, state = self._draw(particle, logq, Draws(self.request.seed, step, number))
+        try:
+            draw, state = self._draw(particle, logq, Draws(self.request.seed, step, number))
+        except ConstraintError:
+            raise
+        except Exception as error:  # a constraint is anyone's code
+            raise ConstraintError(
+                "; ".join([self._raised(error, particle), *getattr(error, "__notes__", [])])
+            ) from error
         self._evaluations.append(draw.evaluations)
         if draw.token is None:
             return Extended(number, step, None, -math.inf)
@@ -265,6 +271,11 @@ class _Task:
             self.engine.extend(particle.handle, draw.token)
         weight = draw.log_weight + self.request.law.log_correction(logits, draw.token)
         return Extended(number, step, draw.token, weight, ended)
+
+    def _raised(self, error: Exception, particle: _Particle) -> str:
+        constraint = self.request.constraint
+        name = type(constraint.constraint if isinstance(constraint, Memo) else constraint).__name__
+        return f"{name} raised {type(error).__name__}: {error}; after {self.vocabulary.text(particle.tokens)!r}"
 
     def _draw(self, particle: _Particle, logq: NDArray[np.float64], draws: Draws) -> tuple[Draw, Any]:
         """The next token, and the constraint's state after it."""
@@ -349,7 +360,9 @@ class _Task:
         evaluations = tuple(self._evaluations)
         if result.drawn is None:
             return Answer(result, evaluations, False, result.reason + self._why_nothing())
-        valid = self.request.constraint is None or self._satisfies(self.request.constraint, result.drawn.tokens)
+        valid = self.request.constraint is None or satisfies(
+            self.request.constraint, result.drawn.tokens, self.vocabulary
+        )
         said = self.vocabulary.text(result.drawn.tokens)
         refused = (
             f"the constraint took {said!r} token by token and refuses it when asked again from the start: it does not "
@@ -371,17 +384,6 @@ class _Task:
             )
         return why
 
-    def _satisfies(self, constraint: Constraint, tokens: Sequence[int]) -> bool:
-        constraint = constraint.constraint if isinstance(constraint, Memo) else constraint
-        state = constraint.start()
-        for token in tokens:
-            if token in self.vocabulary.ends:
-                return bool(constraint.may_end(state))
-            state = constraint.advance(state, token)
-            if state is None:
-                return False
-        return False
-
     def _fail(self, reason: str) -> None:
         for number in list(self.particles):
             self._close(number)
@@ -389,3 +391,16 @@ class _Task:
 
     def _close(self, number: int) -> None:
         self.engine.close(self.particles.pop(number).handle)
+
+
+def satisfies(constraint: Constraint, tokens: Sequence[int], vocabulary: Vocabulary) -> bool:
+    """Whether an answer is whole, with its end token, and what the constraint wants; asked from the start."""
+    constraint = constraint.constraint if isinstance(constraint, Memo) else constraint
+    state = constraint.start()
+    for token in tokens:
+        if token in vocabulary.ends:
+            return bool(constraint.may_end(state))
+        state = constraint.advance(state, token) if vocabulary.tokens[token] is not None else None
+        if state is None:
+            return False
+    return False

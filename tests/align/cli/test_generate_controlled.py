@@ -1,0 +1,154 @@
+"""``align generate`` under constraints and rewards, on a tiny random model in float32."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import Result
+
+Align = Callable[..., Result]
+
+
+@pytest.fixture(autouse=True)
+def float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model in bfloat16, another batch is another rounding."""
+    monkeypatch.setattr("align.models.hardware.has_bf16_cpu", lambda: False)
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def options(model: Path, *more: object) -> tuple[object, ...]:
+    return ("generate", "--model", model, "--max-new-tokens", 12, "--particles", 3, *more)
+
+
+def test_one_prompt(align: Align, tiny_model_dir: Path) -> None:
+    result = align(*options(tiny_model_dir, "-p", "the hat", "--constraint", "regex:[a-c]{2,4}", "--seed", 1))
+    assert result.exit_code == 0, result.stderr
+    assert re.fullmatch("[a-c]{2,4}\n", result.stdout)
+    assert "log_normaliser -" in result.stderr
+    assert "3 particles" in result.stderr
+
+
+@pytest.mark.parametrize("method", ["awrs-smc", "awrs", "mask", "rejection"])
+def test_a_file_of_prompts(align: Align, tiny_model_dir: Path, tmp_path: Path, method: str) -> None:
+    source = write(tmp_path / "prompts.jsonl", [{"prompt": "the hat"}, {"question": "?"}, {"prompt": "the hat"}])
+    output = tmp_path / "out.jsonl"
+    (tmp_path / "words.txt").write_text("inner\nan ant\n")
+    words = f"words:{tmp_path / 'words.txt'}"
+    result = align(*options(tiny_model_dir, "-i", source, "-o", output, "--constraint", words, "--method", method))
+    assert result.exit_code == 0, result.stderr
+    assert "1 of 3 rows cannot be used" in result.stdout
+    rows = rows_of(output)
+    assert [row["row"] for row in rows] == [1, 3]
+    for row in rows:
+        assert row["valid"]
+        assert row["completion"] in ("inner", "an ant")
+        assert row["finished"]
+        assert row["reason"] == ""
+        assert len(row["samples"]) == 3
+        assert 0 < row["ess"] <= 3
+        assert row["settings"]["constraint"] == words
+        assert (row["log_normaliser"] is None) == (method == "rejection")
+        assert row["calls_per_token"] > (100 if method == "mask" else 0)
+
+
+def test_a_second_call_makes_only_what_is_missing(align: Align, tiny_model_dir: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "prompts.jsonl", [{"prompt": f"say {n}" * n} for n in range(1, 6)])
+    output = tmp_path / "out.jsonl"
+    command = options(tiny_model_dir, "-i", source, "-o", output, "--constraint", "regex:[ab]{1,3}")
+    assert align(*command).exit_code == 0
+    whole = rows_of(output)
+    lines = output.read_bytes().splitlines(keepends=True)
+    output.write_bytes(lines[0] + lines[3] + lines[4][:20])
+    assert align(*command).exit_code == 0
+    again = rows_of(output)
+    for one, other in zip(whole, again, strict=True):
+        assert one["completion"] == other["completion"]
+        assert one["log_normaliser"] == pytest.approx(other["log_normaliser"], abs=1e-4)
+    result = align(*command, "--top-p", 0.9)
+    assert result.exit_code == 1
+    assert "name another output" in result.stderr
+
+
+def test_a_constraint_a_row_and_a_bad_one_among_them(align: Align, tiny_model_dir: Path, tmp_path: Path) -> None:
+    source = write(
+        tmp_path / "prompts.jsonl",
+        [
+            {"prompt": "a", "must": "regex:x{2}"},
+            {"prompt": "b", "must": "regex:x{2"},
+            {"prompt": "c"},
+            {"prompt": "d", "must": "regex:y+z"},
+        ],
+    )
+    output = tmp_path / "out.jsonl"
+    result = align(*options(tiny_model_dir, "-i", source, "-o", output, "--constraint-field", "must"))
+    assert result.exit_code == 0, result.stderr
+    rows = rows_of(output)
+    assert [row["valid"] for row in rows] == [True, False, False, True]
+    assert rows[0]["completion"] == "xx"
+    assert rows[1]["completion"] is None
+    assert "regex 'x{2'" in rows[1]["reason"]
+    assert "column must: the row has None" in rows[2]["reason"]
+
+
+def test_the_schema_of_each_rows_database(align: Align, tiny_model_dir: Path, tmp_path: Path) -> None:
+    schemas = [
+        {"db_id": name, "table_names_original": [table], "column_names_original": [[-1, "*"], [0, "n"]]}
+        for name, table in (("one", "cats"), ("two", "dogs"))
+    ]
+    write(tmp_path / "schemas.jsonl", schemas)
+    source = write(tmp_path / "prompts.jsonl", [{"prompt": "q", "db": "one"}, {"prompt": "q", "db": "three"}])
+    output = tmp_path / "out.jsonl"
+    command = options(tiny_model_dir, "-i", source, "-o", output, "--constraint", f"sql:{tmp_path / 'schemas.jsonl'}")
+    result = align(*command, "--constraint-field", "db", "--max-new-tokens", 40)
+    assert result.exit_code == 0, result.stderr
+    first, second = rows_of(output)
+    assert first["samples"]
+    assert all("dogs" not in sample["completion"].lower() for sample in first["samples"])
+    assert "no schema 'three'" in second["reason"]
+
+
+def test_a_reward_pulls(align: Align, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One letter of two; the reward counts b, at 50 nats each: every answer is b, and Z grows by as much."""
+    (tmp_path / "rule_of_b.py").write_text(
+        "def count(prompts, completions):\n    return [float(text.count('b')) for text in completions]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    source = write(tmp_path / "prompts.jsonl", [{"prompt": f"say {n}"} for n in range(8)])
+    command = options(tiny_model_dir, "-i", source, "--constraint", "regex:[ab]", "--particles", 20)
+    pulled = (*command, "--reward", "rule_of_b:count", "--reward-strength", 50, "-o", tmp_path / "pulled.jsonl")
+    result = align(*pulled)
+    assert result.exit_code == 0, result.stderr
+    rows = rows_of(tmp_path / "pulled.jsonl")
+    assert [row["completion"] for row in rows] == ["b"] * 8
+    assert all(row["log_normaliser"] > 30 for row in rows)
+
+
+def test_what_cannot_be_used_is_said_at_once(align: Align, tiny_model_dir: Path, tmp_path: Path) -> None:
+    def error(*more: object, code: int) -> str:
+        result = align(*options(tiny_model_dir, "-p", "the hat", *more))
+        assert result.exit_code == code, result.output
+        return result.stderr
+
+    assert "--particles  goes with --constraint" in error(code=2)
+    assert "regex '[a': unclosed character class" in error("--constraint", "regex:[a", code=1)
+    assert "--top-k 1 takes the likeliest" in error("--constraint", "regex:a", "--temperature", 0, code=2)
+    assert "'best' is none of" in error("--constraint", "regex:a", "--method", "best", code=2)
+    assert "is a column of the rows of --input" in error("--constraint-field", "must", code=2)
+    assert "no valid answer" in error("--constraint", "regex:a{300}", code=1)
+    assert "top_p is 2.0" in error("--constraint", "regex:a", "--top-p", 2, code=1)
+    assert "there is no module 'nothing'" in error("--reward", "nothing:here", code=1)
+    (tmp_path / "schema.json").write_text('{"type": "objekt"}')
+    assert "schema.json" in error("--constraint", f"json:{tmp_path / 'schema.json'}", code=1)

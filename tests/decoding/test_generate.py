@@ -1,0 +1,237 @@
+"""Requests against a tiny model whose answers can all be enumerated; batching; what fails, fails alone."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from align.decoding.constraints import PythonPredicate, Vocabulary, Words
+from align.decoding.engines import TransformersEngine
+from align.decoding.generate import METHODS, Method, Request, generate
+from align.decoding.law import Law
+
+END = 4
+VOCABULARY = Vocabulary([b"a", b"b", b"ab", None, None], frozenset({END}))
+PROMPT, LIMIT = [3, 0], 4
+WORDS = Words(["ab", "aab", "b", "aaaa"], VOCABULARY)  # the last does not fit the limit
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=5,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.6,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def texts(model: Any, law: Law) -> dict[tuple[int, ...], float]:
+    """Probability of each sequence of tokens that satisfies WORDS and ends within the limit."""
+    found: dict[tuple[int, ...], float] = {}
+
+    def walk(tokens: tuple[int, ...], state: Any, logp: float) -> None:
+        with torch.no_grad():
+            logps = law.log_probs(model(torch.tensor([[*PROMPT, *tokens]])).logits[0, -1])
+        if WORDS.may_end(state):
+            found[(*tokens, END)] = math.exp(logp + float(logps[END]))
+        for token in range(3):
+            after = WORDS.advance(state, token)
+            if after is not None and len(tokens) + 2 <= LIMIT:
+                walk((*tokens, token), after, logp + float(logps[token]))
+
+    walk((), WORDS.start(), 0.0)
+    return found
+
+
+def within(values: Sequence[float], truth: float) -> None:
+    """The mean is within 4 standard errors of the truth."""
+    sample = torch.tensor(values, dtype=torch.float64)
+    assert abs(float(sample.mean()) - truth) <= 4 * float(sample.std()) / math.sqrt(len(values)) + 1e-12
+
+
+@pytest.mark.parametrize("method", ["awrs-smc", "awrs", "mask"])
+def test_weights_are_proper(model: Any, method: Method) -> None:
+    """Of 1,500 runs, the mean of ``Z`` and of ``Z 1{the drawn text is x}`` is the mass of all texts, and of each."""
+    law = Law(temperature=1.3)
+    truth = texts(model, law)
+    assert len(truth) == 5
+    requests = [Request(PROMPT, WORDS, method, 3, law, seed, LIMIT, threshold=0.9) for seed in range(1500)]
+    answers = generate(TransformersEngine(model), requests, VOCABULARY, rows=3000)
+    masses = [math.exp(answer.result.log_normaliser) for answer in answers if answer.result]
+    within(masses, sum(truth.values()))
+    for text, mass in truth.items():
+        drawn = [a.result.drawn.tokens if a.result and a.result.drawn else () for a in answers]
+        within([z * (tokens == text) for z, tokens in zip(masses, drawn, strict=True)], mass)
+
+
+def test_a_potential_multiplies_the_target_wherever_it_is_looked_at(model: Any) -> None:
+    """``exp(potential)`` of 3 for texts with b first; looked at on the way as well, the target is the same."""
+    truth = texts(model, Law())
+    target = sum(mass * (3 if text[0] == 1 else 1) for text, mass in truth.items())
+
+    def potential(sequences: Sequence[tuple[int, ...]]) -> list[float]:
+        return [math.log(3) if sequence[0] == 1 else 0.0 for sequence in sequences]
+
+    for every in (0, 1):
+        requests = [
+            Request(PROMPT, WORDS, seed=seed, particles=3, max_new_tokens=LIMIT, potential=potential)
+            if not every
+            else Request(
+                PROMPT, WORDS, seed=seed, particles=3, max_new_tokens=LIMIT, potential=potential, potential_every=every
+            )
+            for seed in range(800)
+        ]
+        answers = generate(TransformersEngine(model), requests, VOCABULARY, rows=2400)
+        within([math.exp(answer.result.log_normaliser) for answer in answers if answer.result], target)
+
+
+def mixed() -> list[Request]:
+    prompts = ([3], [0, 1, 2], [3, 0, 0, 1, 2, 2, 1])
+    return [
+        Request(prompts[number % 3], WORDS, METHODS[number % 4], 1 + number % 5, Law(0.8, top_p=0.95), number, 6)
+        for number in range(24)
+    ]
+
+
+def test_an_answer_does_not_depend_on_what_else_is_in_the_batch(model: Any) -> None:
+    """In float32 the same tokens, and weights up to rounding: together, few at a time, alone."""
+    engine = TransformersEngine(model)
+    together = generate(engine, mixed(), VOCABULARY)
+    few = generate(engine, mixed(), VOCABULARY, rows=4)
+    alone = [generate(engine, [request], VOCABULARY)[0] for request in mixed()]
+    assert any(answer.valid for answer in together)
+    for others in (few, alone):
+        for one, other in zip(together, others, strict=True):
+            assert one.result is not None
+            assert other.result is not None
+            assert [s.tokens for s in one.result.samples] == [s.tokens for s in other.result.samples]
+            assert [s.log_weight for s in one.result.samples] == pytest.approx(
+                [s.log_weight for s in other.result.samples], abs=1e-4
+            )
+            assert one.evaluations == other.evaluations
+    assert not engine._sequences, "everything was closed"
+
+
+class Broken:
+    """Raises on its third token."""
+
+    def start(self) -> int:
+        return 0
+
+    def advance(self, state: int, token: int) -> int | None:
+        if state == 2:
+            raise RuntimeError("no more")
+        return state + 1
+
+    def may_end(self, state: int) -> bool:
+        return False
+
+
+class Endless(Broken):
+    def advance(self, state: int, token: int) -> int | None:
+        return state + 1
+
+
+class NotPrefixClosed(Broken):
+    """Takes a token after which nothing may follow."""
+
+    def advance(self, state: int, token: int) -> int | None:
+        return state + 1 if state == 0 else None
+
+
+class Forgetful(Broken):
+    """Lets an answer end the first time that it is asked, and never again."""
+
+    def __init__(self) -> None:
+        self.asked = iter([True])
+
+    def advance(self, state: int, token: int) -> int | None:
+        return None
+
+    def may_end(self, state: int) -> bool:
+        return next(self.asked, False)
+
+
+def none_at_all(text: str, complete: bool) -> bool:
+    return not complete and not text
+
+
+@pytest.mark.parametrize(
+    ("request_of", "reason"),
+    [
+        (
+            lambda: Request(PROMPT, Broken()),
+            r"Broken raised RuntimeError: no more; after '\w+'; the constraint was asked about token \d",
+        ),
+        (lambda: Request(PROMPT, Endless(), max_new_tokens=7), "could not end at the limit of 7 tokens: raise"),
+        (lambda: Request(PROMPT, NotPrefixClosed()), "or it is not prefix-closed"),
+        (lambda: Request(PROMPT, PythonPredicate(none_at_all, VOCABULARY)), "no token may follow ''"),
+        (lambda: Request(PROMPT, Forgetful()), "does not depend on the text alone"),
+        (lambda: Request([0] * 508, WORDS, max_new_tokens=10), "508 tokens and an answer of 10 are more than the 512"),
+        (lambda: Request([], WORDS), "prompt: it has no tokens"),
+        (lambda: Request(PROMPT, WORDS, potential=lambda sequences: [1 / 0]), "ZeroDivisionError"),
+    ],
+)
+def test_what_fails_says_why_and_harms_no_other(model: Any, request_of: Callable[[], Request], reason: str) -> None:
+    engine = TransformersEngine(model)
+    good = [Request(PROMPT, WORDS, seed=seed, max_new_tokens=LIMIT) for seed in (1, 2)]
+    expected = generate(engine, good, VOCABULARY)
+    first, bad, last = generate(engine, [good[0], request_of(), good[1]], VOCABULARY)
+    assert not bad.valid
+    assert re.search(reason, bad.reason), bad.reason
+    assert [first.result.drawn, last.result.drawn] == [answer.result.drawn for answer in expected]  # type: ignore[union-attr]
+    assert not engine._sequences
+
+
+def test_logits_that_are_no_numbers_end_their_request_alone(model: Any) -> None:
+    class Poisoned(TransformersEngine):
+        """The first sequence has no logits at the first step."""
+
+        poison = True
+
+        def next_logits(self, handles: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
+            logits, rows = super().next_logits(handles)
+            if self.poison:
+                logits = logits.index_fill(0, torch.tensor(rows[0]), math.nan)
+                self.poison = False
+            return logits, rows
+
+    bad, good = generate(Poisoned(model), [Request([3], WORDS), Request(PROMPT, WORDS)], VOCABULARY)
+    assert "NaN" in bad.reason
+    assert good.valid
+
+
+def test_without_a_constraint_answers_follow_the_model(model: Any) -> None:
+    (answer,) = generate(TransformersEngine(model), [Request(PROMPT, None, particles=5, max_new_tokens=3)], VOCABULARY)
+    assert answer.result is not None
+    assert answer.result.log_normaliser == 0
+    assert all(len(s.tokens) == 3 or s.tokens[-1] == END for s in answer.result.samples)
+
+
+def test_answers_come_as_they_are_done(model: Any) -> None:
+    seen: list[int] = []
+    long = Request(PROMPT, None, particles=1, max_new_tokens=30, law=Law(top_k=1))
+    short = Request(PROMPT, WORDS, particles=2, max_new_tokens=3)
+    answers = generate(
+        TransformersEngine(model), [long, short, short], VOCABULARY, rows=3, on_answer=lambda n, _: seen.append(n)
+    )
+    assert sorted(seen) == [0, 1, 2]
+    assert len(answers) == 3
+
+
+def test_settings_out_of_range() -> None:
+    for wrong in ({"method": "best"}, {"particles": 0}, {"max_new_tokens": 0}, {"potential_every": -1}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Request(PROMPT, WORDS, **wrong)  # type: ignore[arg-type]
