@@ -6,6 +6,8 @@
 - ``awrs``         a token under a constraint with a proper weight, from a few questions; ``masking`` and ``rejection``
   are what it is compared with, ``lazy`` is what all draw by.
 - ``smc``          sequences: particles, resampling and the normaliser, free of any engine.
+- ``engines``      what gives logits of many sequences at once: a transformers model with a cache that forks.
+- ``generate``     requests with constraints and rewards to weighted answers, in one batch.
 
 Transfer-Q* has not landed yet.
 """

@@ -101,7 +101,7 @@ def generate(
         "reward_strength": reward_strength,
         "reward_every": reward_every,
     }
-    given = {name: value for name, value in asked.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     _check_control(given, temperature, source, chat)
     from align.controlled import Control
     from align.generate import Settings, answer_controlled, answer_file, answer_prompt

@@ -15,6 +15,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,15 +105,16 @@ WAYS = {
 LONGEST = {"pattern": 40, "json": 90, "sql": 80}
 
 
-def items_of(task: str, vocabulary: Vocabulary, data: Path | None, count: int) -> Iterator[Item]:
+def items_of(task: str, vocabulary: Vocabulary, options: argparse.Namespace) -> Iterator[Item]:
     """The questions of a task."""
+    data: Path | None = options.data
     if task == "pattern":
         for pattern, what in PATTERNS.items():
-            for copy in range(4):
+            for copy in range(options.copies):
                 prompt = f"Write {what}. Write nothing else."
                 yield Item(f"{pattern}/{copy}", prompt, regex(pattern, vocabulary), None, str)
     if task == "json":
-        for copy, (text, properties, gold) in ((c, e) for e in EXTRACTIONS for c in range(4)):
+        for copy, (text, properties, gold) in ((c, e) for e in EXTRACTIONS for c in range(options.copies)):
             schema = {"type": "object", "properties": properties, "required": list(properties),
                       "additionalProperties": False, "x-guidance": WRITTEN}  # fmt: skip
             keys = ", ".join(properties)
@@ -123,7 +125,7 @@ def items_of(task: str, vocabulary: Vocabulary, data: Path | None, count: int) -
         schemas = read_schemas(data / "spider" / "schemas.jsonl.gz")
         with gzip.open(data / "spider" / "dev.jsonl.gz", "rt", encoding="utf-8") as file:
             rows = [json.loads(line) for line in file]
-        for number in np.linspace(0, len(rows) - 1, count).astype(int).tolist():
+        for number in np.linspace(0, len(rows) - 1, options.questions).astype(int).tolist():
             row = rows[number]
             schema = schemas[row["db_id"]]
             tables = "\n".join(f"{table}({', '.join(columns)})" for table, columns in schema.items())
@@ -149,11 +151,15 @@ def normal_sql(text: str) -> str:
     return re.sub(r" ?([(),=<>!]+) ?", r"\1", " ".join("".join(parts).split()))
 
 
+class LateError(Exception):
+    """The minutes are over."""
+
+
 class Bench:
     """The model, and where answers are kept."""
 
-    def __init__(self, cache: Path, data: Path | None, questions: int) -> None:
-        self.cache, self.data, self.questions = cache, data, questions
+    def __init__(self, cache: Path, minutes: float) -> None:
+        self.cache, self.until = cache, time.monotonic() + 60 * minutes
         loaded: LoadedModel = load_run(MODEL)
         self.tokenizer, self.dtype = loaded.tokenizer, str(loaded.model.dtype).removeprefix("torch.")
         size = loaded.model.get_output_embeddings().weight.shape[0]
@@ -190,8 +196,13 @@ class Bench:
                 rows.append(row)
                 file.write(json.dumps(row) + "\n")
                 file.flush()
+                if time.monotonic() > self.until:
+                    raise LateError
 
-            generate(self.engine, requests, self.vocabulary, on_answer=keep)
+            with suppress(LateError):
+                generate(
+                    self.engine, requests if time.monotonic() < self.until else [], self.vocabulary, on_answer=keep
+                )
         return rows
 
     def row(self, item: Item, way: Way, answer: Answer) -> dict[str, Any]:
@@ -233,6 +244,8 @@ class Bench:
         ]
         prompts = [self.prompt(f"Tell a long story about {n} ships on a dark and stormy sea.") for n in range(2, 10)]
         for number in range(len({row["round"] for row in kept}), rounds):
+            if time.monotonic() > self.until:
+                break
             made = []
             for name, constraint, method in ways[number % len(ways) :] + ways[: number % len(ways)]:
                 requests = [
@@ -306,7 +319,7 @@ def speed_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     by = {
         way: {row["round"]: row for row in rows if row["way"] == way} for way in dict.fromkeys(r["way"] for r in rows)
     }
-    plain = by["unconstrained"]
+    plain = by.get("unconstrained", {})
     lines = [
         "### Time of a step, 8 sequences", "",
         "| way | ms a step | of these outside of the model | against unconstrained, median (range) |",
@@ -329,19 +342,21 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--questions", type=int, default=40, help="of Spider")
+    parser.add_argument("--copies", type=int, default=4, help="how often each of the other tasks is asked")
+    parser.add_argument("--minutes", type=float, default=600, help="then the tables of what is there")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", nargs="*", default=["pattern", "json", "sql", "speed"])
+    parser.add_argument("--only", nargs="*", default=["speed", "sql", "json", "pattern"])
     options = parser.parse_args()
     torch.set_grad_enabled(False)
-    bench = Bench(options.cache, options.data, options.questions)
+    bench = Bench(options.cache, options.minutes)
     lines: list[str] = [f"{MODEL}, {bench.dtype}, {bench.vocabulary.size:,} tokens", ""]
+    if "speed" in options.only:
+        lines += speed_table(bench.speed(options.rounds))
     for task in ("pattern", "json", "sql"):
-        items = list(items_of(task, bench.vocabulary, options.data, options.questions)) if task in options.only else []
+        items = list(items_of(task, bench.vocabulary, options)) if task in options.only else []
         if items:
             answers = {name: bench.run(task, items, name) for name in WAYS}
             lines += task_table(task, answers, bench.vocabulary.size)
-    if "speed" in options.only:
-        lines += speed_table(bench.speed(options.rounds))
     print("\n".join(lines))
     if options.output is not None:
         options.output.write_text("\n".join(lines), encoding="utf-8")
