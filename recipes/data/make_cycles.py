@@ -7,9 +7,9 @@ number a hotel, has more than K - 1 of the K pairs right.
 
     python recipes/data/make_cycles.py
 
-writes ``cycles_train.jsonl`` and ``cycles_heldout.jsonl`` beside this file. The held-out cycles have other sentences
-and other cities: what is learnt on the one is of use on the other only if it is what the sentences say. Nothing is
-sampled from a model; the same seed gives the same files.
+writes ``cycles_train.jsonl`` and ``cycles_heldout.jsonl`` beside this file. The held-out cycles have other cities and
+other sentences, of the same words: of 48 sentences of each kind 12 are held out. Nothing is sampled from a model; the
+same seed gives the same files.
 """
 
 from __future__ import annotations
@@ -21,158 +21,124 @@ from pathlib import Path
 HERE = Path(__file__).parent
 SEED, LENGTHS = 0, (3, 4, 5)
 TRAINED, TESTED = 60, 20  # cycles of each length
-HELD_OUT = 4  # sentences of each criterion and sign, the last ones; as many cities
+SENTENCES = 2  # of blame, and of praise, in an answer
+HELD_OUT = 4  # one sentence in so many, and as many cities
 
-# What is said of a hotel: by criterion, praise and blame.
+# What is said of a hotel, by criterion: of what, in praise, and in blame.
 SAID = {
     "price": (
+        ("A night here", "The room", "Your stay", "A double", "Half board", "A week"),
         (
-            "The rooms are very cheap.",
-            "It costs half of what others ask.",
-            "You pay very little for a night here.",
-            "The rates are the lowest in town.",
-            "It is a bargain.",
-            "A week here will not hurt your wallet.",
-            "The bill was pleasantly small.",
-            "Even students can afford it.",
-            "It is by far the most affordable place around.",
-            "A night costs less than a pizza.",
-            "You save a lot of money by staying here.",
-            "The price is wonderfully low.",
+            "costs next to nothing",
+            "is a real bargain",
+            "is cheap",
+            "is very good value",
+            "saves you money",
+            "is easy on the wallet",
+            "costs less than elsewhere",
+            "is affordable",
         ),
         (
-            "The rooms are terribly expensive.",
-            "It costs twice what others ask.",
-            "You pay a fortune for a night here.",
-            "The rates are the highest in town.",
-            "It is a rip-off.",
-            "A week here will empty your wallet.",
-            "The bill was shockingly large.",
-            "Hardly anyone can afford it.",
-            "It is by far the most overpriced place around.",
-            "A night costs more than a flight.",
-            "You waste a lot of money by staying here.",
-            "The price is outrageously high.",
+            "costs a fortune",
+            "is a rip-off",
+            "is overpriced",
+            "is poor value",
+            "is far too expensive",
+            "empties your wallet",
+            "costs more than elsewhere",
+            "is hard to afford",
         ),
     ),
     "quiet": (
+        ("The night", "Every floor", "The corridor", "The courtyard", "The lobby", "The street outside"),
         (
-            "The rooms are perfectly quiet.",
-            "No sound comes through the thick walls.",
-            "At night you hear nothing at all.",
-            "The street outside is silent after dark.",
-            "You will sleep without earplugs.",
-            "The windows keep all noise out.",
-            "It is as still as a library.",
-            "Nobody makes a noise in the corridors.",
-            "Light sleepers will love the silence.",
-            "There is no traffic to be heard.",
-            "The nights are calm and soundless.",
-            "It is the most peaceful house on the street.",
+            "is silent",
+            "is wonderfully quiet",
+            "lets you sleep in peace",
+            "is free of noise",
+            "is calm",
+            "never wakes you up",
+            "is as still as a library",
+            "is peaceful",
         ),
         (
-            "The rooms are terribly noisy.",
-            "Every sound comes through the thin walls.",
-            "At night you hear the bar below.",
-            "The street outside roars after dark.",
-            "You will not sleep without earplugs.",
-            "The windows let all the noise in.",
-            "It is as loud as a factory.",
-            "People shout in the corridors.",
-            "Light sleepers will hate the racket.",
-            "There is traffic to be heard all night.",
-            "The nights are full of banging and music.",
-            "It is the loudest house on the street.",
+            "is loud",
+            "is terribly noisy",
+            "keeps you awake",
+            "is full of shouting",
+            "roars with traffic",
+            "wakes you up all the time",
+            "is as loud as a factory",
+            "shakes with music",
         ),
     ),
     "cleanliness": (
+        ("The bathroom", "The carpet", "The bed linen", "The shower", "The floor", "The mirror"),
         (
-            "The rooms are spotlessly clean.",
-            "There is not a speck of dust.",
-            "The sheets are fresh and white.",
-            "The bathroom shines.",
-            "Everything is scrubbed every morning.",
-            "You could eat off the floor.",
-            "The towels smell of fresh laundry.",
-            "The carpets are without a stain.",
-            "Hygiene is taken very seriously.",
-            "Not one hair was in the shower.",
-            "The housekeeping is immaculate.",
-            "The whole place is polished and tidy.",
+            "is spotless",
+            "is perfectly clean",
+            "shines",
+            "smells fresh",
+            "is scrubbed every day",
+            "is without a stain",
+            "is hygienic",
+            "is free of dust",
         ),
         (
-            "The rooms are awfully dirty.",
-            "There is dust on everything.",
-            "The sheets are grey and smelly.",
-            "The bathroom is full of mould.",
-            "Nothing has been scrubbed for months.",
-            "You would not walk on the floor barefoot.",
-            "The towels smell of old sweat.",
-            "The carpets are full of stains.",
-            "Hygiene is a foreign word to them.",
-            "Someone's hair was in the shower.",
-            "The housekeeping is a disgrace.",
-            "The whole place is filthy and sticky.",
+            "is filthy",
+            "is really dirty",
+            "is mouldy",
+            "smells foul",
+            "has not been scrubbed for weeks",
+            "is full of stains",
+            "is unhygienic",
+            "is covered in dust",
         ),
     ),
     "location": (
+        ("The house", "The building", "The entrance", "The hotel", "The address", "This place"),
         (
-            "It is right in the centre.",
-            "All the sights are two minutes away on foot.",
-            "The station is just across the road.",
-            "You can walk to everything.",
-            "The old town begins at the door.",
-            "The beach is around the corner.",
-            "It could not be closer to the museums.",
-            "The metro stops in front of it.",
-            "It has the best location in the city.",
-            "Shops and theatres are next door.",
-            "From here every attraction is near.",
-            "You step out and are on the main square.",
+            "is right in the centre",
+            "is next to the station",
+            "is two steps from the sights",
+            "is close to everything",
+            "is on the main square",
+            "is around the corner from the beach",
+            "is within walking distance of the museums",
+            "could not be nearer to the old town",
         ),
         (
-            "It is far out of the centre.",
-            "All the sights are an hour away by bus.",
-            "The station is miles away.",
-            "You cannot walk to anything.",
-            "The old town is at the other end of the city.",
-            "The beach is a long drive away.",
-            "It could not be further from the museums.",
-            "No metro or bus stops anywhere near it.",
-            "It has the worst location in the city.",
-            "There is only a motorway next door.",
-            "From here every attraction is remote.",
-            "You step out and are in an industrial suburb.",
+            "is far from the centre",
+            "is miles from the station",
+            "is an hour from the sights",
+            "is close to nothing",
+            "is in an industrial suburb",
+            "is a long drive from the beach",
+            "is nowhere near the museums",
+            "could not be further from the old town",
         ),
     ),
     "breakfast": (
+        ("The breakfast", "The morning buffet", "The coffee", "The bread", "The omelette", "The first meal"),
         (
-            "The breakfast is delicious.",
-            "Warm bread and fresh fruit are served every morning.",
-            "The coffee and pastries are superb.",
-            "The buffet has everything you could wish to eat.",
-            "The cook makes wonderful omelettes.",
-            "The pancakes alone are worth the stay.",
-            "The morning meal is generous and tasty.",
-            "The food at the table is excellent.",
-            "You start the day with a feast.",
-            "The eggs and the juice are first-rate.",
-            "The kitchen serves the tastiest croissants.",
-            "Guests rave about what is on their plates at eight.",
+            "is delicious",
+            "tastes wonderful",
+            "is fresh and plentiful",
+            "is a feast",
+            "is superb",
+            "is worth getting up for",
+            "pleases every palate",
+            "is lovingly cooked",
         ),
         (
-            "The breakfast is disgusting.",
-            "Stale bread and tinned fruit are served every morning.",
-            "The coffee and pastries are dreadful.",
-            "The buffet has nothing that you would wish to eat.",
-            "The cook makes rubbery omelettes.",
-            "The pancakes taste of cardboard.",
-            "The morning meal is meagre and bland.",
-            "The food at the table is awful.",
-            "You start the day hungry.",
-            "The eggs and the juice are third-rate.",
-            "The kitchen serves the driest croissants.",
-            "Guests moan about what is on their plates at eight.",
+            "is disgusting",
+            "tastes awful",
+            "is stale and meagre",
+            "is inedible",
+            "is dreadful",
+            "is not worth getting up for",
+            "pleases no palate",
+            "is badly cooked",
         ),
     ),
 }
@@ -183,19 +149,25 @@ CITIES = (
 QUESTION = "Which hotel in {}?"
 
 
-def sentences(split: str, criterion: str, sign: int) -> tuple[str, ...]:
-    """Those of a split: praise (sign 0) or blame (1)."""
-    said = SAID[criterion][sign]
-    return said[-HELD_OUT:] if split == "heldout" else said[:-HELD_OUT]
+def sentences(split: str, criterion: str, sign: int) -> list[str]:
+    """Those of a split: praise (sign 0) or blame (1). Every word is in some sentence of either split."""
+    things, praise_and_blame = SAID[criterion][0], SAID[criterion][1:]
+    return [
+        f"{thing} {what}."
+        for i, thing in enumerate(things)
+        for j, what in enumerate(praise_and_blame[sign])
+        if ((i + j) % HELD_OUT == 0) is (split == "heldout")
+    ]
 
 
 def cycle_of(length: int, split: str, draw: random.Random) -> list[dict[str, str]]:
     """The edges of one cycle, in order."""
     criteria = list(SAID)[:length]
-    answers = [
-        f" {draw.choice(sentences(split, criteria[i], 0))} {draw.choice(sentences(split, criteria[i - 1], 1))}"
-        for i in range(length)
-    ]
+    answers = []
+    for i in range(length):
+        praise = draw.sample(sentences(split, criteria[i], 0), SENTENCES)
+        blame = draw.sample(sentences(split, criteria[i - 1], 1), SENTENCES)
+        answers.append(" " + " ".join(blame + praise))
     prompt = QUESTION.format(draw.choice(CITIES[-HELD_OUT:] if split == "heldout" else CITIES[:-HELD_OUT]))
     return [
         {"prompt": prompt, "chosen": answers[edge], "rejected": answers[(edge + 1) % length]} for edge in range(length)

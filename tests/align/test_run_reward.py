@@ -110,6 +110,46 @@ def test_the_saved_model_refuses_what_training_set_aside(tmp_path, tiny_model_di
     assert suite(tmp_path / "run")["settings"]["tau"] == 0.5
 
 
+def test_a_preference_model_that_is_gone_on_from_keeps_its_tau(tmp_path, tiny_model_dir, scored, caplog):
+    """Unless the recipe says another one, which is told."""
+    first = run("reward_gpm", *tiny(tiny_model_dir, scored, tmp_path / "first", steps=1), "loss.tau=0.5")
+    for said, tau in (([], 0.5), (["loss.tau=0.2"], 0.2)):
+        caplog.clear()
+        second = run("reward_gpm", *tiny(first / "model", scored, tmp_path / f"to-{tau}", steps=1), *said)
+        assert json.loads((second / "model" / "reward.json").read_text())["tau"] == tau
+        assert json.loads((second / "manifest.json").read_text())["model"]["tau"] == tau
+        assert ("its tau goes from 0.5 to 0.2" in caplog.text) is bool(said)
+
+
+def test_cycles_that_are_not_there_are_told_before_training(tmp_path, tiny_model_dir, scored):
+    with pytest.raises(AlignError, match="no pairs run in a circle"):
+        run("reward_gpm", *tiny(tiny_model_dir, scored, tmp_path / "run", steps=1), "evals=[cycles]")
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_the_report_says_what_one_score_an_answer_can_have_at_most(tmp_path, tiny_model_dir):
+    """Four answers in a circle and three: at most (3 + 2) / 7 of the pairs, whatever the reward."""
+    circles = {"Say one": "abcd", "Say two": "xyz"}
+    rows = [
+        {"prompt": prompt, "chosen": f" {one}", "rejected": f" {other}"}
+        for prompt, answers in circles.items()
+        for one, other in zip(answers, answers[1:] + answers[:1], strict=True)
+    ]
+    for name in ("train", "eval"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = [f"data.{name}={tmp_path / name}.jsonl" for name in ("train", "eval")]
+    options = [*tiny(tiny_model_dir, (tmp_path, tmp_path), tmp_path / "run", steps=1), *data, "evals=[reward,cycles]"]
+    folder = run("reward_bt", *options)
+    found = json.loads((folder / "eval" / "cycles.json").read_text())
+    assert found["metrics"]["ceiling"]["value"] == pytest.approx(5 / 7)
+    assert found["metrics"]["accuracy"]["value"] <= 5 / 7 + 1e-12
+    assert found["metrics"]["whole"]["value"] == 0
+    assert [len(row["scores"]) for row in found["rows"]] == [4, 3]
+    page = (folder / "report.html").read_text()
+    assert "Held-out cycles: the most that any one score an answer can rank right" in page
+    assert "Held-out cycles of 3: pairs ranked right" in page
+
+
 def test_scaled_bradley_terry_goes_on_from_a_regression(tmp_path, tiny_model_dir, scored):
     """Its first scores rank held-out answers as the regression's ratings did."""
     first = run("reward_regression", *tiny(tiny_model_dir, scored, tmp_path / "first"))
