@@ -7,6 +7,7 @@ interrupted evaluation goes on where it stopped.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from align.config.schema import Recipe
 from align.data.splits import Split
 from align.data.tokenize import encode_prompt
+from align.errors import AlignError
 from align.evals.cycles import cycle_suite
 from align.evals.displacement import displacement_suite, gained_tokens
 from align.evals.generation import compare
@@ -83,6 +85,35 @@ def evaluate(
             results[name] = suites[name]()
         write_json(path, results[name])
     return results
+
+
+def check_testable(recipe: Recipe, splits: dict[str, Split]) -> None:
+    """Stop before training where the held-out data leave an evaluation nothing to be right or wrong about.
+
+    Raises:
+        AlignError: all labels are ties, no pairs run in a circle, or no annotator can be tested.
+    """
+    rows: list[Any] = splits["eval"].used
+    source = recipe.data.eval
+    if "cycles" in recipe.evals and not cycles_of(rows):
+        raise AlignError(
+            f"{source}: no pairs run in a circle (A over B, B over C, C over A, to one prompt): there is nothing for "
+            "evals: [cycles] to test; leave it out"
+        )
+    if recipe.data_kind == "pairs" and {"preference", "reward"} & set(recipe.evals):
+        if all(row.preference == 0.5 for row in rows):
+            raise AlignError(f"{source}: all pairs are ties (preference 0.5): no ranking could be right or wrong")
+    elif recipe.pal is not None and "pal" in recipe.evals:
+        trained: list[Any] = splits["train"].used
+        known = {row.annotator for row in trained}
+        counts = Counter(row.annotator for row in rows)
+        shots = max(recipe.pal.shots)
+        if not any(name in known or count > shots for name, count in counts.items()):
+            raise AlignError(
+                f"{source}: none of its {len(counts)} annotators is in {recipe.data.train}, and none has more than "
+                f"{shots} judgements (pal.shots), so nothing is left to test on: add judgements, set lower pal.shots, "
+                "or leave out data.eval"
+            )
 
 
 class _Pairs:

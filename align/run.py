@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,7 @@ from align.data.report import fault_report, show_masks, write_rejected
 from align.data.splits import Split, read_split
 from align.data.tokenize import TokenizedCompletions
 from align.errors import AlignError
-from align.evaluate import evaluate
-from align.heldout import cycles_of
+from align.evaluate import check_testable, evaluate
 from align.losses import SequenceLogps
 from align.models.load import load_tokenizer
 from align.models.scoring import sequence_logps
@@ -251,37 +249,8 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, run: Path | 
             console.print(fault_report(split.faults, split.table.counts["rows"], kept_in), highlight=False)
         split.check(spec.max_bad_fraction)
     if "eval" in splits:
-        _check_testable(recipe, splits)
+        check_testable(recipe, splits)
     return splits
-
-
-def _check_testable(recipe: Recipe, splits: dict[str, Split]) -> None:
-    """Stop before training where the held-out data leave an evaluation nothing to be right or wrong about.
-
-    Raises:
-        AlignError: all labels are ties, no pairs run in a circle, or no annotator can be tested.
-    """
-    rows: list[Any] = splits["eval"].used
-    source = recipe.data.eval
-    if "cycles" in recipe.evals and not cycles_of(rows):
-        raise AlignError(
-            f"{source}: no pairs run in a circle (A over B, B over C, C over A, to one prompt): there is nothing for "
-            "evals: [cycles] to test; leave it out"
-        )
-    if recipe.data_kind == "pairs" and {"preference", "reward"} & set(recipe.evals):
-        if all(row.preference == 0.5 for row in rows):
-            raise AlignError(f"{source}: all pairs are ties (preference 0.5): no ranking could be right or wrong")
-    elif recipe.pal is not None and "pal" in recipe.evals:
-        trained: list[Any] = splits["train"].used
-        known = {row.annotator for row in trained}
-        counts = Counter(row.annotator for row in rows)
-        shots = max(recipe.pal.shots)
-        if not any(name in known or count > shots for name, count in counts.items()):
-            raise AlignError(
-                f"{source}: none of its {len(counts)} annotators is in {recipe.data.train}, and none has more than "
-                f"{shots} judgements (pal.shots), so nothing is left to test on: add judgements, set lower pal.shots, "
-                "or leave out data.eval"
-            )
 
 
 def _filter(

@@ -103,9 +103,7 @@ def _scores(reward: Reward, prompts: Sequence[str], answers: Sequence[Sample]) -
     found = RuleReward(reward)(prompts, [answer.text for answer in answers])
     scores = [score for score in found if score is not None]
     if len(scores) < len(answers):
-        raise ValueError(
-            f"the reward gave None for answer {found.index(None)}: a win rate takes a number for each"
-        )
+        raise ValueError(f"the reward gave None for answer {found.index(None)}: a win rate takes a number for each")
     return finite_vector(scores, "reward")
 
 

@@ -265,7 +265,7 @@ def test_pairs_are_antisymmetric_and_groups_agree_with_them(backbone_dir: Backbo
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_answers_tie_and_swapped_ones_turn_the_sign_to_the_last_bit(backbone_dir: Backbones, kind: str):
-    """Twelve pairs of answers of many lengths, in batches of 2 and 5; every third pair is of one answer with itself."""
+    """Twelve pairs of answers of many lengths, in batches of 2 and 5; every third is of one answer with itself."""
     words = ["the", "apple", "garden", "ok", "no", "another", "one", "there", "and", "ant"]
     rng = random.Random(0)
     first = [" " + " ".join(rng.choices(words, k=rng.randint(1, 12))) for _ in range(12)]
