@@ -36,7 +36,7 @@ class LossTerm(Section):
 
     name: str
     """Loss of the table: see ``align recipes methods``."""
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, ge=1e-12, le=1e12)
     """Factor of this term in the sum."""
 
     @property
@@ -166,8 +166,8 @@ class TrackingSpec(Section):
 
 
 def _two_bounds(value: list[float]) -> list[float]:
-    if len(value) != 2 or not 0 < value[0] <= value[1]:
-        raise ValueError(f"is {value}; it must be [least, most], with 0 < least <= most")
+    if len(value) != 2 or not 0 < value[0] <= value[1] <= 1e6:
+        raise ValueError(f"is {value}; it must be [least, most], with 0 < least <= most <= 1e6")
     return value
 
 

@@ -43,6 +43,20 @@ def collecting(problems: list[FieldError]) -> Iterator[None]:
         problems.append(problem)
 
 
+LARGEST = 1e6  # as align.losses.types.LARGEST
+
+
+def check_size(field: str, value: float) -> float:
+    """The number, where losses can take it.
+
+    Raises:
+        FieldError: it is too large.
+    """
+    if abs(value) > LARGEST:
+        raise FieldError(field, f"{value:g} is beyond {LARGEST:g}: give the column in larger units")
+    return value
+
+
 def required(field: str, row: dict[str, Any], wanted: str) -> Any:
     """The field's value; where it is absent or null, a FieldError with the keys found and the keys wanted."""
     if field not in row:

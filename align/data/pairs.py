@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
-from .fields import FieldError, collecting, content, required, resolve
+from .fields import FieldError, check_size, collecting, content, required, resolve
 from .load import Row, read_rows, usable
 from .rows import Content, Fault, PairRow, PairTable, bad_rows, row_id
 
@@ -230,7 +230,7 @@ def _margin(value: Any) -> float | None:
         raise FieldError("margin", f"{value!r} is not a finite number")
     if value < 0:
         raise FieldError("margin", f"{value} is negative: chosen is the answer that is to score higher")
-    return float(value)
+    return check_size("margin", float(value))
 
 
 def _ranked(row: dict[str, Any], kind: str, problems: list[FieldError]) -> list[Comparison]:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from align.errors import AlignError
 
-from .fields import FieldError, collecting, content, required, resolve
+from .fields import FieldError, check_size, collecting, content, required, resolve
 from .load import Row, read_rows, usable
 from .pairs import compared, pair_table
 from .report import describe
@@ -236,18 +236,19 @@ Rated = tuple[Content, Content, tuple[float | None, ...]]
 
 def _rated(row: dict[str, Any], file: str, attributes: Sequence[str], problems: list[FieldError]) -> Iterator[Rated]:
     wanted = f"prompt, completion, {', '.join(attributes)}"
+    name = _answer(row)
     prompt: Content = ""
     answer: Content = ""
     with collecting(problems):
         prompt = content("prompt", required("prompt", row, wanted))
     with collecting(problems):
-        answer = content(_answer(row), required(_answer(row), row, wanted))
+        answer = content(name, required(name, row, wanted))
     ratings = _ratings(row, file, attributes, problems)
     if problems:
         return
     with collecting(problems):
-        prompt, answers = resolve(prompt, {"completion": answer})
-        yield prompt, answers["completion"], ratings
+        prompt, answers = resolve(prompt, {name: answer})
+        yield prompt, answers[name], ratings
 
 
 def _answer(row: Mapping[str, Any]) -> str:
@@ -293,7 +294,7 @@ def _number(column: str, value: Any, file: str) -> float:
         raise FieldError(column, f"{value!r} is not a finite number")
     if value == UNRATED:
         raise FieldError(column, f"{UNRATED:g} stands for no rating in the loss: leave the field out, or null")
-    return float(value)
+    return check_size(column, float(value))
 
 
 def tokenize_ratings(

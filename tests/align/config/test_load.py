@@ -102,7 +102,7 @@ def test_all_problems_at_once_in_the_published_look(write_recipe: Write) -> None
         ({"loss": {"gamma": 1.0}}, "loss.gamma", "ln_dpo has no such setting; it has: beta"),
         ({"method": None, "losses": [{"name": "ipoo"}]}, "losses.0.name", "did you mean ipo?"),
         ({"method": None, "losses": [{"name": "dpo", "beat": 1}]}, "losses.0.beat", "did you mean losses.0.beta?"),
-        ({"method": None, "losses": [{"name": "dpo", "weight": 0}]}, "losses.0.weight", "must be over 0"),
+        ({"method": None, "losses": [{"name": "dpo", "weight": 0}]}, "losses.0.weight", "must be at least 1e-12"),
         ({"evals": ["preference"]}, "evals", "need held-out data"),
         ({"base": 3}, "base", "is not the name of a recipe"),
     ],

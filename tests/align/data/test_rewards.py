@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from align.data import fields
 from align.data.rewards import (
     RewardRules,
     rating_table,
@@ -17,6 +18,7 @@ from align.data.rewards import (
 )
 from align.data.splits import read_split
 from align.errors import AlignError
+from align.losses import types
 
 
 def table(rows: list[dict[str, Any]], **rules: Any):
@@ -180,3 +182,14 @@ def test_a_split_reads_by_the_rules(tmp_path, tiny_tokenizer):
     rated = read_split(str(path), tiny_tokenizer, 64, kind="ratings", rules=RewardRules(attributes=("score",)))
     assert rated.facts["rated_score"] == 2
     assert [row.completion for row in rated.used] == [" good", " bad"]
+
+
+def test_numbers_beyond_what_losses_take_are_set_aside():
+    """A limit of the data, so that no run stops in its loss."""
+    assert fields.LARGEST == types.LARGEST
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 2e6}
+    (fault,) = reward_pairs([("file", 1, row)], "file", RewardRules(needs_margin=True)).faults
+    assert (fault.field, "2e+06 is beyond 1e+06" in fault.reason) == ("margin", True)
+    rated = {"prompt": "p", "completion": "a", "views": 3e6}
+    (fault,) = rating_table([("file", 1, rated)], "file", ["views"]).faults
+    assert (fault.field, "3e+06 is beyond 1e+06" in fault.reason) == ("views", True)
