@@ -287,7 +287,10 @@ class RewardModel(nn.Module):
             attention_mask: 1 on real tokens, (B, T).
             prompt_length: tokens of the prompt, (B,); the gate needs it.
         """
-        answer, prompt = self.states(input_ids, attention_mask, prompt_length)
+        return self.read(*self.states(input_ids, attention_mask, prompt_length))
+
+    def read(self, answer: Tensor, prompt: Tensor | None) -> RewardOutput:
+        """What the head makes of ``states``, (B, H) each."""
         with torch.autocast(answer.device.type, enabled=False):
             values = answer @ self.carrier.score.weight.to(answer.dtype).T
             if self.config.kind == "scalar":

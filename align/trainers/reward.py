@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,14 @@ from align.losses.soft_labels import expected
 from align.rewards.batches import padded
 from align.rewards.kinds import kind_trained_by
 from align.rewards.models import RewardModel, RewardOutput
+from align.tracking.progress import progress
 
 from .given import check_dataset, tokenized_dataset, untokenized_rows
 from .host import Hosted, ranked_right, refuse_what_would_be_dropped
 
 logger = logging.getLogger(__name__)
 
+KEPT_AT_ONCE = 64  # answers
 TRAINED = "trained.safetensors"  # in a checkpoint: the weights that training changes
 _READ = ("input_ids", "attention_mask", "prompt_length", "users")  # what the model reads of a batch
 _PAIR, _RATED = ("prompt_ids", "chosen_ids", "rejected_ids"), ("prompt_ids", "completion_ids", "ratings")
@@ -105,7 +107,8 @@ class RewardTrainer(Hosted, TrlRewardTrainer):  # type: ignore[misc]
         self.rules = replace(rules or RewardRules(attributes=model.config.attributes), needs_margin="margin" in takes)
         self.mean_strength = 1.0
         kwargs.setdefault("processing_class", model.tokenizer)
-        super().__init__(model=_Host(model), args=args, **kwargs)
+        self._host = _Host(model)
+        super().__init__(model=self._host, args=args, **kwargs)
         self.data_collator = RewardCollator(int(model.tokenizer.pad_token_id))
 
     # --- data ---------------------------------------------------------------------------------------------------
@@ -147,6 +150,12 @@ class RewardTrainer(Hosted, TrlRewardTrainer):  # type: ignore[misc]
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             self._signature_columns = [*_PAIR, "strength", "margin", "preference", *_RATED[1:]]
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As TRL's; the states of a frozen backbone are computed before it, each once."""
+        if self.reward.config.training == "frozen":
+            self._host.keep(self.train_dataset[:])
+        return super().train(*args, **kwargs)
 
     # --- loss ---------------------------------------------------------------------------------------------------
 
@@ -231,9 +240,33 @@ class _Host(nn.Module):
         self.reward = reward
         self.config = copy.deepcopy(reward.carrier.config)
         self.config.num_labels = 1  # TRL insists; the head is as wide as it is
+        self.kept: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+
+    def keep(self, rows: Mapping[str, Any]) -> None:
+        """Compute the states of all rows of a data set once: a frozen backbone gives the same ones in every epoch."""
+        sides = [rows[name] for name in ("chosen_ids", "rejected_ids", "completion_ids") if name in rows]
+        answers = {
+            (len(prompt), *prompt, *answer): (prompt, answer)
+            for side in sides
+            for prompt, answer in zip(rows["prompt_ids"], side, strict=True)
+        }
+        order = sorted(answers, key=lambda key: (-len(key), key))
+        with progress("states of the frozen backbone", len(order)) as advance:
+            for start in range(0, len(order), KEPT_AT_ONCE):
+                part = order[start : start + KEPT_AT_ONCE]
+                states = self.reward.embed_ids([answers[key][0] for key in part], [answers[key][1] for key in part])
+                self.kept |= zip(part, zip(*states, strict=True), strict=True)
+                advance(len(part))
 
     def forward(self, **batch: Tensor) -> RewardOutput:
-        output: RewardOutput = self.reward(**batch)
+        found = [self.kept.get(key) for key in _keys(batch)] if self.kept else [None]
+        output: RewardOutput
+        if None in found:
+            output = self.reward(**batch)
+        else:
+            device = batch["input_ids"].device
+            answer, prompt = (torch.stack(states).to(device) for states in zip(*found, strict=True))  # type: ignore[arg-type]
+            output = self.reward.read(answer, prompt)
         return output
 
     def add_model_tags(self, tags: Any) -> None:
@@ -243,6 +276,13 @@ class _Host(nn.Module):
         self.reward.carrier.gradient_checkpointing_enable(**settings)
         if self.reward.config.training == "lora":
             self.reward.carrier.enable_input_require_grads()  # or nothing before the first adapter asks for gradients
+
+
+def _keys(batch: Mapping[str, Tensor]) -> Iterator[tuple[int, ...]]:
+    """Each row's tokens, after the length of its prompt."""
+    lengths, prompts = batch["attention_mask"].sum(1).tolist(), batch["prompt_length"].tolist()
+    for ids, length, prompt in zip(batch["input_ids"].tolist(), lengths, prompts, strict=True):
+        yield (prompt, *ids[:length])
 
 
 @dataclass(frozen=True)
