@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from torch import Tensor
 
-from .checks import check_positive, check_settings
+from .checks import check_positive, check_settings, setting_hints
 from .laws import Laws
 from .types import LossOutput, PairLogps
 
@@ -91,6 +91,7 @@ def _enter(
     def enter(function: F) -> F:
         if name in LOSSES:
             raise ValueError(f"two losses are named {name!r}")
+        setting_hints(function)  # raises here, and not when the loss is first called
 
         @functools.wraps(function)
         def checked(*tensors: Any, **keywords: Any) -> LossOutput:

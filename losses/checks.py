@@ -6,7 +6,8 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from numbers import Real
+from numbers import Integral, Real
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -38,6 +39,12 @@ def check_real(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value}: it must be finite")
     if abs(value) > MOST:
         raise ValueError(f"{name} is {value}: it must be within +-{MOST:g}, or float32 overflows")
+
+
+def check_whole(name: str, value: object) -> None:
+    """Raise a ValueError unless ``value`` is a whole number; True and 2.0 are none."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{name} is {value!r}: it must be a whole number")
 
 
 def check_positive(name: str, value: float) -> None:
@@ -75,7 +82,8 @@ Share = Annotated[float, check_share]
 def check_settings(function: Callable[..., Any], settings: Mapping[str, Any]) -> None:
     """Raise a ValueError that names the first setting which is not what the function's annotation of it says.
 
-    Numbers are finite, and within the range of their type above; text, Booleans and choices (``Literal``) are that.
+    Numbers are finite, and within the range of their type above; whole numbers, text, Booleans and choices
+    (``Literal``) are that. ``float`` takes either sign. Settings of any other type (``float | None``) go unchecked.
     """
     for name, rule in _rules(function).items():
         if name in settings:
@@ -84,20 +92,47 @@ def check_settings(function: Callable[..., Any], settings: Mapping[str, Any]) ->
 
 @functools.cache
 def _rules(function: Callable[..., Any]) -> dict[str, Callable[[str, Any], None]]:
-    hints = get_type_hints(function, include_extras=True)
-    every = inspect.signature(function).parameters
-    own = [name for name, p in every.items() if p.kind is p.KEYWORD_ONLY and name in hints]
-    return {name: rule for name in own if (rule := _rule(hints[name])) is not None}
+    hints = setting_hints(function, include_extras=True)
+    return {name: rule for name, hint in hints.items() if (rule := _rule(hint)) is not None}
+
+
+def setting_hints(function: Callable[..., Any], *, include_extras: bool = False) -> dict[str, Any]:
+    """The types of a loss's settings, its keyword-only parameters; ``Any`` where there is no annotation.
+
+    Annotations of its tensors are not looked at: those may name what is imported for type checking alone.
+
+    Args:
+        include_extras: keep ``Annotated``.
+
+    Raises:
+        ValueError: an annotation names something that the function's module does not have.
+    """
+    found, names = {}, getattr(inspect.unwrap(function), "__globals__", {})
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            continue
+        hint = Any if parameter.annotation is parameter.empty else parameter.annotation
+        one = SimpleNamespace(__annotations__={name: hint})
+        try:
+            found[name] = get_type_hints(one, names, include_extras=include_extras)[name]
+        except (NameError, AttributeError, SyntaxError, TypeError) as error:
+            raise ValueError(
+                f"{getattr(function, '__name__', function)}: the annotation of {name}, {hint!r}, cannot be resolved "
+                f"({error}): settings are checked by it when they are given, so name a type that its module imports"
+            ) from error
+    return found
 
 
 def _rule(hint: Any) -> Callable[[str, Any], None] | None:
     if get_origin(hint) is Annotated:
-        rule: Callable[[str, Any], None] = hint.__metadata__[0]
-        return rule
+        rules = (rule for rule in hint.__metadata__ if callable(rule))
+        return next(rules, None) or _rule(hint.__origin__)
     if get_origin(hint) is Literal:
         return functools.partial(_check_choice, choices=get_args(hint))
     if hint is float:
         return check_real
+    if hint is int:
+        return check_whole
     return functools.partial(check_type, wanted=hint) if hint in (bool, str) else None
 
 

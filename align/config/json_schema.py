@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, get_type_hints
+from typing import Any
 
 from pydantic import TypeAdapter
 
 from align.losses.catalogue import LossInfo
+from align.losses.checks import setting_hints
 
 from .explain import STRICT
 from .schema import WITHOUT_LOSSES, Recipe, reward_kind
@@ -36,7 +37,7 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def _settings(info: LossInfo) -> dict[str, Any]:
-    hints = get_type_hints(info.function)
+    hints = setting_hints(info.function)
     return {key: TypeAdapter(hints[key], config=STRICT).json_schema() for key in info.parameters}
 
 

@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Mapping
 from inspect import signature
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 from .explain import Problem, nearest, type_problem, unknown_name
 from .schema import WITHOUT_LOSSES, reward_kind
@@ -97,9 +97,10 @@ def _not_in_recipes(name: str) -> str | None:
 
 def _check_settings(name: str, settings: Mapping[str, Any], where: str) -> list[Problem]:
     from align.losses import LOSSES
+    from align.losses.checks import setting_hints
 
     info, problems = LOSSES[name], []
-    hints = get_type_hints(info.function)
+    hints = setting_hints(info.function)
     for key, value in settings.items():
         if key in info.parameters:
             what = type_problem(value, hints[key])
