@@ -21,8 +21,6 @@ from .shards import Line
 from .training import TrainingFilter, can_score, only, policy_scorer, score_pairs
 
 COLUMN = "ches_ln"
-LARGEST, LEAST = 0.5, 0.05
-"""Shares that are recommended: no more than half of the data, and no less than the paper kept (arXiv:2410.08847)."""
 BINS, WIDTH = 10, 40
 
 
@@ -91,7 +89,6 @@ def _facts(scored: Filtered, split: Split, values: np.ndarray[Any, Any]) -> list
     candidates = scored.table.candidates
     ends = np.quantile(values, [0, 0.05, 0.5, 0.95, 1])
     names = ("least", "5 %", "median", "95 %", "most")
-    above = int((values > 0).sum())
     halves = np.array_split(np.argsort(values, kind="stable"), 2)
     tokens = {name: np.array([one.lengths[name] for one in candidates]) for name in ("chosen", "rejected")}
     lengths = [
@@ -102,11 +99,20 @@ def _facts(scored: Filtered, split: Split, values: np.ndarray[Any, Any]) -> list
     repeated = split.table.counts["duplicates"]
     return [
         "  " + " · ".join(f"{name} {value:.4g}" for name, value in zip(names, ends, strict=True)),
-        f"  above 0: {above:,} ({100 * above / len(values):.1f} %): training lowers their chosen answer, by theory",
+        *_tail(values),
         f"  mean tokens in the lower and in the higher half: {', '.join(lengths)}",
         f"  one-token answers {_short(scored):,} (the score says little there) · without a score {unscored:,}",
         f"  all of the data: repeated pairs {repeated:,} · pairs of equal answers {identical:,}",
     ]
+
+
+def _tail(values: np.ndarray[Any, Any]) -> list[str]:
+    """How much stands out in the highest fifth: CHES orders pairs, and no value of it is a limit."""
+    over = np.sort(np.maximum(values - np.median(values), 0))
+    if not over.any():
+        return []
+    top = 100 * over[-math.ceil(len(over) / 5) :].sum() / over.sum()
+    return [f"  the highest fifth of the pairs has {top:.0f} % of all that lies over the median"]
 
 
 def _short(scored: Filtered) -> int:
@@ -116,12 +122,20 @@ def _short(scored: Filtered) -> int:
 def _recommendation(
     recipe: Recipe, sample: Split, split: Split, lines: dict[str, Line], scored: Filtered
 ) -> list[str]:
-    """A share that leaves out what is above 0, and the half that is most at risk; none where scores say little."""
+    """A share that leaves out the upper tail; none where there is none, or where scores say little.
+
+    The tail is what lies above the mean of the upper half: about the highest fifth of a normal spread, all of a clump
+    that stands apart, and few rows where few stand out.
+    """
     candidates = scored.table.candidates
     if 2 * _short(scored) > len(candidates):
         return ["no filter is recommended: most answers are single tokens, of which the score says little"]
-    below = sum(one.scores[COLUMN] <= 0 for one in candidates) / len(candidates)
-    share = max(LEAST, min(LARGEST, math.floor(20 * below) / 20))
+    values = np.sort([one.scores[COLUMN] for one in candidates])
+    upper = values[len(values) // 2 :]
+    if upper[0] == upper[-1]:
+        return ["no filter is recommended: the higher half of the scores are equal, and no tail stands out"]
+    cut = upper.mean()
+    share = 100 * int((values <= cut).sum()) // len(values) / 100
     rule = FilterRule(keep=share)
     kept = _by(recipe, sample, rule).judged(lines)
     changes = []
@@ -129,7 +143,8 @@ def _recommendation(
         before, after = kept.lengths(field)
         changes.append(f"{field} {fmean(before):.0f} -> {fmean(after):.0f}")
     said = [
-        "recommended, to paste in the recipe (a smaller share is safer and leaves less to learn; the paper kept 5 %):",
+        f"recommended, to paste in the recipe: without the tail over {cut:.4g}, the mean of the higher half",
+        "(a smaller share is safer and leaves less to learn; the paper kept 5 %)",
         "  data:",
         f"    filter: {{{COLUMN}: {{keep: {share:g}}}}}",
         f"it keeps {places(len(split.tokenized.rows), rule)[1]:,} of {len(split.tokenized.rows):,} pairs; "

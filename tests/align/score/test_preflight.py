@@ -57,8 +57,7 @@ def test_what_is_said_and_the_filter_that_is_recommended(align: Align, write_rec
 
     pasted = yaml.safe_load("\n".join(re.findall(r"^  (data:|  filter: .*)$", result.stdout, re.MULTILINE)))
     share = pasted["data"]["filter"]["ches_ln"]["keep"]
-    above = int(re.search(r"above 0: (\d+)", result.stdout)[1])
-    assert share == max(0.05, min(0.5, int(20 * (30 - above) / 30) / 20))
+    assert 0.5 <= share < 1
     assert f"it keeps {max(1, int(40 * share + 1e-9))} of 40 pairs" in result.stdout
     recipe = yaml.safe_load(path.read_text())
     recipe["data"] |= pasted["data"]
@@ -89,8 +88,26 @@ def test_a_column_of_the_data_is_taken_as_it_is(align: Align, write_recipe) -> N
     rows = [{"prompt": f"p {n}", "chosen": f"a {n}", "rejected": "b c", "ches_ln": n - 7.5} for n in range(10)]
     result = align("train", write_recipe(rows), "--preflight")
     assert "from its column ches_ln" in result.stdout
-    assert "above 0: 2 (20.0 %)" in result.stdout
-    assert "filter: {ches_ln: {keep: 0.5}}" in result.stdout
+    # The higher half is -2.5 to 1.5, its mean -.5; over the median, -3, lie .5 to 4.5, 8 of 12.5 in the highest fifth.
+    assert "the highest fifth of the pairs has 64 %" in result.stdout
+    assert "the tail over -0.5," in result.stdout
+    assert "filter: {ches_ln: {keep: 0.8}}" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        ([-9.0] * 5 + [-8.0] * 2 + [-1.0, -1.1, -1.2], "keep: 0.7}"),  # a clump of three, all under 0
+        ([5.0, 6.0, 5.5, 5.2, 6.1, 5.8, 5.1, 5.9, 6.2, 90.0], "keep: 0.9}"),  # one that stands out, all over 0
+        ([1.0, 2.0, 3.0] + [4.0] * 7, "no filter is recommended: the higher half of the scores are equal"),
+        ([0.1] * 10, "no filter is recommended: the higher half of the scores are equal"),
+    ],
+)
+def test_the_recommendation_follows_the_spread(align: Align, write_recipe, scores: list[float], said: str) -> None:
+    rows = [
+        {"prompt": f"p {n}", "chosen": f"a {n}", "rejected": "b c", "ches_ln": score} for n, score in enumerate(scores)
+    ]
+    assert said in align("train", write_recipe(rows), "--preflight").stdout
 
 
 def test_what_it_is_not_for(align: Align, write_recipe) -> None:
