@@ -10,6 +10,7 @@ writes the file.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -92,10 +93,11 @@ def score_data(
     check_suffix(output)
     state = processes()
     made_by = {scorer.name: dict(scorer.identity) for scorer in scorers}
-    identity = {"source": source, "scorers": made_by, "batch_size": batch_size, "shard_rows": shard_rows}
+    total, content = _content_of(source)
+    identity = {"source": source, "data": content, "scorers": made_by}
+    identity |= {"batch_size": batch_size, "shard_rows": shard_rows}
     about = output.with_suffix(".score.json")
-    total = sum(1 for _ in read_rows(source))
-    done = _finished(output, about, identity, total)
+    done = _finished(output, about, identity)
     if not done:
         with state.main_process_first():
             shards = Shards(output, identity)
@@ -106,7 +108,16 @@ def score_data(
     return _outcome(output, about) if state.is_main_process else None
 
 
-def _finished(output: Path, about: Path, identity: Mapping[str, Any], total: int) -> bool:
+def _content_of(source: str) -> tuple[int, str]:
+    """How many rows there are, and a hash of all that stands in them."""
+    total, digest = 0, hashlib.blake2b(digest_size=16)
+    for _, _, content in read_rows(source):
+        total += 1
+        digest.update(json.dumps(content, default=str).encode() + b"\n")
+    return total, digest.hexdigest()
+
+
+def _finished(output: Path, about: Path, identity: Mapping[str, Any]) -> bool:
     """Whether the output is there and is what this run would make.
 
     Raises:
@@ -116,7 +127,7 @@ def _finished(output: Path, about: Path, identity: Mapping[str, Any], total: int
         return False
     try:
         found = json.loads(about.read_text(encoding="utf-8"))
-        check_same(output, found["identity"] | {"rows": found["counts"]["rows"]}, {**identity, "rows": total})
+        check_same(output, found["identity"], identity)
     except (FileNotFoundError, ValueError, KeyError):
         raise AlignError(f"{output} is there already and was not made by align score; name another output") from None
     return True
@@ -141,21 +152,6 @@ def _score_shards(
             if number in mine:
                 shards.write(number, score_rows(scorers, part, batch_size))
                 advance(len(part))
-            elif number not in missing and state.is_main_process:
-                _check_unchanged(shards, shards.read(number) or [], part)
-
-
-def _check_unchanged(shards: Shards, lines: Sequence[Line], part: Sequence[tuple[int, Row]]) -> None:
-    now = [(number, _read(row)) for number, row in part]
-    ids = [(number, row.row_id if isinstance(row, ScoreRow) else None) for number, row in now]
-    if len(ids) != len(lines) or any(
-        line["row"] != number or (name is None and "columns" in line) or line.get("row_id", name) != name
-        for line, (number, name) in zip(lines, ids, strict=True)
-    ):
-        raise AlignError(
-            f"{shards.folder}: the data has changed since this was begun, in rows {lines[0]['row']:,} to "
-            f"{lines[-1]['row']:,}; delete it to begin anew, or name another output"
-        )
 
 
 def _read(row: Row) -> ScoreRow | list[FieldError]:

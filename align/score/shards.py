@@ -83,6 +83,6 @@ def check_same(where: Path, found: Mapping[str, Any], identity: Mapping[str, Any
     """
     differ = sorted(key for key in {*found, *identity} if found.get(key) != identity.get(key))
     if differ:
-        raise AlignError(
-            f"{where}: begun with another {', '.join(differ)}; delete it to begin anew, or name another output"
-        )
+        changed = "the data has changed since it was begun"
+        what = changed if differ == ["data"] else f"begun with another {', '.join(differ)}"
+        raise AlignError(f"{where}: {what}; delete it to begin anew, or name another output")

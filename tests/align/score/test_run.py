@@ -146,7 +146,7 @@ def test_what_was_begun_otherwise_is_not_mixed(data: Path, tmp_path: Path) -> No
         scored(data, output, Letters(version=2))
     rows = read(data)
     write(data, [rows[0] | {"completion": "other"}, *rows[1:]])
-    with pytest.raises(AlignError, match="data has changed since this was begun, in rows 1 to 4"):
+    with pytest.raises(AlignError, match=r"parts: the data has changed since it was begun; delete it"):
         scored(data, output)
 
 
@@ -157,9 +157,12 @@ def test_an_output_that_is_there_is_not_written_over(data: Path, tmp_path: Path)
     scored(data, tmp_path / "mine.jsonl")
     with pytest.raises(AlignError, match="begun with another scorers"):
         scored(data, tmp_path / "mine.jsonl", Letters(version=2))
-    write(data, [*read(data), {"prompt": "more", "completion": "x"}])
-    with pytest.raises(AlignError, match="begun with another rows"):
-        scored(data, tmp_path / "mine.jsonl")
+    rows = read(data)
+    # A row more, the same rows in another order, and another value in a column that is carried along.
+    for changed in ([*rows, {"prompt": "more", "completion": "x"}], rows[::-1], [{**rows[0], "task": 9}, *rows[1:]]):
+        write(data, changed)
+        with pytest.raises(AlignError, match=r"mine\.jsonl: the data has changed"):
+            scored(data, tmp_path / "mine.jsonl")
     with pytest.raises(ConfigError, match=r"end it in \.jsonl or \.parquet"):
         scored(data, tmp_path / "out.csv")
 
