@@ -24,8 +24,9 @@ from torch import Tensor
 
 from align.config.schema import PalSpec, Recipe, RewardSpec
 from align.data.judgements import JudgementTable, read_judgements
-from align.data.report import check_fraction, fault_report
+from align.data.report import fault_report
 from align.data.rewards import tokenize_reward_pairs
+from align.data.rows import bad_rows
 from align.data.splits import Split
 from align.errors import AlignError
 from align.evals.pal import Margins, pal_suite
@@ -256,19 +257,24 @@ def fit_annotators(model: str, source: str) -> tuple[list[FittedAnnotator], int]
     if not is_pal(folder):
         raise AlignError(f"{model}: no pal.json in this folder, so it holds no PAL model; name what method: pal wrote")
     table = read_judgements(source)
-    if table.faults:
-        print(fault_report(table.faults, table.counts["rows"]), file=sys.stderr)
-    check_fraction(table.faults, table.counts["rows"], 0.05)
     try:
         judge = PalRewardModel.from_pretrained(folder, dtype=resolve_dtype("auto")[0])
     except LOAD_ERRORS as error:
         raise AlignError(f"{model}: cannot be loaded: {error}") from error
     known = set(judge.pal.settings["users"])
     rows = [row for row in table.rows if row.annotator not in known]
-    if not rows:
-        raise AlignError(f"{source}: all annotators are of the model's training, and have their weights already")
     ids = tokenize_reward_pairs(rows, judge.tokenizer, judge.config.max_length)
-    data = _judged(judge, Split(JudgementTable(rows, [], table.counts, source), ids).dataset())
+    split = Split(JudgementTable(rows, table.faults, table.counts, source), ids)
+    if split.faults:
+        print(fault_report(split.faults, table.counts["rows"]), file=sys.stderr)
+    if not ids.rows:
+        raise AlignError(
+            f"{source}: no judgement of a new annotator can be used: of {table.counts['rows']:,} rows "
+            f"{len(table.rows) - len(rows):,} are of annotators of the model's training, who have their weights, "
+            f"{table.counts['ties']:,} are ties and {bad_rows(split.faults):,} are set aside"
+        )
+    split.check(0.05)
+    data = _judged(judge, split.dataset())
     found = []
     for name in sorted(set(data.users)):
         left, right, prompts = (own := data.of([name])).pairs()

@@ -46,7 +46,7 @@ def states_at(hidden: Tensor, index: Tensor) -> Tensor:
 
 
 def pair_matrix(embeddings: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Scores of all answers to a prompt against each other, from one product of their embeddings.
+    """Scores of all answers to a prompt against each other, at once, from their K embeddings alone.
 
     ``s_ij = <R v_i, v_j> = sum_l lam_l (v_i[2l] v_j[2l+1] - v_i[2l+1] v_j[2l])`` (arXiv:2410.02197).
 

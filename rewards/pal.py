@@ -88,8 +88,8 @@ class Pal(nn.Module, ABC):
     def __init__(self, width: int, users: Sequence[str], *, groups: int, dimension: int, depth: int = 2) -> None:
         super().__init__()
         for name, size in (("width", width), ("groups", groups), ("dimension", dimension), ("users", len(users))):
-            if size < 1:
-                raise ValueError(f"{name} is {size}: at least 1")
+            _check_count(name, size, least=1)
+        _check_count("depth", depth, least=0)
         if len(set(users)) < len(users):
             raise ValueError("users: a name stands twice, and each annotator has one set of weights")
         self.settings: dict[str, Any] = {
@@ -230,7 +230,11 @@ class Pal(nn.Module, ABC):
             return start
         left, right = self._checked("left", left), self._checked("right", right, len(left))
         prompts = None if prompts is None else self._checked("prompts", prompts, len(left))
-        measure = {"logistic": pal_logistic, "hinge": pal_hinge}[loss]
+        losses = {"logistic": pal_logistic, "hinge": pal_hinge}
+        if loss not in losses:
+            raise ValueError(f"loss is {loss!r}: it must be {' or '.join(losses)}")
+        _check_count("steps", steps, least=1)
+        measure = losses[loss]
         with torch.no_grad():
             points = self.projector(left), self.projector(right)
         logits = start.clamp(min=1e-6).log().requires_grad_()
@@ -363,13 +367,20 @@ class PalB(Pal):
         return self.log_scale.exp().clamp(max=MAX_SCALE) * F.cosine_similarity(points, ideals, dim=-1)
 
 
+def _check_count(name: str, count: int, *, least: int) -> None:
+    if count < least:
+        raise ValueError(f"{name} is {count}: at least {least}")
+
+
 def load_pal(folder: str | Path) -> Pal:
     """What ``save_pretrained`` wrote.
 
     Raises:
-        ValueError: the file names another class.
+        ValueError: there is none, or the file names another class.
     """
     folder = Path(folder)
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"{folder}: no {CONFIG_FILE} in this folder, so it holds no PAL model")
     found = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     name = found.pop("class")
     if name not in ("PalA", "PalB"):

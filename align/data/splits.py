@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from align.errors import AlignError
+
 from .completions import read_completions
 from .judgements import JudgementRow, JudgementTable, read_judgements
 from .pairs import read_pairs
@@ -69,9 +71,13 @@ class Split:
         """Stop where too many rows cannot be used, or where all thumbs are up or all are down.
 
         Raises:
-            AlignError: more than ``max_bad_fraction`` of the rows, or all of them; or a thumb that no answer has.
+            AlignError: more than ``max_bad_fraction`` of the rows, or all of them; rows that are all ties; or a thumb
+                that no answer has.
         """
-        check_fraction(self.faults, self.table.counts["rows"], max_bad_fraction)
+        rows = self.table.counts["rows"]
+        check_fraction(self.faults, rows, max_bad_fraction)
+        if not self.tokenized.rows and self.dropped is None:
+            raise AlignError(f"{self.table.source}: nothing to learn from: its {rows:,} rows are ties or set aside")
         if isinstance(self.tokenized, TokenizedThumbs):
             check_both_thumbs((row.label for row in self.tokenized.rows), self.table.source)
 

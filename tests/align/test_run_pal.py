@@ -73,6 +73,14 @@ def test_data_that_would_leave_nothing_to_test_are_refused_before_training(recip
     assert '<th scope="row">mallory</th><td class="num">new</td><td class="num">1</td>' in page
 
 
+def test_training_data_of_ties_alone_are_refused(recipe_path, tmp_path):
+    path = tmp_path / "train.jsonl"
+    rows = [json.loads(line) | {"preference": 0.5} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(AlignError, match=r"nothing to learn from: its 112 rows are ties or set aside"):
+        run(recipe_path)
+
+
 def test_two_opposed_groups_from_recipe_to_report(recipe_path: Path, tmp_path: Path):
     """Sure labels, 4 : 3: one reward for all is right in 4/7 at most, a reward an annotator nearly always."""
     folder = run(recipe_path)

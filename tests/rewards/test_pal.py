@@ -312,3 +312,16 @@ def test_a_coordinate_that_never_moved_is_not_the_loudest():
     assert torch.equal(model.projector.spread, torch.ones(6))
     with pytest.raises(ValueError, match="1 embeddings"):
         model.calibrate(torch.ones(1, 6))
+
+
+def test_arguments_that_make_no_model_are_named(tmp_path):
+    with pytest.raises(ValueError, match="depth is -1: at least 0"):
+        PalA(4, ["a"], groups=2, dimension=3, depth=-1)
+    model = PalA(4, ["a"], groups=2, dimension=3)
+    answers = torch.zeros(2, 4)
+    with pytest.raises(ValueError, match="loss is 'bce': it must be logistic or hinge"):
+        model.fit_user(answers, answers, torch.ones(2), loss="bce")
+    with pytest.raises(ValueError, match="steps is -1: at least 1"):
+        model.fit_user(answers, answers, torch.ones(2), steps=-1)
+    with pytest.raises(ValueError, match="so it holds no PAL model"):
+        load_pal(tmp_path)

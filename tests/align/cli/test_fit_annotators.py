@@ -78,7 +78,7 @@ def test_new_annotators_are_fitted_and_known_from_then_on(run: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["models", "fit-annotators", "{run}", "{known}"], "all annotators are of the model's training"),
+        (["models", "fit-annotators", "{run}", "{known}"], "are of annotators of the model's training"),
         (["models", "fit-annotators", "{model}", "{known}"], "no pal.json in this folder"),
         (["score", "{known}", "--with", "{run}", "-o", "{out}"], "@WHO, and WHO is annotator:NAME, mean"),
         (["score", "{known}", "--with", "{run}@annotator:zoe", "-o", "{out}"], "annotator 'zoe' is unknown"),
