@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .encoding import Content, plain
 from .expression import CannedReference, Expression, Part, parse_expression
-from .scorers import NO_COLUMNS, RewardError, Scorer, load_scorer, of_rows
+from .scorers import NO_COLUMNS, OF_TRL, RewardError, Scorer, load_scorer, of_rows
 
 Rewards = list[float | None]
 
@@ -169,7 +169,8 @@ class RewardFunction:
         firsts = [run[0] for run in runs]
         asked = [prompts[row] for row in firsts]
         answers = [as_answer(prompt, part.reference.answer) for prompt in asked]
-        canned = self._scored(part.reward, asked, answers, of_rows(given, firsts, len(prompts)))
+        own = {name: value for name, value in given.items() if name not in OF_TRL}  # that is of other answers
+        canned = self._scored(part.reward, asked, answers, of_rows(own, firsts, len(prompts)))
         return canned.repeat_interleave(torch.tensor([len(run) for run in runs], dtype=torch.long))
 
 

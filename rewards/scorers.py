@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from .models import RewardModel
 
 SILENCE = "..."
+OF_TRL = ("completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
+"""What TRL gives beside the columns of the data: of the very answers that it sampled."""
 NO_COLUMNS: Mapping[str, Any] = MappingProxyType({})
 _TEXT = ("prompts", "completions")
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -90,7 +92,7 @@ class RuleReward:
 
     def asks(self, name: str) -> bool:
         """Whether it reads a column of this name."""
-        return name not in _TEXT and (self._takes_all or name in self.columns)
+        return name not in _TEXT and (self.takes_all or name in self.columns)
 
     @cached_property
     def _parameters(self) -> Mapping[str, inspect.Parameter]:
@@ -100,7 +102,8 @@ class RuleReward:
             return {}
 
     @property
-    def _takes_all(self) -> bool:
+    def takes_all(self) -> bool:
+        """Whether it reads every column (``**columns``)."""
         return any(one.kind is inspect.Parameter.VAR_KEYWORD for one in self._parameters.values())
 
     @property
@@ -117,7 +120,7 @@ class RuleReward:
         if not self._by_name:
             return self.rule(prompts, answers, **columns)
         texts = dict(zip(_TEXT, (prompts, answers), strict=True))
-        return self.rule(**{k: v for k, v in texts.items() if self._takes_all or k in self._parameters}, **columns)
+        return self.rule(**{k: v for k, v in texts.items() if self.takes_all or k in self._parameters}, **columns)
 
     def _failure(
         self, prompts: list[str], answers: list[str], columns: Mapping[str, Any], error: Exception

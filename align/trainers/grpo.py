@@ -28,16 +28,13 @@ from align.rewards.encoding import plain
 from align.rewards.expression import PredictedReference, SampledReference
 from align.rewards.functions import RewardFunction
 from align.rewards.references import sampled_reference
-from align.rewards.scorers import RewardError, Scorer
+from align.rewards.scorers import OF_TRL, RewardError, RuleReward, Scorer
 from align.tracking.progress import progress
 
 from .host import Hosted
 from .references import Draws, drawn_rewards, fitted_reference, prompt_embeddings
 
 logger = logging.getLogger(__name__)
-
-OF_TRL = ("completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
-"""What TRL gives reward functions besides columns."""
 
 
 class GroupTrainer(Hosted, GRPOTrainer):  # type: ignore[misc]
@@ -194,11 +191,14 @@ def _with_asked_columns(prompts: Dataset, reward: RewardFunction, source: str) -
         for column, needed in scorer.columns.items()
         if column not in (*OF_TRL, *prompts.column_names)
     ]
-    if not asked:
+    everything = any(isinstance(scorer, RuleReward) and scorer.takes_all for scorer in reward.scorers.values())
+    if not asked and not everything:
         return prompts
     rows = {(file, number): row for file, number, row in read_rows(source) if not isinstance(row, Fault)}
     by_id = {row.row_id: rows[row.source, row.row] for row in read_prompts(source).rows}
     own = [by_id[name] for name in prompts["row_id"]]
+    if everything:
+        asked += [("", column, False) for column in dict.fromkeys(name for row in own for name in row)]
     for name, column, needed in asked:
         lacking = sum(column not in row for row in own)
         if needed and lacking:

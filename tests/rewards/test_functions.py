@@ -222,6 +222,17 @@ def test_a_canned_answer_is_the_reference():
         reward(["p"], ["a"])
 
 
+def test_a_canned_answer_is_not_judged_by_the_tokens_of_another():
+    reward = RewardFunction.of(
+        {"lsc": {"reward": "m:tokens", "reference": {"canned": "No"}}},
+        scorers={
+            "m:tokens": RuleReward(lambda prompts, completions, completion_ids: [len(x) for x in completion_ids])
+        },
+    )
+    with pytest.raises(RewardError, match="m:tokens: the rule asks for column completion_ids"):
+        reward(["p"], ["a"], completion_ids=[[1, 2, 3]])
+
+
 def test_a_tie_with_a_sampled_reference_is_one_half():
     """Rewards are float64 from end to end: .6 against .6 is log .5, and good."""
     given = {"lsc": {"reward": "m:six", "reference": {"quantile": 0.5}}}

@@ -7,9 +7,10 @@ import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
+from align.data.prompts import read_prompts
 from align.rewards.functions import RewardFunction
 from align.rewards.scorers import RuleReward
-from align.trainers.grpo import GroupTrainer
+from align.trainers.grpo import GroupTrainer, _with_asked_columns
 
 
 @pytest.fixture
@@ -57,3 +58,14 @@ def test_log_probs_entropies_and_gradients_equal_trls(trainer):
         found.append([logps * kept, entropies.detach() * kept, *gradients])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_a_rule_that_takes_every_column_gets_them(tmp_path):
+    """As TRL's own rules do: ``**columns``."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "one", "solution": 1}\n{"prompt": "two", "solution": 2}\n')
+    rows = read_prompts(str(path)).rows
+    prompts = Dataset.from_dict({"prompt": [row.prompt for row in rows], "row_id": [row.row_id for row in rows]})
+    rule = RuleReward(lambda prompts, completions, **columns: [float(x) for x in columns["solution"]])
+    reward = RewardFunction.of("m:rule", scorers={"m:rule": rule})
+    assert _with_asked_columns(prompts, reward, str(path))["solution"] == [1, 2]
