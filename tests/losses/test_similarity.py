@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from align.losses import PairLogps, SequenceLogps
+from align.losses.pairwise import dpo
 from align.losses.rows import pair_rows
 from align.losses.similarity import (
     TILE,
@@ -60,6 +62,29 @@ def test_equal_answers_are_0_and_so_are_single_states() -> None:
 def test_last_inner() -> None:
     found = last_inner(states(waves(4, 0.0)), states(waves(6, 0.5)))
     assert float(found) == pytest.approx(-0.6766198103593953, rel=1e-12)
+
+
+@pytest.mark.parametrize(("rejected", "change"), [(1, -8.156250759081551e-4), (3, 6.086229342650906e-3)])
+def test_what_ches_is_about(rejected: int, change: float) -> None:
+    """One step of DPO on a hidden state h, over five tokens with rows of W, chosen token 0.
+
+    At the reference the loss falls along beta / 2 (W+ - W-), so that beta .1 and a rate of .5 add .025 (W+ - W-) to h.
+    Where the rejected row is like the chosen one, the chosen token falls too, and what gains is neither: token 3 most
+    in log-prob, token 4 in probability.
+    """
+    head = torch.tensor([[1, 0], [1.3, 0.05], [0.2, -1], [-1, 0.2], [0.1, 0.9]], dtype=torch.float64)
+    h = torch.tensor([1.2, 0.4], dtype=torch.float64, requires_grad=True)
+    before = (head @ h).log_softmax(0)
+
+    def pair(logps: Tensor) -> PairLogps:
+        one = torch.ones(1)
+        return PairLogps(SequenceLogps(logps[:1], one), SequenceLogps(logps[rejected : rejected + 1], one))
+
+    dpo(pair(before), pair(before.detach()), beta=0.1).loss.sum().backward()
+    after = (head @ (h - 0.5 * h.grad)).log_softmax(0)
+    assert float((after - before)[0]) == pytest.approx(change, rel=1e-12)
+    if change < 0:
+        assert (int((after - before).argmax()), int((after.exp() - before.exp()).argmax())) == (3, 4)
 
 
 @pytest.mark.parametrize(("left", "right"), [(0, 0), (3, 0), (0, 5), (2, 4)])
