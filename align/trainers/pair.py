@@ -100,6 +100,13 @@ class PairTrainer(Hosted, DPOTrainer):  # type: ignore[misc]
             logger.warning("separate rows for chosen and rejected answers: %s", reason)
         self.shared_prompt = shared_prompt and reason is None
         self.data_collator = PairCollator(self._tokenizer.pad_token_id, self.shared_prompt)
+        if not self.needs_reference:
+            names = " + ".join(term.info.name for term in self.losses)
+            logger.warning(
+                "no displacement/* among the metrics of each step: %s has no reference to compare with; "
+                "the suite displacement measures it after training",
+                names,
+            )
 
     # --- data ---------------------------------------------------------------------------------------------------
 

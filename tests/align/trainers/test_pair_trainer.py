@@ -423,7 +423,7 @@ def test_continued_adapter_is_compared_with_a_copy_of_itself(tmp_path, tiny_toke
 
 
 @pytest.mark.parametrize("name", [info.name for info in LOSSES.values() if info.kind == "pair" and not info.reference])
-def test_reference_free_losses_load_no_reference(tmp_path, tiny_tokenizer, make_tiny_model, dataset, name):
+def test_reference_free_losses_load_no_reference(tmp_path, tiny_tokenizer, make_tiny_model, dataset, name, caplog):
     trainer = PairTrainer(
         model=make_tiny_model(),
         args=arguments(tmp_path),
@@ -435,6 +435,7 @@ def test_reference_free_losses_load_no_reference(tmp_path, tiny_tokenizer, make_
     assert trainer.ref_model is None
     assert log[-1]["loss"] < log[0]["loss"]
     assert not any(key.startswith("displacement/") for key in log[0])
+    assert f"no displacement/* among the metrics of each step: {name} has no reference" in caplog.text
 
 
 def test_a_wrong_reference_stops_the_run(tmp_path, tiny_tokenizer, make_tiny_model, dataset):
