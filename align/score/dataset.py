@@ -64,8 +64,7 @@ def ches_scores(
     lines: list[Line] = []
     with progress("scoring", len(dataset)) as advance:
         while part := list(islice(rows, PART)):
-            lines += score_rows([scorer], part, batch_size)
-            advance(len(part))
+            lines += score_rows([scorer], part, batch_size, advance)
     _tell_faults(lines)
     for name in ["row_id", *next(line["columns"] for line in lines if "columns" in line)]:
         values = [line.get("row_id") if name == "row_id" else line.get("columns", {}).get(name) for line in lines]

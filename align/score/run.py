@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -150,8 +150,7 @@ def _score_shards(
         for number in range(count):
             part = list(islice(rows, shard_rows))
             if number in mine:
-                shards.write(number, score_rows(scorers, part, batch_size))
-                advance(len(part))
+                shards.write(number, score_rows(scorers, part, batch_size, advance))
 
 
 def _read(row: Row) -> ScoreRow | list[FieldError]:
@@ -163,8 +162,17 @@ def _read(row: Row) -> ScoreRow | list[FieldError]:
     return problems if found is None else found
 
 
-def score_rows(scorers: Sequence[Scorer], part: Sequence[tuple[int, Row]], batch_size: int) -> list[Line]:
-    """The lines of a shard (see ``shards``): of each numbered row its columns, or why it is set aside."""
+def score_rows(
+    scorers: Sequence[Scorer],
+    part: Sequence[tuple[int, Row]],
+    batch_size: int,
+    advance: Callable[[int], object] = lambda _: None,
+) -> list[Line]:
+    """The lines of a shard (see ``shards``): of each numbered row its columns, or why it is set aside.
+
+    Args:
+        advance: told of every batch how many rows are done.
+    """
     lines: dict[int, Line] = {}
     rows: dict[int, ScoreRow] = {}
     for number, row in part:
@@ -175,20 +183,30 @@ def score_rows(scorers: Sequence[Scorer], part: Sequence[tuple[int, Row]], batch
             lines[number] = {"row": number, "row_id": found.row_id, "columns": {}, **dict.fromkeys(_COUNTED, 0)}
         else:
             lines[number] = _set_aside(number, found)
-    for scorer in scorers:
-        numbers = sorted((n for n in rows if "columns" in lines[n]), key=lambda n: (-rows[n].size, n))
-        for start in range(0, len(numbers), batch_size):
-            batch = numbers[start : start + batch_size]
-            found_each, counts = _score_batch(scorer, [rows[number] for number in batch])
-            for name, count in counts.items():
-                lines[batch[0]][name] += count
-            for number, columns in zip(batch, found_each, strict=True):
-                if isinstance(columns, FieldError):
-                    lines[number] = _set_aside(number, [columns]) | {name: lines[number][name] for name in _COUNTED}
-                else:
-                    _check_new(columns, lines[number]["columns"], rows[number])
-                    lines[number]["columns"] |= columns
+    advance(len(part) - len(rows))
+    numbers = sorted(rows, key=lambda n: (-rows[n].size, n))
+    for start in range(0, len(numbers), batch_size):
+        batch = numbers[start : start + batch_size]
+        _score_through(scorers, {number: rows[number] for number in batch}, lines)
+        advance(len(batch))
     return [lines[number] for number, _ in part]
+
+
+def _score_through(scorers: Sequence[Scorer], rows: Mapping[int, ScoreRow], lines: dict[int, Line]) -> None:
+    """One scorer after the other, each over what is left of a batch."""
+    for scorer in scorers:
+        batch = [number for number in rows if "columns" in lines[number]]
+        if not batch:
+            return
+        found_each, counts = _score_batch(scorer, [rows[number] for number in batch])
+        for name, count in counts.items():
+            lines[batch[0]][name] += count
+        for number, columns in zip(batch, found_each, strict=True):
+            if isinstance(columns, FieldError):
+                lines[number] = _set_aside(number, [columns]) | {name: lines[number][name] for name in _COUNTED}
+            else:
+                _check_new(columns, lines[number]["columns"], rows[number])
+                lines[number]["columns"] |= columns
 
 
 def _check_id(found: ScoreRow, row: Row) -> None:

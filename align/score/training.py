@@ -271,10 +271,10 @@ def score_pairs(
             part = pairs[start : start + SHARD_ROWS]
             lines = kept.get(start)
             if lines is None:
-                lines = score_rows([scorer], [(start + n, _row(pair)) for n, pair in enumerate(part)], _batch(recipe))
+                rows = [(start + n, _row(pair)) for n, pair in enumerate(part)]
+                lines = score_rows([scorer], rows, _batch(recipe), advance)
                 if shards is not None:
                     shards.write(start // SHARD_ROWS, lines)
-                advance(len(part))
             found |= {pair.row_id: line for pair, line in zip(part, lines, strict=True)}
     return found
 

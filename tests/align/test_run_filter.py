@@ -158,10 +158,10 @@ def test_scoring_that_was_killed_goes_on(write_recipe, counted, monkeypatch):
     path = write_recipe(data={"filter": {"ches_ln": {"keep": 0.5}}}, evals=[])
     score_rows = module.score_rows
 
-    def once(scorers: Any, part: Any, batch: int) -> Any:
+    def once(scorers: Any, part: Any, *more: Any) -> Any:
         if part[0][0]:
             raise KeyboardInterrupt
-        return score_rows(scorers, part, batch)
+        return score_rows(scorers, part, *more)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "score_rows", once)

@@ -18,7 +18,7 @@ import pytest
 from align.data.rows import row_id
 from align.errors import AlignError, ConfigError
 from align.score.rows import ScoreRow
-from align.score.run import Outcome, score_data
+from align.score.run import Outcome, score_data, score_rows
 from align.score.scorers import Scored, by_answer
 
 
@@ -105,6 +105,19 @@ def test_bad_rows_are_set_aside_with_their_reasons(tmp_path: Path) -> None:
     assert [(fault.row, fault.field) for fault in outcome.faults] == [(2, "letters"), (3, "prompt"), (4, "line")]
     assert outcome.faults[0].reason == "no number for bad"
     assert outcome.rejected == tmp_path / "out.rejected_rows.jsonl"
+
+
+def test_progress_is_told_by_batch() -> None:
+    """Of 7 rows one cannot be read; 6 go in batches of 4 and 2 through two scorers, the first of which refuses one."""
+    texts = ["x" * n for n in range(1, 5)] + ["bad", "xx"]
+    rows: list[Any] = [("f", n, {"prompt": "p", "completion": text}) for n, text in enumerate(texts, start=1)]
+    rows.append(("f", 7, {"completion": "y"}))
+    told: list[int] = []
+    lines = score_rows([Letters(), Letters("again")], list(enumerate(rows, start=1)), 4, told.append)
+    assert told == [1, 4, 2]
+    assert [line["columns"].keys() for line in lines if "columns" in line] == [
+        {"letters_completion", "again_completion"}
+    ] * 5
 
 
 def test_no_row_left_is_an_error(tmp_path: Path) -> None:
