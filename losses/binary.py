@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .catalogue import thumbs_loss
 from .checks import Positive, check_none_negative, check_number, check_shape, log_ratio, wide
 from .laws import SINGLE, SUMS, Laws
-from .types import LARGEST, LossOutput, SequenceLogps, UnpairedLogps, check_bounded, check_type
+from .types import LARGEST_DERIVED, LossOutput, SequenceLogps, UnpairedLogps, check_bounded, check_type
 
 ShiftMode = Literal["balanced_ema", "pooled"]
 
@@ -207,7 +207,7 @@ class RewardShift(nn.Module):
 
         Raises:
             ValueError: the shapes differ, labels are not Boolean, or a reward of any process is NaN, infinite or
-                beyond +-1e6 (then every process raises, and the state is as it was: a cumulative mean would never
+                beyond +-1e20 (then every process raises, and the state is as it was: a cumulative mean would never
                 forget it).
         """
         check_type("rewards", rewards, Tensor)
@@ -218,10 +218,10 @@ class RewardShift(nn.Module):
             raise ValueError(f"rewards and label have shape (B,), not {tuple(rewards.shape)} and {tuple(label.shape)}")
         values, up = rewards.cpu().double(), label.cpu()
         parts = [f(values[mask]) for mask in (~up, up) for f in (torch.sum, _count)]
-        reduced = _over_processes([*parts, (~(values.abs() <= LARGEST)).sum()], rewards.device)
+        reduced = _over_processes([*parts, (~(values.abs() <= LARGEST_DERIVED)).sum()], rewards.device)
         if reduced[4]:
-            check_bounded("rewards", values)
-            raise ValueError(f"rewards of another process are NaN, infinite or beyond +-{LARGEST:g}")
+            check_bounded("rewards", values, LARGEST_DERIVED)
+            raise ValueError(f"rewards of another process are NaN, infinite or beyond +-{LARGEST_DERIVED:g}")
         sums, counts = reduced[[0, 2]], reduced[[1, 3]]
         if self.mode == "pooled":
             self.total += sums.to(self.total)
@@ -257,4 +257,4 @@ def _over_processes(parts: list[Tensor], device: torch.device) -> Tensor:
 
 def _check_scalar(name: str, value: Tensor) -> None:
     check_shape(name, value, (), "one for the whole batch")
-    check_bounded(name, value)
+    check_bounded(name, value, LARGEST_DERIVED)

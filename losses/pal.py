@@ -15,7 +15,7 @@ from torch import Tensor
 from .catalogue import reward_loss
 from .checks import NotNegative, check_positive, check_shape, wide
 from .laws import SCORES, Laws
-from .types import LossOutput, as_mask, check_bounded, check_type, first
+from .types import LARGEST_DERIVED, LossOutput, as_mask, check_bounded, check_type, first
 
 Weighting = Literal["mean", "cumulative", "last"]
 
@@ -58,14 +58,17 @@ def pal_logits(left: Tensor, right: Tensor, user: Tensor, *, scale: float | Tens
         Shape (..., 2), left first, in float32 or better.
 
     Raises:
-        ValueError: shapes that differ, a number that is not finite, or a scale that is not positive.
+        ValueError: shapes that differ, a number that is not finite, or a scale or eps that is not positive.
     """
     check_type("left", left, Tensor)
     check_shape("right", right, left.shape, "as left")
     check_shape("user", user, left.shape, "as left")
     for name, values in (("left", left), ("right", right), ("user", user)):
         check_bounded(name, values)
+    if isinstance(scale, Tensor):
+        check_shape("scale", scale, (), "one for all")
     check_positive("scale", float(scale.detach()) if isinstance(scale, Tensor) else scale)
+    check_positive("eps", eps)
     user = F.normalize(wide(user), dim=-1, eps=eps)
     cosines = [(F.normalize(wide(x), dim=-1, eps=eps) * user).sum(-1) for x in (left, right)]
     most = scale.clamp(max=100.0) if isinstance(scale, Tensor) else min(scale, 100.0)
@@ -193,7 +196,7 @@ def token_weighted(losses: Tensor, mask: Tensor, weighting: Weighting = "cumulat
     if bool(empty.any()):
         raise ValueError(f"mask{first(empty)} has no true position: a row has at least one")
     losses = torch.where(mask, wide(losses), 0.0)
-    check_bounded("losses", losses)
+    check_bounded("losses", losses, LARGEST_DERIVED)
     place = mask.cumsum(1).to(losses.dtype)
     count = place[:, -1:]
     weights = {
@@ -219,5 +222,5 @@ def _margin(delta: Tensor, label: Tensor) -> Tensor:
     check_type("delta", delta, Tensor)
     if delta.ndim != 1:
         raise ValueError(f"delta has shape {tuple(delta.shape)} and must have (B,): one a pair")
-    check_bounded("delta", delta)
+    check_bounded("delta", delta, LARGEST_DERIVED)
     return _labels(label, delta.shape) * wide(delta)

@@ -213,7 +213,9 @@ def gpo(policy: SequenceLogps, previous: SequenceLogps, scores: Tensor, *, beta:
     ratio, scores = _regressands(policy, previous, scores, beta)
     i, j = pairs_of("policy", ratio)
     miss = ratio - scores / beta
-    return LossOutput(((miss[:, i] - miss[:, j]) ** 2).mean(-1), (beta * ratio).detach())
+    # Divided before it is summed: a square of 4e36 fits in float32, and the sum of a hundred does not.
+    loss = ((miss[:, i] - miss[:, j]) ** 2 / len(i)).sum(-1)
+    return LossOutput(loss, (beta * ratio).detach())
 
 
 @selfplay_loss(

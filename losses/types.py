@@ -11,6 +11,9 @@ from torch import Tensor
 LARGEST = 1e6
 """What losses take lies within +-this, in whatever unit: then its products with settings (1e12 at most, and as much in
 the denominator), and the squares of these, do not overflow float32 (3e38). No answer has log-probs beyond it."""
+LARGEST_DERIVED = 1e20
+"""The same of what was computed from such numbers already (rewards, their shift, a KL, distances): rewards are up to
+2e18, and products with one more setting do not overflow. It enters no square."""
 
 
 @dataclass(frozen=True)
@@ -162,13 +165,13 @@ def check_type(name: str, given: object, wanted: type) -> None:
         raise ValueError(f"{name} is {what}: it must be a {wanted.__name__}")
 
 
-def check_bounded(name: str, values: Tensor) -> None:
-    """Raise a ValueError that names the first element which is NaN, infinite, or beyond +-``LARGEST``."""
+def check_bounded(name: str, values: Tensor, largest: float = LARGEST) -> None:
+    """Raise a ValueError that names the first element which is NaN, infinite, or beyond +-``largest``."""
     check_type(name, values, Tensor)
-    bad = ~(torch.isfinite(values) & (values <= LARGEST) & (values >= -LARGEST))
+    bad = ~(torch.isfinite(values) & (values <= largest) & (values >= -largest))
     if bool(bad.any()):
         value = float(values[bad][0])
-        rule = f"within +-{LARGEST:g}, or float32 overflows" if math.isfinite(value) else "finite"
+        rule = f"within +-{largest:g}, or float32 overflows" if math.isfinite(value) else "finite"
         raise ValueError(f"{name}{first(bad)} is {value:g}: it must be {rule}")
 
 

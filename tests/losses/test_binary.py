@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.losses.binary import bco, kto, kto_kl
+from align.losses.binary import RewardShift, bco, kto, kto_kl
 from align.losses.catalogue import Loss, find_loss
 from align.losses.pairwise import dpo
 from align.losses.types import PairLogps, SequenceLogps, UnpairedLogps
@@ -291,3 +291,23 @@ def test_bad_input(call, words):
     with pytest.raises(ValueError) as error:
         call(policy, reference)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("size", [1e5, 1e6])
+def test_what_the_log_probs_give_the_losses_take(size):
+    """Log-ratios +-2e6 at most: their KL goes into kto, their rewards into the shift, and that into bco."""
+    log_probs = SequenceLogps(torch.tensor([size, -size]), torch.ones(2))
+    policy = UnpairedLogps(log_probs, torch.tensor([True, False]))
+    reference = SequenceLogps(-log_probs.total, log_probs.length)
+    up = torch.tensor([0, 0])
+    kl = kto_kl(SequenceLogps(log_probs.total[up], torch.ones(2)), SequenceLogps(-log_probs.total[up], torch.ones(2)))
+    assert kl.item() == 2 * size
+    for beta in (1e-12, 0.1, 101.0, 1e12):
+        assert torch.isfinite(kto(policy, reference, kl, beta=beta).loss).all()
+        rewards = bco(policy, reference, scalar(0), beta=beta).rewards[:, 0]
+        for mode in ("balanced_ema", "pooled"):
+            shift = RewardShift(mode)
+            shift.update(rewards[:1], policy.label[:1])
+            out = bco(policy, reference, shift.value, torch.full((2,), 1e6), beta=beta)
+            assert shift.value.item() == pytest.approx(2 * size * beta)
+            assert torch.isfinite(out.loss).all()

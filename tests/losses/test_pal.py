@@ -221,6 +221,9 @@ ONE = torch.tensor([1])
         (lambda: pal_delta(LEFT, RIGHT, IDEAL * float("nan")), r"ideal\[0, 0\] is nan"),
         (lambda: pal_logits(LEFT, RIGHT, IDEAL, scale=0.0), "scale is 0.0: it must be positive"),
         (lambda: pal_logits(LEFT, RIGHT, IDEAL[0], scale=1.0), r"user has shape \(2,\)"),
+        (lambda: pal_logits(LEFT, RIGHT, IDEAL, scale=f64([1.0, 2.0])), r"scale has shape \(2,\) and must have \(\)"),
+        (lambda: pal_logits(LEFT, RIGHT, IDEAL, scale=1.0, eps=0.0), "eps is 0.0: it must be positive"),
+        (lambda: pal_logits(LEFT, RIGHT, IDEAL, scale=1.0, eps=None), "eps is None: it must be a number"),
         (lambda: token_weighted(f64([[0.5]]), torch.tensor([[False]])), r"mask\[0\] has no true position"),
         (lambda: token_weighted(f64([[0.5]]), torch.tensor([True])), r"mask has shape \(1,\)"),
         (lambda: token_weighted(f64([0.5]), torch.tensor([True])), r"losses has shape \(1,\) and must have \(B, T\)"),
@@ -231,3 +234,14 @@ ONE = torch.tensor([1])
 def test_bad_input_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_distances_of_the_largest_vectors_are_taken_on(squared):
+    """8 numbers of 1e6 against -1e6: 2e6 sqrt(8) = 5.66e6, squared 3.2e13; a delta may be that far out."""
+    far = torch.full((1, 8), 1e6)
+    delta = pal_delta(-far, far, far, squared=squared)
+    assert delta.item() == pytest.approx(3.2e13 if squared else 2e6 * 8**0.5)
+    for out in (pal_logistic(delta, ONE), pal_logistic(delta, -ONE), pal_hinge(delta, -ONE, smoothing=1e12)):
+        assert torch.isfinite(out.loss).all()
+    assert token_weighted(delta[:, None], torch.tensor([[True]])).item() == pytest.approx(delta.item())

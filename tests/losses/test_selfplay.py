@@ -368,6 +368,15 @@ def test_identities_of_the_regression(misses, p, h, beta):
     assert two == pytest.approx(ipo(*margin(h), f64([p]), beta=beta / 2).loss.item(), rel=1e-9, abs=1e-12)
 
 
+def test_the_farthest_scores_of_many_answers():
+    """20 scores of +-1e6 in turn at beta 1e-12: 100 of 190 pairs miss by 2e18, and the mean is 100/190 4e36."""
+    group = SequenceLogps(torch.full((1, 20), -1.0, requires_grad=True), torch.ones(1, 20))
+    loss = gpo(group, group, 1e6 * torch.tensor([[1.0, -1.0] * 10]), beta=1e-12).loss
+    assert loss.item() == pytest.approx(100 / 190 * 4e36, rel=1e-6)
+    loss.sum().backward()
+    assert torch.isfinite(group.total.grad).all()
+
+
 def test_gpo_at_four_times_the_beta_is_sppo_for_small_scores():
     """Sigma(s) - 1/2 = s/4 - s^3/48 + ...: at |s| of 1e-3 the losses agree to 1e-6 relative."""
     policy, previous, small = logps(RATIOS), logps([[0.0] * 3]), SCORES * 1e-3
