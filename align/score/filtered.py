@@ -12,6 +12,7 @@ from statistics import fmean, median
 from typing import Any
 
 from align.data.report import write_rejected
+from align.data.rows import Fault
 from align.errors import AlignError
 from align.reports.figures import Series, histogram
 from align.reports.filtered import Composition, Ends, Example, FilterPage, write_filter_page
@@ -21,6 +22,7 @@ from align.tracking.files import write_json, write_text
 
 from .filter import ONE_WORD, SHORT, Candidate, Rules, Table, Verdict, cuts, describe, judge, rule_words
 from .output import Rows, write_rows
+from .rows import score_row
 
 SHOWN = 6
 """Examples from each end."""
@@ -128,10 +130,26 @@ def _part(filtered: Filtered, rows: Rows, kept: bool) -> Iterator[dict[str, Any]
 
 
 def _reasons(filtered: Filtered) -> Iterator[str]:
+    """A line for every row: those that were judged, then those that were set aside."""
     for one, verdict in zip(filtered.table.candidates, filtered.verdicts, strict=True):
         line = {"source": one.source, "row": one.row, "row_id": one.row_id, **one.scores}
         line |= {"kept": verdict.kept, "reason": verdict.reason, "flags": verdict.flags}
         yield json.dumps(line, ensure_ascii=False) + "\n"
+    aside: dict[tuple[str, int], list[Fault]] = {}
+    for fault in filtered.table.faults:
+        aside.setdefault((fault.source, fault.row), []).append(fault)
+    for (source, row), faults in aside.items():
+        reason = "set aside: " + "; ".join(f"{fault.field}: {fault.reason}" for fault in faults)
+        line = {"source": source, "row": row, "row_id": _id_of(faults[0].content)}
+        yield json.dumps(line | {"kept": False, "reason": reason, "flags": []}, ensure_ascii=False) + "\n"
+
+
+def _id_of(content: Any) -> str | None:
+    """The id of a row that was set aside; None where it cannot be read."""
+    if not isinstance(content, dict):
+        return None
+    found = None if "row_id" in content else score_row(content, [])
+    return found.row_id if found is not None else content.get("row_id")
 
 
 def facts(filtered: Filtered) -> dict[str, Any]:

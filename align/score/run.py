@@ -74,7 +74,7 @@ def score_data(
     """Write the rows of ``source`` with ``row_id`` and the scorers' columns to ``output``.
 
     Beside it stand ``NAME.score.json``, what made the columns, and, if rows were set aside,
-    ``NAME.rejected_rows.jsonl``.
+    ``NAME.rejected_rows.jsonl``; ``content`` there has the ``row_id`` of rows that could be read.
 
     Args:
         source: what ``align.data.load.read_rows`` takes.
@@ -203,7 +203,8 @@ def _score_through(scorers: Sequence[Scorer], rows: Mapping[int, ScoreRow], line
             lines[batch[0]][name] += count
         for number, columns in zip(batch, found_each, strict=True):
             if isinstance(columns, FieldError):
-                lines[number] = _set_aside(number, [columns]) | {name: lines[number][name] for name in _COUNTED}
+                known = {name: lines[number][name] for name in ("row_id", *_COUNTED)}
+                lines[number] = _set_aside(number, [columns]) | known
             else:
                 _check_new(columns, lines[number]["columns"], rows[number])
                 lines[number]["columns"] |= columns
@@ -277,7 +278,10 @@ def _write(source: str, shards: Shards, output: Path, about: Path, count: int) -
             _collect(statistics, line["columns"])
             continue
         counts["set_aside"] += 1
-        faults += [Fault(file, row, one["field"], one["reason"], _content(content)) for one in line["faults"]]
+        shown = content.content if isinstance(content, Fault) else content
+        if "row_id" in line:
+            shown = {**shown, "row_id": line["row_id"]}
+        faults += [Fault(file, row, one["field"], one["reason"], shown) for one in line["faults"]]
     rejected = _rejected(output)
     if faults:
         write_rejected(rejected, faults)
@@ -298,10 +302,6 @@ def _write(source: str, shards: Shards, output: Path, about: Path, count: int) -
     write_json(about, {"identity": shards.identity, "counts": counts, "columns": columns})
     write_rows(output, rows)
     shards.remove()
-
-
-def _content(content: Any) -> Any:
-    return content.content if isinstance(content, Fault) else content
 
 
 def _collect(statistics: dict[str, list[float]], columns: Mapping[str, Any]) -> None:

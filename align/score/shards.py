@@ -1,7 +1,8 @@
 """Results on disk in pieces of consecutive rows, so that an interrupted run goes on where it stopped.
 
 A shard is a JSONL file that is there whole or not at all. One line a row of the input:
-``{row, row_id, columns, cut, moved}``, or ``{row, faults}`` for a row that is set aside.
+``{row, row_id, columns, cut, moved}``, or ``{row, faults}`` for a row that is set aside, with its ``row_id``
+where it could be read.
 """
 
 from __future__ import annotations

@@ -147,13 +147,14 @@ class TrainingFilter:
             raw = self.raw.get((row.source, row.row), {})
             line = scores.get(row.row_id, {})
             found: dict[str, float] = {}
-            faults = [Fault(row.source, row.row, one["field"], one["reason"], raw) for one in line.get("faults", ())]
+            shown = {**raw, "row_id": row.row_id}
+            faults = [Fault(row.source, row.row, one["field"], one["reason"], shown) for one in line.get("faults", ())]
             for column in () if faults else self.rules:
                 try:
                     given = line["columns"] if column in scored else raw
                     found[column] = number_in(given, column, row.source)
                 except FieldError as error:
-                    faults.append(Fault(row.source, row.row, error.field, error.reason, raw))
+                    faults.append(Fault(row.source, row.row, error.field, error.reason, shown))
             table.faults += faults
             if not faults:
                 short = SHORT if line.get("columns", {}).get("one_token") else ""

@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import Result
 
+from align.data.rows import row_id
+
 Align = Callable[..., Result]
 SCORES = [0.5, -1.0, 0.5, -2.0, 0.0, 3.0, 0.5, -0.5, 2.0, 1.0]
 
@@ -128,7 +130,7 @@ def test_flags(align: Align, tmp_path: Path) -> None:
     result = align("filter", data, "--by", "ches_ln", "--keep", 0.5, "-o", tmp_path / "kept")
     flags = {line["row"]: line["flags"] for line in read(tmp_path / "kept" / "reasons.jsonl")}
     assert flags == {
-        **{row: [] for row in (1, 2, 3, 4, 8)},
+        **{row: [] for row in (1, 2, 3, 4, 6, 8)},
         5: ["repeats row 2"],
         7: ["one-word answers"],
         9: ["one-token answers"],
@@ -148,6 +150,10 @@ def test_rows_without_a_score_are_set_aside(align: Align, tmp_path: Path) -> Non
     reasons = [fault["reason"] for fault in read(tmp_path / "kept" / "rejected_rows.jsonl")]
     missing = "missing or null: score the row, or drop it"
     assert reasons == [missing, "'high' is not a number", "True is not a number", "nan is not finite", missing]
+    told = read(tmp_path / "kept" / "reasons.jsonl")
+    assert [line["row"] for line in told] == list(range(1, 16))
+    last = {"row_id": row_id(*(pair(30)[name] for name in ("prompt", "chosen", "rejected"))), "kept": False}
+    assert told[-1] == {**told[-1], **last, "reason": f"set aside: ches_ln: {missing}"}
     assert "5 of 15 rows cannot be used" in result.stdout
     assert not (tmp_path / "kept" / "dropped.jsonl").exists()
 

@@ -105,6 +105,12 @@ def test_bad_rows_are_set_aside_with_their_reasons(tmp_path: Path) -> None:
     assert [(fault.row, fault.field) for fault in outcome.faults] == [(2, "letters"), (3, "prompt"), (4, "line")]
     assert outcome.faults[0].reason == "no number for bad"
     assert outcome.rejected == tmp_path / "out.rejected_rows.jsonl"
+    own = {"row_id": row_id("q", "bad")}  # the row that could be read
+    assert [fault.content for fault in outcome.faults] == [
+        {"prompt": "q", "completion": "bad"} | own,
+        {"completion": "y"},
+        "{broken",
+    ]
 
 
 def test_progress_is_told_by_batch() -> None:
