@@ -7,11 +7,14 @@ kept = filter_by(scored, "ches_ln", keep=0.5)
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
 from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from align.errors import AlignError
 from align.models.load import LoadedModel
@@ -53,11 +56,21 @@ def ches_scores(
     Raises:
         AlignError: no ``Dataset``, an unknown column, one that the data has, or no row that can be scored.
     """
-    if not isinstance(dataset, Dataset):
-        raise AlignError(f"a {type(dataset).__name__} is no datasets.Dataset: name one split, and read it whole")
+    _check_dataset(dataset)
+    if not isinstance(model, nn.Module) or not isinstance(tokenizer, PreTrainedTokenizerBase):
+        given = f"model is a {type(model).__name__}, tokenizer a {type(tokenizer).__name__}"
+        raise AlignError(f"{given}: load both first, as with from_pretrained of transformers")
+    for name, limit in (("batch_size", batch_size), ("max_length", max_length)):
+        if limit is not None and limit < 1:
+            raise AlignError(f"{name} is {limit}: it must be 1 or more")
     unknown = [name for name in columns if name not in OF_PAIRS]
     if unknown or not columns:
         raise AlignError(f"columns {list(columns)}: choose from {', '.join(OF_PAIRS)}")
+    for name in columns:
+        if name in dataset.column_names:
+            raise AlignError(
+                f"there is a column {name} already: leave {name} out of columns, or rename that of the data"
+            )
     policy = Policy.of("the model", LoadedModel(model, tokenizer, ""), max_length, batch_size)
     scorer = PolicyScorer({name: name for name in columns}, policy)
     rows = enumerate((("dataset", n, row) for n, row in enumerate(dataset.with_format(None), start=1)), start=1)
@@ -72,9 +85,16 @@ def ches_scores(
     return dataset
 
 
+def _check_dataset(dataset: Any) -> None:
+    if not isinstance(dataset, Dataset):
+        raise AlignError(f"a {type(dataset).__name__} is no datasets.Dataset: name one split, and read it whole")
+
+
 def _tell_faults(lines: Sequence[Line]) -> None:
     faults = [
-        f"row {line['row']}: {one['field']}: {one['reason']}" for line in lines for one in line.get("faults", ())
+        f"row {line['row']}: {one['field']}: {one['reason'].replace('--max-length', 'max_length')}"
+        for line in lines
+        for one in line.get("faults", ())
     ]
     if not any("columns" in line for line in lines):
         raise AlignError(f"no row can be scored; the first: {faults[0] if faults else 'there is none'}")
@@ -98,24 +118,28 @@ def filter_by(
     Rows without a score are never kept; a warning says how many.
 
     Args:
-        column: numbers or nulls.
+        column: numbers, or null or NaN where there is no score.
         keep, below, above: as in ``select.select``.
         groups: a column; ``keep`` is then a share of each of its groups.
 
     Raises:
-        AlignError: no such column, or no row with a score.
+        AlignError: no ``Dataset``, no such column, a value that is no number, no row with a score, or none is kept.
         ValueError: as ``select.select``.
     """
+    _check_dataset(dataset)
     for name in filter(None, (column, groups)):
         if name not in dataset.column_names:
             raise AlignError(f"no column {name}: there are {', '.join(dataset.column_names)}")
     plain = dataset.with_format(None)
-    places = [place for place, score in enumerate(plain[column]) if score is not None]
+    scores = list(plain[column])
+    for place, score in enumerate(scores):
+        if score is not None and (isinstance(score, bool) or not isinstance(score, int | float) or math.isinf(score)):
+            raise AlignError(f"column {column}, row {place + 1}: {str(score)[:40]!r} is not a finite number")
+    places = [place for place, score in enumerate(scores) if score is not None and not math.isnan(score)]
     if not places:
         raise AlignError(f"no row has a number in column {column}")
     if len(places) < len(dataset):
         logger.warning("%d of %d rows have no %s and are left out", len(dataset) - len(places), len(dataset), column)
-    scores = list(plain[column])
     named = None if groups is None else list(plain[groups])
     found = select(
         [scores[place] for place in places],
@@ -124,4 +148,7 @@ def filter_by(
         above=above,
         groups=None if named is None else [str(named[place]) for place in places],
     )
+    if not found.kept:
+        known = [scores[place] for place in places]
+        raise AlignError(f"no row is kept: {column} lies between {min(known):g} and {max(known):g}")
     return dataset.select([places[position] for position in found.kept])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import random
 import subprocess
@@ -231,7 +232,10 @@ def test_a_data_set_in_a_script(
     assert "row 5: model: a hidden state is not finite" in caplog.text
     assert "row 6: chosen: empty" in caplog.text
     assert [place for place, value in enumerate(scored["ches_ln"]) if value is None] == [4, 5]
-    assert scored["row_id"][0] == row_id(rows[0]["prompt"], rows[0]["chosen"], rows[0]["rejected"])
+    ids = scored["row_id"]
+    assert ids[4] == row_id(*(rows[4][name] for name in ("prompt", "chosen", "rejected")))
+    assert ids[5] is None  # its chosen answer is empty
+    assert ids[0] == row_id(rows[0]["prompt"], rows[0]["chosen"], rows[0]["rejected"])
     for row in scored.select(range(4)):
         for name, value in plain_loop(row, loaded.model, tiny_tokenizer).items():
             assert row[name] == pytest.approx(value, rel=1e-4)
@@ -259,6 +263,31 @@ def test_a_data_set_that_cannot_be_scored(policy: Policy) -> None:
         filter_by(scored, "chess", keep=0.5)
     with pytest.raises(ValueError, match="a share or thresholds"):
         filter_by(scored, "ches")
+
+
+def test_what_a_script_gets_wrong(policy: Policy, caplog: pytest.LogCaptureFixture) -> None:
+    """Said with what, where and in the words of Python, not of the command."""
+    data, model, tokenizer = Dataset.from_list(pairs(3)[1:]), policy.loaded.model, policy.loaded.tokenizer
+    with pytest.raises(AlignError, match=r"model is a str, tokenizer a .*: load both first"):
+        ches_scores(data, "name", tokenizer)
+    with pytest.raises(AlignError, match="tokenizer a NoneType"):
+        ches_scores(data, model, None)
+    for name in ("batch_size", "max_length"):
+        with pytest.raises(AlignError, match=f"{name} is 0: it must be 1 or more"):
+            ches_scores(data, model, tokenizer, **{name: 0})
+    with pytest.raises(AlignError, match=r"over max_length 3"):
+        ches_scores(data, model, tokenizer, max_length=3)
+    scored = Dataset.from_dict({"text": ["a", "b", "c"], "ches": [1.0, math.nan, 3.0], "far": [1.0, math.inf, 3.0]})
+    with pytest.raises(AlignError, match="name one split"):
+        filter_by({"train": scored}, "ches", keep=0.5)  # type: ignore[arg-type]
+    with pytest.raises(AlignError, match="column text, row 1: 'a' is not a finite number"):
+        filter_by(scored, "text", keep=0.5)
+    with pytest.raises(AlignError, match="column far, row 2: 'inf'"):
+        filter_by(scored, "far", keep=0.5)
+    with pytest.raises(AlignError, match="no row is kept: ches lies between 1 and 3"):
+        filter_by(scored, "ches", below=-1e9)
+    assert filter_by(scored, "ches", keep=1.0)["text"] == ["a", "c"]
+    assert "1 of 3 rows have no ches" in caplog.text
 
 
 @pytest.fixture
