@@ -265,7 +265,7 @@ class _Host(nn.Module):
             output = self.reward(**batch)
         else:
             device = batch["input_ids"].device
-            answer, prompt = (torch.stack(states).to(device) for states in zip(*found, strict=True))  # type: ignore[arg-type]
+            answer, prompt = (torch.stack(states).to(device) for states in zip(*found, strict=True))
             output = self.reward.read(answer, prompt)
         return output
 

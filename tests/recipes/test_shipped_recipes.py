@@ -49,7 +49,7 @@ def overrides(recipe: Recipe, model: Path, folder: Path) -> list[str]:
     found.append("data.max_length=512")
     if recipe.training:
         found.append("training.max_steps=1")
-    if "gradient_accumulation_steps" in recipe.training:
+    if "gradient_accumulation_steps" in recipe.training and not recipe.grpo:
         found += ["training.gradient_accumulation_steps=1", "training.per_device_train_batch_size=2"]
     if recipe.grpo:
         found.append("grpo.max_completion_length=4")
