@@ -76,6 +76,12 @@ def rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "score_rules"
 
 
+def test_equal_answers_are_set_aside_as_in_training() -> None:
+    problems: list[FieldError] = []
+    assert score_row({"prompt": "cat", "chosen": "an", "rejected": "an"}, problems) is None
+    assert [(problem.field, problem.reason) for problem in problems] == [("chosen", "equal to rejected")]
+
+
 def test_a_rule_reads_text(rules: str) -> None:
     """Of messages, the last user turn (3 letters) and the answer (5): 3.05; of text, what stands there."""
     talk = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "who"}]
@@ -253,6 +259,9 @@ def test_names_of_columns() -> None:
         named_specs(["a:rule", "c:rule"])
     with pytest.raises(ConfigError, match="no name for a column"):
         named_specs(["runs/v1.5"])
+    for given in ("CHES", "mine=CHES", "chess"):
+        with pytest.raises(ConfigError, match=rf"{given}': did you mean ches\?"):
+            named_specs([given])
     with pytest.raises(ConfigError, match="name what is to be added"):
         named_specs([])
 
