@@ -6,6 +6,7 @@ What training would refuse, or what has no score, is set aside as a ``Fault``, a
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from align.rewards.encoding import plain
 
 from .rows import ScoreRow, score_row
 from .select import keep_count, select
+
+logger = logging.getLogger(__name__)
 
 Rules = Mapping[str, FilterRule]
 """Rules by column."""
@@ -222,6 +225,18 @@ def _judge(candidates: Sequence[Candidate], column: str, rule: FilterRule) -> li
             f"quotas: no row has {rule.group} {min(unknown)!r}; there are {', '.join(map(repr, list(sizes)[:12]))}"
         )
     stays = {group: places(size, rule, group) for group, size in sizes.items()}
+    if rule.group is not None and rule.keep is not None:
+        shares = {group: Fraction(repr(float((rule.quotas or {}).get(group, rule.keep)))) for group in sizes}
+        wanted, stay = (
+            sum(shares[group] * size for group, size in sizes.items()),
+            sum(stop for _, stop in stays.values()),
+        )
+        if stay != math.floor(wanted):
+            logger.warning(
+                "%s: %s keeps %d of %d rows where %d were asked for: the share is rounded down in each of %d groups, "
+                "to one row at least",
+                *(column, rule_words(rule), stay, len(scores), math.floor(wanted), len(sizes)),
+            )
     found = []
     for place, rank in enumerate(select(scores, keep=1.0, groups=groups).ranks):
         group = "" if groups is None else groups[place]
