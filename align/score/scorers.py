@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from align.config.explain import nearest
 from align.data.fields import FieldError
 from align.errors import AlignError, ConfigError
 from align.models.fingerprint import weights_hash
@@ -270,7 +271,7 @@ def named_specs(specs: Sequence[str]) -> dict[str, str]:
     ``FOLDER@WHO`` who it is.
 
     Raises:
-        ConfigError: no spec, a name twice, or a name that is none.
+        ConfigError: no spec, a word that is misspelt, a name twice, or a name that is none.
     """
     found: dict[str, str] = {}
     what = f"name what is to be added: module:function, a reward model, {', '.join(OF_THE_MODEL)}"
@@ -281,6 +282,8 @@ def named_specs(specs: Sequence[str]) -> dict[str, str]:
             name, spec = given if given in OF_THE_MODEL else named.reward_name(given), given
         if not name.replace("-", "_").isidentifier() or not spec:
             problems.append(("--with", f"{given!r}: {name!r} is no name for a column; write NAME={spec or 'SPEC'}"))
+        elif spec not in OF_THE_MODEL and not Path(spec).exists() and (near := nearest(spec.lower(), OF_THE_MODEL)):
+            problems.append(("--with", f"{given!r}: did you mean {near}?"))
         elif name in found:
             problems.append(("--with", f"{given!r}: there is a column {name} already; write NAME={spec}"))
         found[name] = spec
