@@ -21,7 +21,7 @@ from align.models.load import LoadedModel
 from align.tracking.progress import progress
 
 from .policy import OF_PAIRS, PolicyScorer
-from .run import score_rows
+from .run import each_warning_once, score_rows
 from .scorers import Policy
 from .select import select
 from .shards import Line
@@ -75,7 +75,7 @@ def ches_scores(
     scorer = PolicyScorer({name: name for name in columns}, policy)
     rows = enumerate((("dataset", n, row) for n, row in enumerate(dataset.with_format(None), start=1)), start=1)
     lines: list[Line] = []
-    with progress("scoring", len(dataset)) as advance:
+    with progress("scoring", len(dataset)) as advance, each_warning_once():
         while part := list(islice(rows, PART)):
             lines += score_rows([scorer], part, batch_size, advance)
     _tell_faults(lines)

@@ -73,7 +73,7 @@ def score_data(
 ) -> Outcome | None:
     """Write the rows of ``source`` with ``row_id`` and the scorers' columns to ``output``.
 
-    Beside it stand ``NAME.score.json``, what made the columns, and, if rows were set aside,
+    Beside it, with its whole name, stand ``NAME.score.json``, what made the columns, and, if rows were set aside,
     ``NAME.rejected_rows.jsonl``; ``content`` there has the ``row_id`` of rows that could be read.
 
     Args:
@@ -96,7 +96,7 @@ def score_data(
     total, content = _content_of(source)
     identity = {"source": source, "data": content, "scorers": made_by}
     identity |= {"batch_size": batch_size, "shard_rows": shard_rows}
-    about = output.with_suffix(".score.json")
+    about = output.with_name(f"{output.name}.score.json")
     done = _finished(output, about, identity)
     if not done:
         with state.main_process_first():
@@ -145,7 +145,7 @@ def _score_shards(
     which = "" if state.num_processes == 1 else f" (process {state.process_index + 1} of {state.num_processes})"
     done = total - sum(sizes[number] for number in missing)
     ours = done + sum(sizes[number] for number in mine)
-    with progress(f"scoring{which}", ours, done) as advance, _each_warning_once():
+    with progress(f"scoring{which}", ours, done) as advance, each_warning_once():
         rows = enumerate(read_rows(source), start=1)
         for number in range(count):
             part = list(islice(rows, shard_rows))
@@ -246,7 +246,7 @@ def _check_new(columns: Columns, others: Columns, row: ScoreRow) -> None:
 
 
 @contextmanager
-def _each_warning_once() -> Iterator[None]:
+def each_warning_once() -> Iterator[None]:
     """A warning of every batch is one warning: which rows it concerns is counted, or stands with the row."""
     seen: set[str] = set()
 
@@ -323,7 +323,7 @@ def _summary(known: Sequence[float]) -> dict[str, float]:
 
 
 def _rejected(output: Path) -> Path:
-    return output.with_suffix(".rejected_rows.jsonl")
+    return output.with_name(f"{output.name}.rejected_rows.jsonl")
 
 
 def _outcome(output: Path, about: Path) -> Outcome:

@@ -35,7 +35,7 @@ from align.tracking.progress import progress
 from .filter import SHORT, Candidate, Rules, Table, labels_in, number_in, places, rule_words
 from .filtered import Filtered, facts, summary, write_filtered
 from .policy import OF_PAIRS, PolicyScorer
-from .run import SHARD_ROWS, processes, score_rows
+from .run import SHARD_ROWS, each_warning_once, processes, score_rows
 from .scorers import Policy
 from .shards import Line, Shards
 
@@ -267,7 +267,7 @@ def score_pairs(
     starts = range(0, len(pairs), SHARD_ROWS)
     kept = {start: shards.read(start // SHARD_ROWS) for start in starts} if shards is not None else {}
     done = sum(len(lines) for lines in kept.values() if lines is not None)
-    with progress(f"scoring with {recipe.model.name}", len(pairs), done) as advance:
+    with progress(f"scoring with {recipe.model.name}", len(pairs), done) as advance, each_warning_once():
         for start in starts:
             part = pairs[start : start + SHARD_ROWS]
             lines = kept.get(start)

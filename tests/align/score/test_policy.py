@@ -193,6 +193,10 @@ def test_prompts_whose_end_moves_are_counted(policy: Policy, caplog: pytest.LogC
     found = scorer(policy).score(rows)
     assert found.moved == 1
     assert "the end of the prompt is tokenised otherwise" in caplog.text
+    caplog.clear()
+    data = Dataset.from_list([{"prompt": "cat t", "chosen": "he an", "rejected": "in " * n} for n in range(1, 4)])
+    ches_scores(data, policy.loaded.model, policy.loaded.tokenizer, batch_size=1)
+    assert caplog.text.count("the end of the prompt is tokenised otherwise") == 1  # and not of every batch
 
 
 def test_what_cannot_be_scored_is_refused(policy: Policy) -> None:

@@ -72,7 +72,7 @@ def test_rows_keep_their_order_and_fields(data: Path, tmp_path: Path) -> None:
     assert outcome.counts == {"rows": 11, "scored": 11, "set_aside": 0, "cut": 0, "moved": 0, "left_out": 0}
     numbers = [len(row["completion"]) for row in before]
     assert outcome.columns["letters_completion"]["mean"] == pytest.approx(sum(numbers) / 11)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "out.jsonl", "out.score.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "out.jsonl", "out.jsonl.score.json"]
 
 
 def test_every_kind_of_row(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_bad_rows_are_set_aside_with_their_reasons(tmp_path: Path) -> None:
     assert outcome.counts == {"rows": 5, "scored": 2, "set_aside": 3, "cut": 0, "moved": 0, "left_out": 0}
     assert [(fault.row, fault.field) for fault in outcome.faults] == [(2, "letters"), (3, "prompt"), (4, "line")]
     assert outcome.faults[0].reason == "no number for bad"
-    assert outcome.rejected == tmp_path / "out.rejected_rows.jsonl"
+    assert outcome.rejected == tmp_path / "out.jsonl.rejected_rows.jsonl"
     own = {"row_id": row_id("q", "bad")}  # the row that could be read
     assert [fault.content for fault in outcome.faults] == [
         {"prompt": "q", "completion": "bad"} | own,
@@ -204,6 +204,7 @@ def test_parquet_out_and_in_again(data: Path, tmp_path: Path) -> None:
 
     rows = [*read(data), {"prompt": "a", "completions": ["b", "cd"]}]
     source = write(tmp_path / "in.jsonl", rows)
+    assert scored(data, tmp_path / "out.jsonl").counts["rows"] == 11  # another output, though but for its ending
     table = pq.read_table(scored(source, tmp_path / "out.parquet").output)
     assert str(table.schema.field("task").type) == "int64"
     last = table.to_pylist()[-1]
