@@ -204,7 +204,7 @@ def token_weighted(losses: Tensor, mask: Tensor, weighting: Weighting = "cumulat
         "cumulative": place / (count * (count + 1) / 2),
         "last": (place == count) & mask,
     }
-    if weighting not in weights:
+    if not isinstance(weighting, str) or weighting not in weights:
         raise ValueError(f"weighting is {weighting!r}: it is one of {', '.join(weights)}")
     return (weights[weighting] * losses).sum(1)
 

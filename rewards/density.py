@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from align.losses.checks import check_finite, check_number, check_positive, check_shape, wide
+from align.losses.checks import check_finite, check_number, check_positive, check_shape, check_whole, wide
 from align.losses.types import as_mask, check_type
 
 FOLDS = 5
@@ -89,6 +89,7 @@ class DensityRatio:
 
         _check_range(minimum, maximum)
         check_number("sample", sample)
+        check_whole("sample", sample)
         if sample < 2:
             raise ValueError(f"sample is {sample}: a fit needs two prompts of each class or more")
         for name, rows in (("up", up), ("down", down)):
@@ -147,6 +148,7 @@ class DensityRatio:
         Raises:
             ValueError: another shape than (B, D), or a value that is NaN or infinite.
         """
+        check_type("embeddings", embeddings, Tensor)
         shape = (*embeddings.shape[:1], len(self.coefficients))
         check_shape("embeddings", embeddings, shape, "of the encoder that it was fitted on")
         check_finite("embeddings", embeddings)

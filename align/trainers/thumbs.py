@@ -22,10 +22,9 @@ import contextlib
 import copy
 import inspect
 import logging
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from datasets import Dataset
@@ -40,7 +39,8 @@ from align.errors import AlignError
 from align.losses import Loss, SequenceLogps
 from align.losses.binary import RewardShift, ShiftMode, kto_kl
 from align.losses.catalogue import KINDS, LossFunction
-from align.losses.types import UnpairedLogps
+from align.losses.checks import check_whole
+from align.losses.types import LARGEST, UnpairedLogps
 from align.models.scoring import score
 from align.rewards.density import DensityRatio
 
@@ -131,10 +131,9 @@ class ThumbsTrainer(Hosted, KTOTrainer):  # type: ignore[misc]
             raise ValueError("data_collator: the rows of an answer are laid out here; leave it out")
         if match_prompts and "weight" not in takes:
             raise ValueError(f"match_prompts: {self.loss.info.name} takes no weights; bco does")
-        if len(density_ratio) != 2 or not 0 < density_ratio[0] <= density_ratio[1] < math.inf:
-            raise ValueError(f"density_ratio is {density_ratio}: it is (least, most), with 0 < least <= most")
-        if density_prompts < 2:
-            raise ValueError(f"density_prompts is {density_prompts}: a fit needs two prompts of each thumb or more")
+        _check_density(density_ratio, density_prompts)
+        if shift not in get_args(ShiftMode):
+            raise ValueError(f"shift is {shift!r}: it must be {' or '.join(get_args(ShiftMode))}")
         self._order(args)
         self.needs_reference = self.loss.reference
         self.starts_at_reference = starts_at_reference
@@ -381,3 +380,12 @@ class ThumbsTrainer(Hosted, KTOTrainer):  # type: ignore[misc]
                 f"{path}: no reward shift of mode {self.shift.mode} ({str(error).splitlines()[0]}): go on with the "
                 "settings that the run was started with"
             ) from error
+
+
+def _check_density(ratio: Any, prompts: Any) -> None:
+    numbers = isinstance(ratio, list | tuple) and len(ratio) == 2 and all(isinstance(x, int | float) for x in ratio)
+    if not numbers or not 0 < ratio[0] <= ratio[1] <= LARGEST:
+        raise ValueError(f"density_ratio is {ratio!r}: it is (least, most), with 0 < least <= most <= {LARGEST:g}")
+    check_whole("density_prompts", prompts)
+    if prompts < 2:
+        raise ValueError(f"density_prompts is {prompts}: a fit needs two prompts of each thumb or more")
