@@ -137,7 +137,7 @@ def _candidate(
     scores: dict[str, float] = {}
     for column in rules:
         try:
-            scores[column] = number_in(row, column, file)
+            scores[column] = number_in(row, column)
         except FieldError as error:
             problems.append(error)
     if found is None or problems:
@@ -161,8 +161,8 @@ def labels_in(row: Mapping[str, Any], groups: Iterable[str]) -> dict[str, str]:
     return labels | {name: "(none)" if row.get(name) is None else str(row[name]) for name in groups}
 
 
-def number_in(row: Mapping[str, Any], column: str, file: str) -> float:
-    """The finite number in a column; in CSV files, cells are text.
+def number_in(row: Mapping[str, Any], column: str) -> float:
+    """The finite number in a column; as text, too, which is what becomes of the cells of a CSV file.
 
     Raises:
         FieldError: there is none.
@@ -170,7 +170,7 @@ def number_in(row: Mapping[str, Any], column: str, file: str) -> float:
     value = row.get(column)
     if value is None:
         raise FieldError(column, "missing or null: score the row, or drop it")
-    if isinstance(value, str) and file.lower().endswith((".csv", ".csv.gz")):
+    if isinstance(value, str):
         try:
             value = float(value)
         except ValueError:

@@ -94,7 +94,7 @@ def score_data(
     state = processes()
     made_by = {scorer.name: dict(scorer.identity) for scorer in scorers}
     total, content = _content_of(source)
-    identity = {"source": source, "data": content, "scorers": made_by}
+    identity: dict[str, Any] = {"source": source, "data": content, "scorers": made_by}
     identity |= {"batch_size": batch_size, "shard_rows": shard_rows}
     about = output.with_name(f"{output.name}.score.json")
     done = _finished(output, about, identity)

@@ -152,7 +152,7 @@ class TrainingFilter:
             for column in () if faults else self.rules:
                 try:
                     given = line["columns"] if column in scored else raw
-                    found[column] = number_in(given, column, row.source)
+                    found[column] = number_in(given, column)
                 except FieldError as error:
                     faults.append(Fault(row.source, row.row, error.field, error.reason, shown))
             table.faults += faults
