@@ -145,16 +145,16 @@ def _gradient(subject: Subject, batch: Batch, generator: Generator) -> Finding:
 
 
 def _finite(subject: Subject, batch: Batch, generator: Generator) -> Finding:
-    for size, dtype in itertools.product((1e4, LARGEST), (torch.float64, torch.float32)):
-        far = extremes(subject, generator, size)
-        out = subject(far.to(dtype))
+    cases = [batch, *(extremes(subject, generator, size) for size in (1e4, LARGEST))]
+    for case, dtype in itertools.product(cases, (torch.float64, torch.float32)):
+        out = subject(case.to(dtype))
         named = {"loss": out.loss, "rewards": out.rewards}
-        named |= dict(zip(subject.leaves, _gradients(subject, far.to(dtype)), strict=True))
+        named |= dict(zip(subject.leaves, _gradients(subject, case.to(dtype)), strict=True))
         for what, value in named.items():
             bad = (~torch.isfinite(value)).nonzero()
             if len(bad):
-                return Finding(len(far), f"{what}{bad[0].tolist()} is {float(value[tuple(bad[0])])} in {dtype}")
-    return Finding(4 * len(far))
+                return Finding(len(case), f"{what}{bad[0].tolist()} is {float(value[tuple(bad[0])])} in {dtype}")
+    return Finding(2 * sum(map(len, cases)))
 
 
 def _bf16(subject: Subject, batch: Batch, generator: Generator) -> Finding:
