@@ -196,12 +196,14 @@ def show_plan(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
         return
     arguments = training_arguments(recipe, Path(recipe.output), tokenizer)
     lengths = _row_lengths(recipe, split)
+    rows = total = len(split.tokenized.rows)
     if chosen is not None:
-        count = chosen.expected() or len(lengths)
+        rows = chosen.expected() or total
+        count = rows * (len(lengths) // total)  # in grpo a row has several answers
         lengths = [lengths[place * len(lengths) // count] for place in range(count)]
     planned = plan(recipe, arguments, lengths)
     out.print(
-        f"{len(lengths):,} rows · {planned.steps:,} steps of {planned.pairs_per_step} "
+        f"{rows:,} rows · {planned.steps:,} steps of {planned.pairs_per_step} "
         f"({planned.epochs:.2g} epochs) · about {planned.tokens_per_step:,} tokens a step",
         f"{planned.parameters / 1e6:,.1f} M parameters, {planned.trainable / 1e6:,.1f} M trained",
         f"memory, estimated: {planned.peak_gb:.1f} GB = "

@@ -166,9 +166,9 @@ def test_references_of_every_kind_for_a_rule_that_reads_a_column(grpo_recipe, tm
 
 
 def test_a_rule_that_fails_is_an_error_that_names_the_prompt(grpo_recipe, tmp_path):
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "say 1"}\n')
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "say {n}"}}\n' for n in range(6)))
     data = {"train": str(tmp_path / "prompts.jsonl"), "eval": None}
-    with pytest.raises(AlignError, match=r"grpo\.rewards: users_rules:fails: row 0: .*ZeroDivision.*'say 1'"):
+    with pytest.raises(AlignError, match=r"grpo\.rewards: users_rules:fails: row 0: .*ZeroDivision.*'say \d'"):
         run(grpo_recipe("users_rules:fails", data=data, evals=[]))
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from align.rewards.functions import RewardFunction, is_rule, load_scorer
+from align.rewards.functions import RewardFunction, load_scorer
 from align.rewards.models import RewardModel
-from align.rewards.named import split_choice
+from align.rewards.named import is_rule, split_choice
 from align.rewards.pal import Pal, PalA, PalB
 from align.rewards.pal_model import ChoiceError, PalRewardModel, load_reward_model
 
@@ -143,10 +143,10 @@ def test_a_run_is_a_reward_of_an_expression(folder: Path):
     )
     found = reward(PROMPTS, [*ANSWERS[:2], ""])
     columns = reward.columns(PROMPTS, [*ANSWERS[:2], ""], {})
-    assert set(columns) == {"ann", "eve"}
+    assert set(columns) == {"run_ann", "run_eve"}
     model = load_reward_model(ann)
-    assert columns["ann"][:2] == pytest.approx(model.rewards(PROMPTS[:2], ANSWERS[:2]).double(), abs=1e-4)
-    expected = sum(torch.nn.functional.logsigmoid(columns[n] - at) for n, at in (("ann", -3.0), ("eve", -2.0)))
+    assert columns["run_ann"][:2] == pytest.approx(model.rewards(PROMPTS[:2], ANSWERS[:2]).double(), abs=1e-4)
+    expected = sum(torch.nn.functional.logsigmoid(columns[n] - at) for n, at in (("run_ann", -3.0), ("run_eve", -2.0)))
     assert found == pytest.approx(expected.tolist(), abs=1e-9)
 
 

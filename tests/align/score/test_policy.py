@@ -313,8 +313,8 @@ def test_the_command(align: Callable[..., Any], source: Path, tiny_model_dir: Pa
     missing = align("score", source, "--with", "ches", "-o", tmp_path / "p.jsonl")
     assert "--model  is missing: ches needs it" in missing.stderr
     wrong = align("score", source, "--with", "chess", "-o", tmp_path / "p.jsonl")
-    assert wrong.exit_code == 1
-    assert "none of logps, ches, ches_ln" in wrong.stderr
+    assert wrong.exit_code == 2
+    assert "did you mean ches?" in wrong.stderr
 
 
 def test_two_processes_write_the_file_of_one(source: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
