@@ -168,6 +168,8 @@ def check_type(name: str, given: object, wanted: type) -> None:
 def check_bounded(name: str, values: Tensor, largest: float = LARGEST) -> None:
     """Raise a ValueError that names the first element which is NaN, infinite, or beyond +-``largest``."""
     check_type(name, values, Tensor)
+    if values.is_complex():
+        raise ValueError(f"{name} is complex: it must be real")
     bad = ~(torch.isfinite(values) & (values <= largest) & (values >= -largest))
     if bool(bad.any()):
         value = float(values[bad][0])

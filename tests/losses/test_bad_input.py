@@ -420,3 +420,8 @@ def test_sizes_within_a_carrier():
 def test_a_tensor_where_pairs_are_due(name):
     with pytest.raises(ValueError, match="policy is a Tensor: it must be a PairLogps"):
         Loss.of(name)(torch.zeros(2), None)
+
+
+def test_complex_numbers_are_refused():
+    with pytest.raises(ValueError, match="total is complex: it must be real"):
+        SequenceLogps(total=torch.zeros(2, dtype=torch.complex64), length=torch.ones(2))
