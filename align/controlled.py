@@ -12,8 +12,9 @@ import numpy as np
 from align.data.rows import Content
 from align.decoding.constraints import Constraint, ConstraintError, Memo, Vocabulary, parse
 from align.decoding.engines import TransformersEngine
-from align.decoding.generate import Answer, Method, Potential, Request, generate
+from align.decoding.generate import generate
 from align.decoding.law import Law
+from align.decoding.request import Answer, Method, Potential, Request
 from align.errors import AlignError
 from align.rewards.functions import as_answer
 from align.rewards.scorers import Scorer, load_scorer
@@ -31,7 +32,7 @@ class Control:
         constraint_field: column with each row's own constraint; with a constraint ``sql:FILE``, the name of the
             row's schema in that file.
         constraint_timeout: seconds for one call of a Python predicate.
-        method: see ``align.decoding.generate.Request``.
+        method: see ``align.decoding.request.Request``.
         particles: sequences a prompt.
         top_k, top_p: what the law is cut to, see ``align.decoding.law.Law``.
         take: the answer is ``drawn`` by weight, or the ``best``, the text of most weight.

@@ -59,7 +59,8 @@ def train(
 
 def _show_result(run: Path) -> None:
     """The first numbers, and what to look at next."""
-    from align.reports.facts import headline, is_pal, trains_reward
+    from align.reports.facts import is_pal, trains_reward
+    from align.reports.measures import headline
     from align.reports.record import read_run
 
     print(f"done: {run}")

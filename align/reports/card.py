@@ -17,16 +17,15 @@ from .facts import (
     commands,
     data_rows,
     filter_words,
-    interval_words,
     is_pal,
     judge,
-    measures,
     method_name,
     model_name,
     notation,
     terms,
     trains_reward,
 )
+from .measures import interval_words, measures
 from .record import RunRecord, read_run
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

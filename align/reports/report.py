@@ -19,16 +19,14 @@ from .facts import (
     commands,
     data_rows,
     filter_words,
-    headline,
-    interval_words,
     judge,
-    measures,
     method_name,
     model_name,
     notation,
     terms,
 )
 from .figures import evaluation_pictures, training_pictures
+from .measures import headline, interval_words, measures
 from .record import RunRecord, read_run
 
 STATUS = {

@@ -27,7 +27,8 @@ from torch import Tensor
 from align.data.tokenize import encode_prompt
 from align.decoding.constraints import Constraint, Memo, Sql, Vocabulary, json_schema, read_schemas, regex
 from align.decoding.engines import TransformersEngine
-from align.decoding.generate import Answer, Method, Request, generate, satisfies
+from align.decoding.generate import generate
+from align.decoding.request import Answer, Method, Request, satisfies
 from align.models.ends import end_tokens
 from align.models.load import LoadedModel, load_run
 

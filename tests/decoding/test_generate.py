@@ -13,8 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from align.decoding.constraints import PythonPredicate, Vocabulary, Words
 from align.decoding.engines import TransformersEngine
-from align.decoding.generate import METHODS, Method, Request, generate
+from align.decoding.generate import generate
 from align.decoding.law import Law
+from align.decoding.request import METHODS, Method, Request
 
 END = 4
 VOCABULARY = Vocabulary([b"a", b"b", b"ab", None, None], frozenset({END}))
@@ -91,6 +92,7 @@ def test_a_potential_multiplies_the_target_wherever_it_is_looked_at(model: Any) 
     for every in (0, 1):
         requests = [Request(PROMPT, WORDS, "awrs-smc", 3, Law(), seed, LIMIT, potential, every) for seed in range(800)]
         answers = generate(TransformersEngine(model), requests, VOCABULARY, rows=2400)
+        assert all(answer.result is not None and answer.valid for answer in answers)
         within([math.exp(answer.result.log_normaliser) for answer in answers if answer.result], target)
 
 
