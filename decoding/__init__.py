@@ -7,8 +7,8 @@
   are what it is compared with, ``lazy`` is what all draw by.
 - ``smc``          sequences: particles, resampling and the normaliser, free of any engine.
 - ``engines``      what gives logits of many sequences at once: a transformers model with a cache that forks.
-- ``generate``     requests (``request``) with constraints and rewards to weighted answers, in one batch of what is under
-  way (``task``).
+- ``generate``     requests with constraints and rewards to weighted answers, in one batch; ``request`` says what is
+  asked, ``task`` is what is under way.
 
 Transfer-Q* has not landed yet.
 """

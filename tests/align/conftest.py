@@ -81,3 +81,24 @@ def write_recipe(
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def judge() -> Callable[[Path, dict[str, bool], int, int], None]:
+    """``judge(path, annotators, count, start)`` writes judgements of ``count`` questions.
+
+    Annotators who are true like the answer that says yes; the others like the one that says no.
+    """
+
+    def write(path: Path, annotators: dict[str, bool], count: int, start: int) -> None:
+        lines = []
+        for number in range(start, start + count):
+            first, second = WORDS[number % 8], WORDS[number // 8 % 8]
+            yes, no = (f"{first} {second} {end}" for end in ("yes yes", "no"))
+            for name, likes_yes in annotators.items():
+                chosen, rejected = (yes, no) if likes_yes else (no, yes)
+                prompt = f"Say {WORDS[number % 7]}:"
+                lines.append(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected, "annotator": name}))
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    return write

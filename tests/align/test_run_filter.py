@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from align import run as runs
 from align.cli import app
 from align.config.load import load_recipe
 from align.data.pairs import read_pairs
@@ -23,6 +24,18 @@ from align.score.scorers import Policy
 
 def run(path: Path, *overrides: str, **options: Any) -> Path:
     return train(load_recipe(str(path), list(overrides)), source=str(path), command=["align", "train"], **options)
+
+
+def run_to_evaluation(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is interrupted when its evaluation begins."""
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "evaluate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(path)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -132,17 +145,8 @@ def test_single_answers_are_filtered_by_their_columns(write_recipe, tmp_path):
 
 def test_a_run_that_goes_on_does_not_score_again(write_recipe, tmp_path, counted, monkeypatch):
     """Stopped in training after scoring; the same command takes the scores that it has."""
-    from align import run as runs
-
     path = write_recipe(data={"filter": {"ches_ln": {"keep": 0.5}}}, evals=["preference"])
-
-    def interrupted(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "evaluate", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(path)
+    run_to_evaluation(path, monkeypatch)
     assert sum(counted) == 24
     kept = json.loads((tmp_path / "run" / "manifest.json").read_text())["filter"]["kept_ids"]
     folder = run(path)
@@ -174,17 +178,8 @@ def test_scoring_that_was_killed_goes_on(write_recipe, counted, monkeypatch):
 
 def test_other_scores_are_not_mixed_into_a_run(write_recipe, scored_file, monkeypatch):
     """The pairs are the same, and their column is not."""
-    from align import run as runs
-
     path = write_recipe(data={"train": str(scored_file), "filter": {"quality": {"keep": 0.5}}}, evals=["preference"])
-
-    def interrupted(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "evaluate", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(path)
+    run_to_evaluation(path, monkeypatch)
     lines = [{**row, "quality": -row["quality"]} for row in read(scored_file)]
     scored_file.write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
     with pytest.raises(AlignError, match=r"data\.filter keeps other rows"):

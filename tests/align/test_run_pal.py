@@ -17,23 +17,9 @@ from align.errors import AlignError
 from align.rewards.pal import load_pal
 from align.run import train
 
-WORDS = ["the", "cat", "inner", "thing", "another", "garden", "apple", "hint"]
-
-
-def judge(path: Path, annotators: dict[str, bool], count: int, start: int) -> None:
-    """Annotators who are true like the answer that says yes; the others like the one that says no."""
-    lines = []
-    for number in range(start, start + count):
-        for name, likes_yes in annotators.items():
-            yes, no = (f"{WORDS[number % 8]} {WORDS[number // 8 % 8]} {end}" for end in ("yes yes", "no"))
-            chosen, rejected = (yes, no) if likes_yes else (no, yes)
-            row = {"prompt": f"Say {WORDS[number % 7]}:", "chosen": chosen, "rejected": rejected, "annotator": name}
-            lines.append(json.dumps(row))
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
 
 @pytest.fixture
-def recipe_path(tmp_path: Path, tiny_model_dir: Path) -> Path:
+def recipe_path(tmp_path: Path, tiny_model_dir: Path, judge) -> Path:
     known = {f"ann {number}": number < 4 for number in range(7)}
     new = {"eve": True, "mallory": False}
     judge(tmp_path / "train.jsonl", known, 16, 0)
@@ -61,7 +47,7 @@ def run(path: Path, *overrides: str) -> Path:
     return train(load_recipe(str(path), overrides), source=str(path), command=["align", "train", str(path)])
 
 
-def test_data_that_would_leave_nothing_to_test_are_refused_before_training(recipe_path, tmp_path):
+def test_data_that_would_leave_nothing_to_test_are_refused_before_training(recipe_path, tmp_path, judge):
     """Two new annotators of three judgements each, of whom up to four are to be fitted to."""
     judge(tmp_path / "heldout.jsonl", {"eve": True, "mallory": False}, 3, 30)
     with pytest.raises(AlignError, match=r"none of its 2 annotators is in .*, and none has more than 4 judgements"):

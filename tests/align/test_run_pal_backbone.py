@@ -15,22 +15,9 @@ from align.rewards.models import RewardModel
 from align.rewards.pal_model import PalRewardModel
 from align.run import train
 
-WORDS = ["the", "cat", "inner", "thing", "another", "garden", "apple", "hint"]
-
-
-def judge(path: Path, likes_yes: dict[str, bool], count: int, start: int) -> None:
-    lines = []
-    for number in range(start, start + count):
-        yes, no = (f"{WORDS[number % 8]} {WORDS[number // 8 % 8]} {end}" for end in ("yes yes", "no"))
-        for name, likes in likes_yes.items():
-            chosen, rejected = (yes, no) if likes else (no, yes)
-            row = {"prompt": f"Say {WORDS[number % 7]}:", "chosen": chosen, "rejected": rejected, "annotator": name}
-            lines.append(json.dumps(row))
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
 
 @pytest.fixture
-def recipe_path(tmp_path: Path, tiny_model_dir: Path) -> Path:
+def recipe_path(tmp_path: Path, tiny_model_dir: Path, judge) -> Path:
     known = {f"ann-{number}": number < 4 for number in range(7)}
     judge(tmp_path / "train.jsonl", known, 8, 0)
     judge(tmp_path / "heldout.jsonl", {**known, "eve": True, "mallory": False}, 10, 30)
