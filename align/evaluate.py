@@ -44,6 +44,7 @@ from align.rewards.models import RewardOutput
 from align.rewards.named import load_reward
 from align.tracking.files import write_json, write_text
 from align.tracking.progress import progress
+from align.tracking.run_folder import REFERENCES
 from align.trainers.build import Built, losses_of
 from align.trainers.grpo import with_references
 from align.trainers.reward import RewardTrainer
@@ -310,7 +311,7 @@ def _goals(
             held_out.table.source,
             untrained,
             tokenizer,
-            run / "references.jsonl",
+            run / REFERENCES,
             max_new_tokens=longest,
             seed=int(built.trainer.args.seed),
         )

@@ -192,7 +192,8 @@ def show_plan(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
     if recipe.pal is not None and recipe.pal.frozen:
         people = f"{split.table.counts['annotators']:,} annotators"
         epochs = f"{recipe.pal.epochs} epochs"
-        out.print(f"{len(split.tokenized.rows):,} judgements of {people} · {epochs}", highlight=False)
+        count = (chosen and chosen.expected()) or len(split.tokenized.rows)
+        out.print(f"{count:,} judgements of {people} · {epochs}", highlight=False)
         return
     arguments = training_arguments(recipe, Path(recipe.output), tokenizer)
     lengths = _row_lengths(recipe, split)

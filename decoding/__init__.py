@@ -9,6 +9,4 @@
 - ``engines``      what gives logits of many sequences at once: a transformers model with a cache that forks.
 - ``generate``     requests with constraints and rewards to weighted answers, in one batch; ``request`` says what is
   asked, ``task`` is what is under way.
-
-Transfer-Q* has not landed yet.
 """

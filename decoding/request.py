@@ -56,6 +56,8 @@ class Request:
         for name, least in (("particles", 1), ("max_new_tokens", 1), ("potential_every", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be {least} or more")
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold is {self.threshold}: it must be from 0 to 1")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ held-out data. Each returns one JSON-able dict: ``suite, schema, n, metrics, row
 - ``displacement``  what happened to the log-probs of the held-out pairs: did the chosen answers fall too, and what
                     gained?
 - ``generation``    answers before and after, judged by a reward: win rate, length, repetition, KL to the reference.
+- ``reward``        does a reward model rank or rate held-out answers as people did? ``pal``: as each of them did?
+- ``cycles``        preferences that run in a circle, where no reward passes (K - 1)/K.
 - ``goals``         several rewards at once: each before and after, and the share of answers that are good in all.
 
 What they stand on:

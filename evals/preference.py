@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .result import suite_result
-from .statistics import bootstrap_interval, finite_vector
+from .statistics import Estimate, bootstrap_interval, finite_vector
 
 
 def preference_suite(
@@ -49,13 +49,7 @@ def preference_suite(
         raise ValueError(f"{len(chosen)} chosen rewards, {len(rejected)} rejected rewards, {len(row_ids)} row ids")
     label, decided = preferred(preference, len(row_ids))
     names: Sequence[Hashable] = range(len(label)) if groups is None else groups
-    kept = [name for name, one in zip(names, decided, strict=True) if one]
-    margin = np.where(label > 0.5, chosen - rejected, rejected - chosen)[decided]
-    metrics = {
-        "accuracy": bootstrap_interval((margin > 0) + 0.5 * (margin == 0), groups=kept),
-        "margin": bootstrap_interval(margin, groups=kept),
-        "ties": bootstrap_interval(chosen == rejected, groups=names),
-    }
+    metrics = ranking_metrics(chosen - rejected, label, names)
     rows: list[dict[str, Any]] = [
         {"row_id": row_id, "chosen_reward": float(won), "rejected_reward": float(lost)}
         for row_id, won, lost in zip(row_ids, chosen, rejected, strict=True)
@@ -65,6 +59,20 @@ def preference_suite(
         for row, p in zip(rows, label, strict=True):
             row["preference"] = float(p)
     return suite_result("preference", metrics, rows, settings)
+
+
+def ranking_metrics(
+    score: NDArray[np.float64], label: NDArray[np.float64], groups: Sequence[Hashable]
+) -> dict[str, Estimate]:
+    """``accuracy`` and ``margin`` over the pairs whose label prefers an answer, and ``ties`` of the score over all."""
+    decided = label != 0.5
+    kept = [name for name, one in zip(groups, decided, strict=True) if one]
+    margin = np.where(label > 0.5, score, -score)[decided]
+    return {
+        "accuracy": bootstrap_interval((margin > 0) + 0.5 * (margin == 0), groups=kept),
+        "margin": bootstrap_interval(margin, groups=kept),
+        "ties": bootstrap_interval(score == 0, groups=groups),
+    }
 
 
 def preferred(preference: Sequence[float | None] | None, count: int) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .preference import preferred
+from .preference import preferred, ranking_metrics
 from .result import suite_result
 from .statistics import Estimate, bootstrap_interval, finite_vector
 
@@ -52,12 +52,7 @@ def reward_suite(
         raise ValueError(f"{len(score)} scores, {len(row_ids)} row ids")
     label, decided = preferred(preference, len(row_ids))
     names: Sequence[Hashable] = range(len(score)) if groups is None else groups
-    kept = [name for name, one in zip(names, decided, strict=True) if one]
-    gained = np.where(label > 0.5, score, -score)[decided]
-    metrics = {
-        "accuracy": bootstrap_interval((gained > 0) + 0.5 * (gained == 0), groups=kept),
-        "margin": bootstrap_interval(gained, groups=kept),
-        "ties": bootstrap_interval(score == 0, groups=names),
+    metrics = ranking_metrics(score, label, names) | {
         "log_loss": bootstrap_interval(
             label * np.logaddexp(0, -score) + (1 - label) * np.logaddexp(0, score), groups=names
         ),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .catalogue import pairwise_loss
 from .checks import NotNegative, Positive, Share, log_ratios
-from .laws import SUMS, Laws
+from .laws import MEANS, SUMS, Laws
 from .soft_labels import expected, logistic, probability
 from .types import LossOutput, PairLogps
 
@@ -64,7 +64,7 @@ def dpo(
     paper="arXiv:2407.15229",
     formula="-log sigma(beta (r_w/n_w - r_l/n_l))",
     purpose="DPO without its pull to long answers: log-ratios are means per token",
-    laws=Laws(fails={"prompt_shift": "the constant is divided by lengths that differ"}),
+    laws=Laws(fails={"prompt_shift": MEANS}),
 )
 def ln_dpo(policy: PairLogps, reference: PairLogps, preference: Tensor | None = None, *, beta: Positive) -> LossOutput:
     """Length-normalised DPO (arXiv:2407.15229).

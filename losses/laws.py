@@ -29,6 +29,7 @@ LAWS: dict[str, str] = {
 
 # Reasons that several losses share.
 SUMS = "it is made of sums over tokens, which double"
+MEANS = "the constant is divided by lengths that differ"
 SINGLE = "one answer at a time: nothing is ranked"
 SCORES = {
     "reference_shift": "no log-probs",

@@ -25,7 +25,7 @@ from .catalogue import pairwise_loss
 from .checks import NotNegative, Positive, check_log_probs, log_ratios, wide
 from .complement import log_not
 from .dpo_family import dpo, dpop, ln_dpo, mean_log_ratios, r_dpo, robust_dpo
-from .laws import SUMS, Laws
+from .laws import MEANS, SUMS, Laws
 from .soft_labels import expected, probability
 from .types import LossOutput, PairLogps, SequenceLogps, check_type
 
@@ -48,7 +48,6 @@ __all__ = [
 # Reasons that several losses share.
 _NO_REFERENCE = "it has no reference"
 _NO_BETA = "it has no beta"
-_MEANS = "the constant is divided by lengths that differ"
 _LIKELIHOOD = "its likelihood term sees the chosen answer alone"
 _OWN_TARGET = "the margin aimed at is 1/(2 beta), whatever the margin is"
 
@@ -88,7 +87,7 @@ def ipo(policy: PairLogps, reference: PairLogps, preference: Tensor | None = Non
     paper="arXiv:2310.12036",
     formula="(r_w/n_w - r_l/n_l - 1/(2 beta))^2",
     purpose="IPO on mean log-ratios per token, as TRL's ipo has it; not the paper's loss",
-    laws=Laws(fails={"prompt_shift": _MEANS, "small_beta": _OWN_TARGET, "large_beta": _OWN_TARGET}),
+    laws=Laws(fails={"prompt_shift": MEANS, "small_beta": _OWN_TARGET, "large_beta": _OWN_TARGET}),
 )
 def ipo_per_token(
     policy: PairLogps, reference: PairLogps, preference: Tensor | None = None, *, beta: Positive
@@ -185,7 +184,7 @@ def slic_hf(
     paper="arXiv:2405.14734",
     formula="-log sigma(beta (S_w/n_w - S_l/n_l) - gamma)",
     purpose="no reference model: mean log-probs themselves are the reward, with a target margin",
-    laws=Laws(fails={"prompt_shift": _MEANS}, not_applicable={"reference_shift": _NO_REFERENCE}),
+    laws=Laws(fails={"prompt_shift": MEANS}, not_applicable={"reference_shift": _NO_REFERENCE}),
 )
 def simpo(
     policy: PairLogps, preference: Tensor | None = None, *, beta: Positive, gamma: NotNegative = 1.0

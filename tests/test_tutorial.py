@@ -9,19 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from align.losses import LOSSES, PairLogps, SequenceLogps
+from align.losses import PairLogps, SequenceLogps
 
 PAGE = (Path(__file__).parent.parent / "docs" / "adding-a-loss.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-
-
-@pytest.fixture
-def table_as_before():
-    """The loss that the page enters is taken out again."""
-    before = dict(LOSSES)
-    yield
-    LOSSES.clear()
-    LOSSES.update(before)
 
 
 def test_the_page_runs(tmp_path, monkeypatch, table_as_before, capsys):

@@ -110,7 +110,10 @@ def _rule(
     try:
         return FilterRule.model_validate({key: value for key, value in data.items() if value is not None})
     except ValidationError as error:
-        problems = [(f"--{key}" if key else "rule", what) for key, what in model_problems(error, FilterRule, data, {})]
+        problems = [
+            (f"--{key.replace('quotas', 'quota')}" if key else "rule", what)
+            for key, what in model_problems(error, FilterRule, data, {})
+        ]
         raise ConfigError("align filter", problems) from None
 
 

@@ -23,6 +23,8 @@ from .metrics import metrics_line, read_metrics, truncate_metrics
 
 Status = Literal["running", "interrupted", "failed", "finished"]
 UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
+REFERENCES = "references.jsonl"
+"""Of grpo: rewards of the starting model's own answers, which references are quantiles of."""
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -145,7 +147,9 @@ class RunFolder:
             return None
         manifest = self.manifest
         if manifest.get("recipe_hash") != recipe_hash and self._nothing_done(manifest):
-            # Of a set-up that was refused: the mended recipe may have its folder.
+            # Of a set-up that was refused: the mended recipe may have its folder, and nothing that the other one made.
+            (self.path / REFERENCES).unlink(missing_ok=True)
+            (self.path / "manifest.json").unlink()
             self.update_manifest(recipe_hash=recipe_hash, status="running", started=now(), finished=None, resumed=[])
             self._started = True
             return None

@@ -25,6 +25,7 @@ from align.models.load import load_model
 from align.models.packaged import PUBLISHED
 from align.models.scoring import attach_scoring
 from align.rewards.named import load_function
+from align.tracking.run_folder import REFERENCES
 
 from .grpo import GroupTrainer, reward_function, with_references
 from .matching import Encoder
@@ -150,7 +151,7 @@ def _group_trainer(recipe: Recipe, common: dict[str, Any], output: Path) -> Grou
             sources[name],
             model,
             common["processing_class"],
-            output / "references.jsonl",
+            output / REFERENCES,
             max_new_tokens=recipe.grpo.max_completion_length,
             seed=arguments.seed,
         )

@@ -19,7 +19,7 @@ from .combine import AllOf, AnyOf
 from .compiled import Compiled, grammar, json_schema, regex
 from .memo import Memo
 from .predicate import PythonPredicate
-from .protocol import Constraint, ConstraintError, Masking, State, Vocabulary
+from .protocol import Constraint, ConstraintError, Masking, Vocabulary
 from .specs import FORMS, parse
 from .sql import Sql, read_schemas
 from .words import Words
@@ -35,7 +35,6 @@ __all__ = [
     "Memo",
     "PythonPredicate",
     "Sql",
-    "State",
     "Vocabulary",
     "Words",
     "grammar",

@@ -29,9 +29,8 @@ SHOWN = 2  # problems of each law in one message
 
 @dataclass
 class Conformance:
-    """What was tried: walks, verdicts asked for, texts that could end, and dead ends that were met."""
+    """What was tried: verdicts asked for, texts that could end, and dead ends that were met."""
 
-    walks: int = 0
     verdicts: int = 0
     ends: int = 0
     dead_ends: int = 0
@@ -67,7 +66,7 @@ def check(
     try:
         for text in texts:
             for cut in trial.cuts(text.encode()):
-                trial.follow(cut, whole=True)
+                trial.follow(cut)
         for _ in range(walks):
             trial.walk(length)
     except _RaisedError as error:
@@ -140,7 +139,6 @@ class _Trial:
 
     def walk(self, length: int) -> None:
         """One random text, as far as it goes; every state on the way is looked at, and again at the end."""
-        self.found.walks += 1
         state, path = self.start(), list[int]()
         seen = []
         for _ in range(length):
@@ -166,7 +164,7 @@ class _Trial:
                 if cut != before:
                     self.same("one text", before, verdicts, self.replay(cut, verdicts[0]), f"as {self.pieces(cut)}")
 
-    def follow(self, path: list[int], *, whole: bool) -> None:
+    def follow(self, path: list[int]) -> None:
         """A text that must be allowed."""
         state = self.start()
         for rank, token in enumerate(path):
@@ -175,7 +173,7 @@ class _Trial:
                 self.problem("prefix-closed", path[: rank + 1], "is refused, and yet begins a text that is wanted")
                 return
             state = after
-        if whole and not self.may_end(state, path):
+        if not self.may_end(state, path):
             self.problem("ends", path, "may not end, and yet is a text that is wanted")
         self.look(state, path)
 

@@ -275,7 +275,7 @@ def _with_margin(subject: Subject, batch: Batch, target: Tensor) -> tuple[Batch,
 def _ranked_right(batch: Batch, rewards: Tensor, beta: float) -> Tensor:
     """Rows that the loss's own rewards rank as the labels, the order of the answers, or their scores do.
 
-    By ``CLEAR`` at least: two rewards that are nearly equal are still so at this beta.
+    By ``CLEAR`` at least, but for scores: two rewards that are nearly equal are still so at this beta.
     """
     scores = batch.values.get("scores", batch.values.get("win_rates"))
     if scores is not None:

@@ -102,8 +102,6 @@ def test_the_lowest_half_by_the_model_of_the_recipe(write_recipe, tiny_model_dir
 
 def test_training_sees_the_rows_that_stay_and_no_others(write_recipe, scored_file, monkeypatch):
     """Over 19 in quality: four rows; one step an epoch of four rows a batch."""
-    from align import run as runs
-
     seen: list[int] = []
     build = runs.build
     monkeypatch.setattr(runs, "build", lambda r, t, data, *more: seen.append(len(data)) or build(r, t, data, *more))

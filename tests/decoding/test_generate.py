@@ -213,24 +213,36 @@ def test_logits_that_are_no_numbers_end_their_request_alone(model: Any) -> None:
 
 
 def test_without_a_constraint_answers_follow_the_model(model: Any) -> None:
-    (answer,) = generate(TransformersEngine(model), [Request(PROMPT, None, particles=5, max_new_tokens=3)], VOCABULARY)
-    assert answer.result is not None
-    assert answer.result.log_normaliser == 0
-    assert all(len(s.tokens) == 3 or s.tokens[-1] == END for s in answer.result.samples)
+    requests = [Request(PROMPT, None, particles=2, seed=seed, max_new_tokens=2) for seed in range(500)]
+    results = [answer.result for answer in generate(TransformersEngine(model), requests, VOCABULARY)]
+    assert all(result is not None and result.log_normaliser == 0 for result in results)
+    drawn = [sample.tokens for result in results if result for sample in result.samples]
+    assert all(len(tokens) == 2 or tokens == (END,) for tokens in drawn)
+    with torch.no_grad():
+        law = model(torch.tensor([PROMPT])).logits[0, -1].double().softmax(-1)
+    for token, probability in enumerate(law.tolist()):
+        within([float(tokens[0] == token) for tokens in drawn], probability)
 
 
 def test_answers_come_as_they_are_done(model: Any) -> None:
     seen: list[int] = []
-    long = Request(PROMPT, None, particles=1, max_new_tokens=30, law=Law(top_k=1))
+    long = Request(PROMPT, Words(["a" * 12], VOCABULARY), particles=1, max_new_tokens=30)
     short = Request(PROMPT, WORDS, particles=2, max_new_tokens=3)
     answers = generate(
         TransformersEngine(model), [long, short, short], VOCABULARY, rows=3, on_answer=lambda n, _: seen.append(n)
     )
     assert sorted(seen) == [0, 1, 2]
+    assert seen[-1] == 0, "the long one was asked first and is there last"
     assert len(answers) == 3
 
 
 def test_settings_out_of_range() -> None:
-    for wrong in ({"method": "best"}, {"particles": 0}, {"max_new_tokens": 0}, {"potential_every": -1}):
+    for wrong in (
+        {"method": "best"},
+        {"particles": 0},
+        {"max_new_tokens": 0},
+        {"potential_every": -1},
+        {"threshold": 2},
+    ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Request(PROMPT, WORDS, **wrong)  # type: ignore[arg-type]

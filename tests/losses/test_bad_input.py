@@ -26,6 +26,7 @@ from align.losses import (
     token_weighted,
     unit_norm,
 )
+from align.losses.checks import NotNegative, Positive, setting_hints
 from align.losses.types import LARGEST, UnpairedLogps
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
@@ -36,19 +37,16 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 }
 SUBJECTS = {name: Subject(find_loss(name), SETTINGS.get(name, {})) for name in LOSSES}
 NOT_FINITE = (math.nan, math.inf, -math.inf)
-# Settings that are positive, and settings that may be 0; label_smoothing is a share.
-POSITIVE = [
-    (name, setting)
-    for name, subject in SUBJECTS.items()
-    for setting in ("beta", "step_size", "tau", "desirable_weight", "undesirable_weight")
-    if setting in subject.info.parameters
-]
-WEIGHTS = [
-    (name, setting)
-    for name, subject in SUBJECTS.items()
-    for setting in ("gamma", "delta", "sft_weight", "odds_weight", "penalty", "alpha", "smoothing")
-    if setting in subject.info.parameters
-]
+
+
+def settings_of(*kinds: object) -> list[tuple[str, str]]:
+    """Losses and those of their settings that are annotated as one of these."""
+    hints = {name: setting_hints(subject.info.function, include_extras=True) for name, subject in SUBJECTS.items()}
+    return [(name, setting) for name, found in hints.items() for setting, hint in found.items() if hint in kinds]
+
+
+POSITIVE = settings_of(Positive)
+WEIGHTS = settings_of(NotNegative, float)
 DERIVED = [("bco", "shift"), ("kto", "kl"), ("pal_hinge", "delta"), ("pal_logistic", "delta")]
 PROBABILITIES = ("preference", "win_rates")
 
@@ -195,15 +193,13 @@ def test_derived_numbers_that_overflow_float32(name, parameter, value):
         (n, p)
         for log_probs in (True, False)
         for n, p in inputs(log_probs=log_probs)
-        if p not in (*PROBABILITIES, "label") and (n, p) not in DERIVED
+        if p not in (*PROBABILITIES, "label", "answers") and (n, p) not in DERIVED
     ],
 )
 def test_numbers_that_overflow_float32(name, parameter, value):
     """Beyond +-1e6 squares and products with settings would overflow, and a difference of two infs be NaN."""
     subject = SUBJECTS[name]
     batch = whole(subject).to(torch.float32)
-    if parameter == "answers":  # whole numbers, of which there are K at most
-        return
     what = f"(total|{parameter})" if parameter in (*subject.policies, *subject.baselines) else parameter
     spoilt = (
         spoiled(batch, parameter, value)

@@ -19,13 +19,7 @@ if TYPE_CHECKING:
 FACTS: dict[str, Any] = {"reference": False, "paper": "-", "formula": "-", "purpose": "-"}
 
 
-@pytest.fixture(autouse=True)
-def table_as_before():
-    """The losses that a test enters are taken out again."""
-    before = dict(LOSSES)
-    yield
-    LOSSES.clear()
-    LOSSES.update(before)
+pytestmark = pytest.mark.usefixtures("table_as_before")
 
 
 def pairs() -> PairLogps:

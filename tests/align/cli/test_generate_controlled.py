@@ -71,10 +71,12 @@ def test_a_second_call_makes_only_what_is_missing(align: Align, tiny_model_dir: 
     assert align(*command).exit_code == 0
     whole = rows_of(output)
     lines = output.read_bytes().splitlines(keepends=True)
-    output.write_bytes(lines[0] + lines[3] + lines[4][:20])
+    kept = json.loads(lines[0]) | {"completion": "not made again"}
+    output.write_bytes(json.dumps(kept).encode() + b"\n" + lines[3] + lines[4][:20])
     assert align(*command).exit_code == 0
     again = rows_of(output)
-    for one, other in zip(whole, again, strict=True):
+    assert again[0] == kept
+    for one, other in zip(whole[1:], again[1:], strict=True):
         assert one["completion"] == other["completion"]
         assert one["log_normaliser"] == pytest.approx(other["log_normaliser"], abs=1e-4)
     result = align(*command, "--top-p", 0.9)

@@ -98,10 +98,16 @@ def test_a_finished_run_is_not_run_again(tmp_path):
 
 
 def test_a_refused_set_up_leaves_the_folder_to_the_mended_recipe(tmp_path):
+    """And nothing of what the refused one had made of its own model and data."""
     start(tmp_path / "run")
     with RunFolder(tmp_path / "run") as run:
+        run.update_manifest(filter={"kept": 3})
+        (run.path / "references.jsonl").write_text("{}\n")
+    with RunFolder(tmp_path / "run") as run:
         assert run.open_or_resume("b" * 64) is None
-    assert read_manifest(run.path)["recipe_hash"] == "b" * 64
+    manifest = read_manifest(run.path)
+    assert (manifest["recipe_hash"], "filter" in manifest) == ("b" * 64, False)
+    assert not (run.path / "references.jsonl").exists()
 
 
 def test_another_recipe_is_refused_with_both_hashes(tmp_path):
