@@ -106,12 +106,17 @@ def build(
             attach_scoring(inner)
     except ValueError as error:
         raise AlignError(f"the trainer refuses this set-up: {error}") from error
+    kept: list[Any] = []
+    return built(trainer, lambda: _untrained(recipe, trainer, kept), **facts)
+
+
+def built(trainer: Trainer, untrained: Callable[[], AbstractContextManager[Any]], **facts: dict[str, Any]) -> Built:
+    """The trainer, ready, with the sizes of its model among the facts."""
     trainer.add_callback(ReleaseFreed())
     parameters = list(trainer.model.parameters())
     facts["model"]["parameters"] = sum(p.numel() for p in parameters)
     facts["model"]["trainable"] = sum(p.numel() for p in parameters if p.requires_grad)
-    kept: list[Any] = []
-    return Built(trainer, lambda: _untrained(recipe, trainer, kept), facts)
+    return Built(trainer, untrained, facts)
 
 
 def _thumbs_trainer(recipe: Recipe, loss: Loss, common: dict[str, Any]) -> ThumbsTrainer:
@@ -205,17 +210,12 @@ def training_arguments(
 
 def _policy(spec: ModelSpec) -> tuple[Any, LoraConfig | None, dict[str, Any]]:
     """The model to train, the adapter to add to it, and the facts so far."""
-    dtype, reason = weights_dtype(spec)
-    name = str(dtype).removeprefix("torch.")
-    model, _ = load_model(spec.name, dtype=name, attention=spec.attention, trust_remote_code=spec.trust_remote_code)
-    facts: dict[str, Any] = {
-        "name": spec.name,
-        **PUBLISHED.get(spec.name, {}),
-        "weights_sha256": weights_hash(model.state_dict().items()),
-        "dtype": name,
-        "dtype_reason": reason,
-        "attention": model.config._attn_implementation,
-    }
+    _, facts = start_of(spec)
+    model, _ = load_model(
+        spec.name, dtype=facts["dtype"], attention=spec.attention, trust_remote_code=spec.trust_remote_code
+    )
+    facts["weights_sha256"] = weights_hash(model.state_dict().items())
+    facts["attention"] = model.config._attn_implementation
     if spec.adapter is not None:
         try:
             model = PeftModel.from_pretrained(model, spec.adapter, is_trainable=True)
@@ -227,10 +227,26 @@ def _policy(spec: ModelSpec) -> tuple[Any, LoraConfig | None, dict[str, Any]]:
     return model, lora_config(spec.lora), {"model": facts}
 
 
-def weights_dtype(spec: ModelSpec) -> tuple[torch.dtype, str]:
-    """The dtype that the weights are held in, and why."""
+def start_of(spec: ModelSpec, frozen: bool = False) -> tuple[torch.dtype, dict[str, Any]]:
+    """The dtype that the weights are held in, and the facts that are known before they are loaded."""
+    dtype, reason = _weights_dtype(spec, frozen)
+    name = str(dtype).removeprefix("torch.")
+    return dtype, {"name": spec.name, **PUBLISHED.get(spec.name, {}), "dtype": name, "dtype_reason": reason}
+
+
+def backbone_options(spec: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:
+    """The recipe's model in the terms of ``from_pretrained``."""
+    options: dict[str, Any] = {"dtype": dtype}
+    if spec.attention != "auto":
+        options["attn_implementation"] = spec.attention
+    if spec.trust_remote_code:
+        options["trust_remote_code"] = True
+    return options
+
+
+def _weights_dtype(spec: ModelSpec, frozen: bool) -> tuple[torch.dtype, str]:
     dtype, reason = resolve_dtype(spec.dtype)
-    if spec.lora is None and spec.adapter is None and dtype != torch.float32:
+    if not frozen and spec.lora is None and spec.adapter is None and dtype != torch.float32:
         if spec.dtype == "auto":
             # A step of 1e-6 is lost in a bf16 weight; products still run in bf16, under autocast.
             return torch.float32, f"{reason}; weights in float32, as full training needs"

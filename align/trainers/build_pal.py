@@ -14,15 +14,13 @@ from transformers import set_seed
 from align.config.schema import PalSpec, Recipe
 from align.errors import AlignError
 from align.models.embeddings import EmbeddingCache
-from align.models.hardware import resolve_dtype
 from align.models.load import LOAD_ERRORS, locate
-from align.models.packaged import PUBLISHED, cache_folder
+from align.models.packaged import cache_folder
 from align.rewards.pal import Pal, PalA, PalB
 from align.rewards.pal_model import PalRewardModel
 from align.tracking.progress import progress
 
-from .build import Built, lora_config, training_arguments, weights_dtype
-from .memory import ReleaseFreed
+from .build import Built, backbone_options, built, lora_config, start_of, training_arguments
 from .pal import Judgements, train_pal
 from .pal_backbone import PalTrainer
 
@@ -54,13 +52,8 @@ def build_pal(recipe: Recipe, train: Dataset, output: Path, *, groups: int | Non
         trainer.judgements = judgements
     except LOAD_ERRORS as error:
         raise AlignError(f"{recipe.model.name}: the PAL model cannot be set up: {error}") from error
-    trainer.add_callback(ReleaseFreed())
-    parameters = list(model.parameters())
-    facts["parameters"] = sum(p.numel() for p in parameters)
-    facts["trainable"] = sum(p.numel() for p in parameters if p.requires_grad)
-    return Built(
-        trainer, contextlib.nullcontext, {"model": facts, "reference": {"kind": "none", "weights_sha256": None}}
-    )
+    reference = {"kind": "none", "weights_sha256": None}
+    return built(trainer, contextlib.nullcontext, model=facts, reference=reference)
 
 
 def backbone_of(recipe: Recipe) -> tuple[PalRewardModel, dict[str, Any]]:
@@ -70,18 +63,13 @@ def backbone_of(recipe: Recipe) -> tuple[PalRewardModel, dict[str, Any]]:
         LOAD_ERRORS: it cannot be loaded.
     """
     spec, frozen = recipe.model, recipe.pal is None or recipe.pal.frozen
-    dtype, reason = resolve_dtype(spec.dtype) if frozen else weights_dtype(spec)
-    options: dict[str, Any] = {"dtype": dtype}
-    if spec.attention != "auto":
-        options["attn_implementation"] = spec.attention
-    if spec.trust_remote_code:
-        options["trust_remote_code"] = True
+    dtype, facts = start_of(spec, frozen)
+    options = backbone_options(spec, dtype)
     set_seed(recipe.training.get("seed", 42))  # a resumed run draws the same maps and adapters
     model = PalRewardModel.create(
         locate(spec.name), kind="pal", frozen=frozen, max_length=recipe.data.max_length, **options
     )
-    name = str(dtype).removeprefix("torch.")
-    return model, {"name": spec.name, **PUBLISHED.get(spec.name, {}), "dtype": name, "dtype_reason": reason}
+    return model, facts
 
 
 def embedding_cache(spec: PalSpec, model: PalRewardModel) -> EmbeddingCache:

@@ -8,21 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import set_seed
 
-from align.config.schema import ModelSpec, Recipe, reward_kind
+from align.config.schema import Recipe, reward_kind
 from align.errors import AlignError
 from align.losses import Loss
 from align.models.fingerprint import weights_hash
-from align.models.hardware import resolve_dtype
 from align.models.load import LOAD_ERRORS, locate
-from align.models.packaged import PUBLISHED
 from align.rewards.models import CONFIG_FILE, RewardModel
 
-from .build import Built, lora_config, losses_of, training_arguments, weights_dtype
-from .memory import ReleaseFreed
+from .build import Built, backbone_options, built, lora_config, losses_of, start_of, training_arguments
 from .reward import RewardTrainer, start_at_mean_ratings
 
 logger = logging.getLogger(__name__)
@@ -52,12 +48,8 @@ def build_reward(recipe: Recipe, train: Dataset, held_out: Dataset | None, outpu
         )
     except LOAD_ERRORS as error:
         raise AlignError(f"{recipe.model.name}: the reward model cannot be set up: {error}") from error
-    trainer.add_callback(ReleaseFreed())
-    parameters = list(model.parameters())
-    facts["parameters"] = sum(p.numel() for p in parameters)
-    facts["trainable"] = sum(p.numel() for p in parameters if p.requires_grad)
     reference = {"kind": "none", "weights_sha256": None}
-    return Built(trainer, contextlib.nullcontext, {"model": facts, "reference": reference})
+    return built(trainer, contextlib.nullcontext, model=facts, reference=reference)
 
 
 def _model(recipe: Recipe, loss: Loss, train: Dataset) -> tuple[RewardModel, dict[str, Any]]:
@@ -65,12 +57,8 @@ def _model(recipe: Recipe, loss: Loss, train: Dataset) -> tuple[RewardModel, dic
     spec, reward = recipe.model, recipe.reward
     assert reward is not None
     path = locate(spec.name)
-    dtype, reason = _dtype(spec, reward.frozen)
-    options: dict[str, Any] = {"dtype": dtype}
-    if spec.attention != "auto":
-        options["attn_implementation"] = spec.attention
-    if spec.trust_remote_code:
-        options["trust_remote_code"] = True
+    dtype, facts = start_of(spec, reward.frozen)
+    options = backbone_options(spec, dtype)
     training: dict[str, Any] = {"frozen": reward.frozen}
     if spec.lora is not None:
         training["lora"] = lora_config(spec.lora)
@@ -108,16 +96,9 @@ def _model(recipe: Recipe, loss: Loss, train: Dataset) -> tuple[RewardModel, dic
         hashed = weights_hash((name, weight) for name, weight in weights if "lora_" not in name)
         if model.config.kind == "attributes":
             start_at_mean_ratings(model, train)
-    name = str(dtype).removeprefix("torch.")
-    facts = {
-        "name": spec.name,
-        **PUBLISHED.get(spec.name, {}),
-        "weights_sha256": hashed,
-        "dtype": name,
-        "dtype_reason": reason,
-        "attention": model.carrier.config._attn_implementation,
-        "reward": model.config.kind,
-    }
+    facts["weights_sha256"] = hashed
+    facts["attention"] = model.carrier.config._attn_implementation
+    facts["reward"] = model.config.kind
     return model, facts
 
 
@@ -140,8 +121,3 @@ def _continued(recipe: Recipe, model: RewardModel) -> RewardModel:
         if value is not None and value != has[key]:
             raise AlignError(f"{name}: its {key} is {has[key]}, and reward.{key} says {value}")
     return model
-
-
-def _dtype(spec: ModelSpec, frozen: bool) -> tuple[torch.dtype, str]:
-    """What the backbone is held in; the head is in float32 always."""
-    return resolve_dtype(spec.dtype) if frozen else weights_dtype(spec)

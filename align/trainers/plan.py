@@ -15,7 +15,7 @@ from align.losses.logprobs import TILE_ELEMENTS
 from align.models.hardware import resolve_dtype
 from align.models.load import locate
 
-from .build import lora_config, losses_of, weights_dtype
+from .build import lora_config, losses_of, start_of
 
 # Per token and layer, what the backward pass keeps, in units of the hidden and the intermediate size: inputs of the
 # norms, projections, rotations and of the attention; gate, up, their product and the activation.
@@ -69,7 +69,7 @@ def plan(recipe: Recipe, arguments: Any, row_lengths: list[int]) -> Plan:
             trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         elif recipe.reward is not None and recipe.reward.frozen:
             trainable = config.get_text_config().hidden_size * (recipe.reward.dimension or 1)
-    size = weights_dtype(spec)[0].itemsize
+    size = start_of(spec)[0].itemsize
     compute = resolve_dtype(spec.dtype)[0].itemsize
     text = config.get_text_config()
     # The longest rows of an epoch meet in some batch.
