@@ -330,7 +330,7 @@ def _goals(
         before,
         after,
         {name: (values[::2].numpy(), values[1::2].numpy()) for name, values in rewards.items()},
-        {name: (values[::2].numpy(), values[1::2].numpy()) for name, values in reward.good(columns).items()},
+        {name: (values[::2].numpy(), values[1::2].numpy()) for name, values in reward.good(prompts, columns).items()},
         kl=kl,
         settings={**spec.model_dump(), "prompts": len(ids), "temperature": 1.0},
     )

@@ -20,7 +20,8 @@ Its nodes, each a mapping with one key:
 
 A name alone (``"module:function"``, or the folder or hub id of a reward model) is that reward as it is.
 
-A rule may give None where it does not apply: the answer is then judged by the other rewards (``Expression.of``).
+A rule may give None where it does not apply. Where it gives None for all answers to a prompt, the other rewards judge
+them (``Expression.of``); where it judges some of them, the others have no value in the whole expression.
 """
 
 from __future__ import annotations

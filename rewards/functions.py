@@ -12,6 +12,7 @@ Rules and models are scored by ``align.rewards.scorers``.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
@@ -23,6 +24,8 @@ from torch import Tensor
 from .encoding import Content, plain
 from .expression import CannedReference, Expression, Part, parse_expression
 from .scorers import NO_COLUMNS, OF_TRL, RewardError, Scorer, load_scorer, of_rows
+
+logger = logging.getLogger(__name__)
 
 Rewards = list[float | None]
 
@@ -55,6 +58,7 @@ class RewardFunction:
         for part in expression.parts:
             part.check_reference(self.scorers[part.reward].compares)
         self.__name__ = expression.parts[0].name if len(expression.parts) == 1 else "combined"
+        self._warned = False
 
     @classmethod
     def of(cls, given: Any, **options: Any) -> RewardFunction:
@@ -74,12 +78,16 @@ class RewardFunction:
         log_metric: Callable[[str, float], None] | None = None,
         **columns: Any,
     ) -> Rewards:
-        """One number an answer; None where every rule gives None, which TRL leaves out.
+        """One number an answer, or None, which TRL leaves out of its group.
+
+        A rule that gives None for every answer to a prompt does not apply to the prompt: the other rewards judge it.
+        Where it judges other answers to the prompt, None is no value to combine, and the answer has none.
 
         Args:
             prompts, completions: text, or chat messages; the answers to one prompt next to each other.
             completion_ids: for rules that ask for them.
-            log_metric: TRL's; told each reward's mean, and the share of answers that reach its reference.
+            log_metric: TRL's; told each reward's mean, the share of answers that reach its reference, and the share
+                of answers, and of prompts with all their answers, that have no reward (``unrewarded``).
             columns: of the data, for references and for rules that ask for them by name; what else TRL gives, too.
 
         Raises:
@@ -87,13 +95,18 @@ class RewardFunction:
         """
         given = {**columns, "completion_ids": completion_ids, "log_metric": log_metric}
         found = self.columns(prompts, completions, {key: value for key, value in given.items() if value is not None})
+        rewards = self._combined(prompts, found)
+        unrewarded = [all(rewards[row] is None for row in rows) for rows in _same_prompt(prompts)]
+        self._warn_of(sum(unrewarded), len(unrewarded))
         if log_metric is not None:
             means = {f"rewards/{part.name}": found[part.name] for part in self.expression.parts}
-            means |= {f"good/{name}": values for name, values in self.good(found).items()}
+            means |= {f"good/{name}": values for name, values in self.good(prompts, found).items()}
+            means["unrewarded/answers"] = torch.tensor([reward is None for reward in rewards]).double()
+            means["unrewarded/prompts"] = torch.tensor(unrewarded).double()
             for name, values in means.items():
                 if len(there := values[~values.isnan()]):
                     log_metric(name, float(there.mean()))
-        return self._combined(found, len(prompts))
+        return rewards
 
     def columns(
         self, prompts: Sequence[Content], completions: Sequence[Content], given: Mapping[str, Any] = NO_COLUMNS
@@ -113,11 +126,11 @@ class RewardFunction:
                 found[column] = values
         return found
 
-    def good(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def good(self, prompts: Sequence[Content], columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Which answers reach each part's reference, 1 or 0, (N,) by name, and under ``all`` which reach them all.
 
-        NaN is where there is no reward. Parts without a reference are left out; ``all`` is there where two or more
-        have one.
+        NaN is where there is no reward, of ``all`` where the combination has none. Parts without a reference are left
+        out; ``all`` is there where two or more have one.
         """
         found: dict[str, Tensor] = {}
         for part in self.expression.parts:
@@ -127,23 +140,43 @@ class RewardFunction:
             reached = (columns[part.name] >= reference).double()
             found[part.name] = reached.masked_fill(columns[part.name].isnan(), math.nan)
         if len(found) > 1:
-            found["all"] = functools.reduce(lambda a, b: torch.fmin(a, b), found.values())  # fmin passes over NaN
+            least = functools.reduce(lambda a, b: torch.fmin(a, b), found.values())  # fmin passes over NaN
+            found["all"] = least.masked_fill(~self._judging(prompts, columns)[1], math.nan)
         return found
 
-    def _combined(self, found: Mapping[str, Tensor], count: int) -> Rewards:
-        """The goal of every answer, of the rewards that it has."""
+    def _judging(self, prompts: Sequence[Content], found: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Which parts judge each answer's prompt, (N, P), and whether the answer has all of their rewards, (N,)."""
+        there = torch.stack([~found[part.name].isnan() for part in self.expression.parts], 1)
+        judging = there.clone()
+        for rows in _same_prompt(prompts):
+            judging[rows] = there[rows].any(0)
+        return judging, (there == judging).all(1)
+
+    def _combined(self, prompts: Sequence[Content], found: Mapping[str, Tensor]) -> Rewards:
+        """The goal of every answer, of the rewards that judge its prompt."""
         names = [part.name for part in self.expression.parts]
-        there = torch.stack([~found[name].isnan() for name in names], 1)
-        values: Rewards = [None] * count
-        for pattern in {tuple(row) for row in there.tolist()}:
+        judging, complete = self._judging(prompts, found)
+        values: Rewards = [None] * len(prompts)
+        for pattern in {tuple(row) for row in judging.tolist()}:
             goal = self.expression.of([name for name, has in zip(names, pattern, strict=True) if has])
             if goal is None:
                 continue
-            rows = (there == torch.tensor(pattern)).all(1).nonzero()[:, 0]
+            rows = ((judging == torch.tensor(pattern)).all(1) & complete).nonzero()[:, 0]
             reached = goal({name: column[rows] for name, column in found.items() if not column[rows].isnan().any()})
             for row, value in zip(rows.tolist(), reached.tolist(), strict=True):
                 values[row] = value
         return values
+
+    def _warn_of(self, unrewarded: int, prompts: int) -> None:
+        if unrewarded and not self._warned:
+            self._warned = True
+            logger.warning(
+                "%s: no answer to %d of %d prompts has a reward, so that they teach nothing; said once, and counted "
+                "as unrewarded/prompts",
+                self.__name__,
+                unrewarded,
+                prompts,
+            )
 
     def _scored(
         self, name: str, prompts: Sequence[Content], completions: Sequence[Content], given: Mapping[str, Any]
@@ -165,13 +198,19 @@ class RewardFunction:
                     None, f"no column {column!r} with the references of {part.name}{made}; none is never taken as 0"
                 )
             return _tensor(values)
-        runs = [list(rows) for _, rows in groupby(range(len(prompts)), key=lambda row: prompts[row])]
+        own = {name: value for name, value in given.items() if name not in OF_TRL}  # that is of other answers
+        of_row = [(prompt, of_rows(own, [row], len(prompts))) for row, prompt in enumerate(prompts)]
+        runs = [list(rows) for _, rows in groupby(range(len(prompts)), key=lambda row: of_row[row])]
         firsts = [run[0] for run in runs]
         asked = [prompts[row] for row in firsts]
         answers = [as_answer(prompt, part.reference.answer) for prompt in asked]
-        own = {name: value for name, value in given.items() if name not in OF_TRL}  # that is of other answers
         canned = self._scored(part.reward, asked, answers, of_rows(own, firsts, len(prompts)))
         return canned.repeat_interleave(torch.tensor([len(run) for run in runs], dtype=torch.long))
+
+
+def _same_prompt(prompts: Sequence[Content]) -> list[list[int]]:
+    """Numbers of the answers to each prompt, which stand next to each other."""
+    return [list(rows) for _, rows in groupby(range(len(prompts)), key=lambda row: prompts[row])]
 
 
 def as_answer(prompt: Content, text: str) -> Content:

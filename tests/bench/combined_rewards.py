@@ -85,7 +85,7 @@ def main() -> None:
         asked = [prompts[number] for number in groups]
         texts = [as_answer(prompt, answer.text) for prompt, answer in zip(asked, answers, strict=True)]
         columns = reward.columns(asked, texts, {})
-        shares = {name: values.double().numpy() for name, values in reward.good(columns).items()}
+        shares = {name: values.double().numpy() for name, values in reward.good(asked, columns).items()}
         name = str(run) if adapted else "before"
         good[name] = shares["all"]
         print(f"\n{name}\n  KL, nats an answer    {shown(bootstrap_interval(nats, groups=groups), 1, 2)}")

@@ -59,6 +59,8 @@ def test_all_of_two_rules():
         "good/length": 0.5,
         "good/vowels": 0.5,
         "good/all": 0.5,
+        "unrewarded/answers": 0.0,
+        "unrewarded/prompts": 0.0,
     }
     assert reward.__name__ == "combined"
     assert reward.expression.data_columns == ("usual",)
@@ -69,7 +71,7 @@ def test_raw_sum_adds_rewards_and_its_references_judge_alone():
     reward = RewardFunction.of({"raw_sum": given}, scorers=SCORERS)
     assert reward(["p"], ["banana"]) == [6.0]
     columns = reward.columns(["p"], ["banana"], {})
-    assert {name: good.tolist() for name, good in reward.good(columns).items()} == {"length": [True]}
+    assert {name: good.tolist() for name, good in reward.good(["p"], columns).items()} == {"length": [True]}
 
 
 def test_a_name_alone_is_that_reward_as_text_and_as_messages():
@@ -188,23 +190,50 @@ def some(prompts, completions):
     return [None if "x" in text else float(len(text)) for text in completions]
 
 
-def test_an_answer_without_a_reward_is_judged_by_the_others():
-    """Of the second answer length says nothing: vowels alone, log sigmoid(1 - 2). Of the third neither does: None."""
-    scorers = {**SCORERS, "m:some": RuleReward(some), "m:none": RuleReward(lambda p, c: [None] * len(c))}
-    parts = [{"lsc": {"reward": "m:some", "reference": 3}}, {"lsc": {"reward": "m:vowels", "reference": 2}}]
-    reward = RewardFunction.of({"all_of": parts}, scorers=scorers)
+PARTS = [{"lsc": {"reward": "m:some", "reference": 3}}, {"lsc": {"reward": "m:vowels", "reference": 2}}]
+SOME = {**SCORERS, "m:some": RuleReward(some), "m:none": RuleReward(lambda p, c: [None] * len(c))}
+
+
+@pytest.mark.parametrize("kind", ["all_of", "any_of"])
+def test_an_answer_without_one_of_its_prompt_s_rewards_has_no_value(kind):
+    """Length says nothing of "axz", and something of "cat": by vowels alone "axz" would be better than "cat"."""
+    reward = RewardFunction.of({kind: PARTS}, scorers=SOME)
     logged = {}
     found = reward(["p"] * 2, ["cat", "axz"], log_metric=lambda name, value: logged.update({name: value}))
-    assert found == pytest.approx([math.log(0.5) + math.log(1 / (1 + math.e)), math.log(1 / (1 + math.e))])
-    assert logged["rewards/some"] == 3.0
-    assert (logged["good/some"], logged["good/all"]) == (1.0, 0.0)
-    assert RewardFunction.of({"raw_sum": ["m:some", "m:none"]}, scorers=scorers)(["p"] * 2, ["ox", "on"]) == [
+    alone = reward(["p"], ["cat"])
+    assert found == [*alone, None]
+    assert (logged["rewards/some"], logged["good/some"]) == (3.0, 1.0)
+    assert logged["good/all"] == 0.0  # of "cat" alone, which has one vowel of two
+    assert (logged["unrewarded/answers"], logged["unrewarded/prompts"]) == (0.5, 0.0)
+    assert RewardFunction.of({"raw_sum": ["m:some", "m:vowels"]}, scorers=SOME)(["p"] * 2, ["cat", "axz"]) == [
+        4.0,
         None,
-        2.0,
     ]
-    weighted = {"weighted": [{"weight": 2, **parts[0]}, {"weight": 3, "not": parts[1]}]}
-    found = RewardFunction.of(weighted, scorers=scorers)(["p"], ["axz"])
+
+
+def test_a_rule_that_gives_no_answer_to_a_prompt_a_reward_leaves_it_to_the_others():
+    """Of prompt p both answers have an x: vowels alone, log sigmoid(1 - 2) and log sigmoid(2 - 2). Of q all count."""
+    reward = RewardFunction.of({"all_of": PARTS}, scorers=SOME)
+    found = reward(["p", "p", "q"], ["axz", "axe", "cat"])
+    one = math.log(1 / (1 + math.e))
+    assert found == pytest.approx([one, math.log(0.5), math.log(0.5) + one])
+    good = reward.good(["p", "p", "q"], reward.columns(["p", "p", "q"], ["axz", "axe", "cat"]))
+    assert good["all"].tolist() == [0.0, 1.0, 0.0]
+    weighted = {"weighted": [{"weight": 2, **PARTS[0]}, {"weight": 3, "not": PARTS[1]}]}
+    found = RewardFunction.of(weighted, scorers=SOME)(["p"], ["axz"])
     assert found == pytest.approx([3 * math.log(1 / (1 + math.exp(-1)))])
+
+
+def test_prompts_without_any_reward_are_counted_and_said_once(caplog):
+    logged = []
+    reward = RewardFunction.of({"raw_sum": ["m:some", "m:none"]}, scorers=SOME)
+    for _ in range(2):
+        found = reward(["p", "p", "q"], ["ox", "axe", "on"], log_metric=lambda *one: logged.append(one))
+        assert found == [None, None, 2.0]
+    assert [value for name, value in logged if name == "unrewarded/prompts"] == [0.5, 0.5]
+    assert [record.getMessage().partition(",")[0] for record in caplog.records] == [
+        "combined: no answer to 1 of 2 prompts has a reward"
+    ]
 
 
 def test_a_canned_answer_is_the_reference():
@@ -217,6 +246,8 @@ def test_a_canned_answer_is_the_reference():
     reward = RewardFunction.of(given, scorers={"m:shifted": RuleReward(shifted)})
     found = reward.columns(["p", "p", "q"], ["a", "bcd", "ef"], {"shift": [10, 10, 20]})
     assert found["shifted_reference"].tolist() == [12, 12, 22]
+    found = reward.columns(["p", "p"], ["a", "b"], {"shift": [10, 20]})  # two rows of the data with one prompt
+    assert found["shifted_reference"].tolist() == [12, 22]
     assert reward([CHAT], [answer("ab")], shift=[1]) == pytest.approx([math.log(0.5)])
     with pytest.raises(RewardError, match="m:shifted: the rule asks for column shift"):
         reward(["p"], ["a"])
@@ -238,7 +269,7 @@ def test_a_tie_with_a_sampled_reference_is_one_half():
     given = {"lsc": {"reward": "m:six", "reference": {"quantile": 0.5}}}
     reward = RewardFunction.of(given, scorers={"m:six": RuleReward(lambda p, c: [0.6] * len(c))})
     assert reward(["p"], ["a"], six_reference=[0.6]) == [math.log(0.5)]
-    assert reward.good(reward.columns(["p"], ["a"], {"six_reference": [0.6]}))["six"].tolist() == [1.0]
+    assert reward.good(["p"], reward.columns(["p"], ["a"], {"six_reference": [0.6]}))["six"].tolist() == [1.0]
 
 
 @pytest.mark.parametrize("reference", [{"quantile": 0.5}, {"canned": "No"}, {"regression": "some.jsonl"}])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from datasets import Dataset
@@ -58,6 +60,19 @@ def test_log_probs_entropies_and_gradients_equal_trls(trainer):
         found.append([logps * kept, entropies.detach() * kept, *gradients])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_an_answer_without_a_reward_moves_nothing_and_no_average(trainer, caplog):
+    """Of rewards None, 0, 1 and 5 the mean is 2: advantages 0, -2, -1 and 3. Of a prompt with None alone all are 0."""
+    trainer.num_generations, trainer.scale_rewards = 4, "none"
+    values = iter([[None, 0.0, 1.0, 5.0], [None] * 4])
+    trainer.reward.scorers["m:length"] = RuleReward(lambda prompts, answers: next(values))
+    caplog.set_level(logging.WARNING)
+    for expected in ([0.0, -2.0, -1.0, 3.0], [0.0] * 4):
+        found = trainer._generate_and_score_completions([{"prompt": "one"}] * 4)
+        assert found["advantages"].tolist() == expected
+    assert [record.getMessage().partition(" ")[0] for record in caplog.records] == ["length:"]
+    assert trainer._metrics["train"]["unrewarded/answers"] == [0.25, 1.0]
 
 
 def test_a_rule_that_takes_every_column_gets_them(tmp_path):
