@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkProcess
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -13,7 +17,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from align.losses import LOSSES
@@ -89,3 +95,64 @@ def tiny_model_dir(
     make_tiny_model().save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+def alone(function: Callable[[], Any]) -> None:
+    """In a forked process: as if it had been started anew, on one thread, and not yet been a part of any group."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    torch.set_num_threads(1)
+    function()
+
+
+class Forked(ForkProcess):
+    """A process of its own that has imported what this one has, which takes a command seconds to do.
+
+    Its standard error goes to the file ``said``. Ctrl-C interrupts it.
+    """
+
+    def __init__(self, function: Callable[[], Any], said: Path) -> None:
+        super().__init__(target=alone, args=(function,))
+        self.said = said
+
+    def run(self) -> None:
+        os.dup2(os.open(self.said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        sys.stderr = os.fdopen(2, "w", buffering=1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        super().run()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """This process computes as a forked one does, to the last bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fork(tmp_path: Path, one_thread: None) -> Iterator[Callable[[Callable[[], Any]], Forked]]:
+    """``fork(function)`` runs it in a process of its own, which the test may kill."""
+    started: list[Forked] = []
+
+    def start(function: Callable[[], Any]) -> Forked:
+        started.append(Forked(function, tmp_path / f"said-{len(started)}"))
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+@pytest.fixture
+def two_processes(one_thread: None) -> Callable[[Callable[[], Any]], None]:
+    """``two_processes(function)`` runs it in both processes of a group over gloo, by the launcher that torchrun calls."""
+
+    def launch(function: Callable[[], Any]) -> None:
+        settings = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "test", "max_restarts": 0}
+        elastic_launch(LaunchConfig(1, 1, 2, start_method="fork", **settings), alone)(function)
+
+    return launch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,19 +51,14 @@ def longer(prompts, completions):
 """
 
 
-@pytest.fixture
-def write_recipe(
-    tmp_path: Path, tiny_model_dir: Path, pairs_file: Path, heldout_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Path]:
-    """``write_recipe(loss={"beta": 1.0}, ...)`` writes a recipe of six steps on the tiny model and gives its path.
+@pytest.fixture(scope="session")
+def recipe_in(tiny_model_dir: Path, pairs_file: Path, heldout_file: Path) -> Callable[..., Path]:
+    """``recipe_in(folder, loss={"beta": 1.0}, ...)`` writes a recipe of six steps on the tiny model, gives its path.
 
-    Its reward is a rule of the user's own, in a module on PYTHONPATH.
+    Its reward is a rule of the user's own, in a module that stands beside it.
     """
-    (tmp_path / "users_rule.py").write_text(RULE, encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
-    def write(name: str = "recipe.yaml", **changes: Any) -> Path:
+    def write(folder: Path, name: str = "recipe.yaml", **changes: Any) -> Path:
         recipe: dict[str, Any] = {
             "method": "ln_dpo",
             "model": {"name": str(tiny_model_dir), "dtype": "float32", "lora": {"r": 4}},
@@ -70,17 +66,27 @@ def write_recipe(
             "loss": {"beta": 5.0},
             "training": {"learning_rate": 5.0e-3, "max_steps": 6, "per_device_train_batch_size": 4, "save_steps": 2},
             "generation": {"reward": "users_rule:longer", "prompts": 8, "max_new_tokens": 12},
-            "output": str(tmp_path / "run"),
+            "output": str(folder / "run"),
         }
         for key, value in changes.items():
             recipe[key] = (
                 {**recipe[key], **value} if isinstance(value, dict) and isinstance(recipe.get(key), dict) else value
             )
-        path = tmp_path / name
+        (folder / "users_rule.py").write_text(RULE, encoding="utf-8")
+        path = folder / name
         path.write_text(yaml.safe_dump({k: v for k, v in recipe.items() if v is not None}), encoding="utf-8")
         return path
 
     return write
+
+
+@pytest.fixture
+def write_recipe(
+    tmp_path: Path, recipe_in: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """``write_recipe(loss={"beta": 1.0}, ...)`` is ``recipe_in`` the test's own folder, which is on the path."""
+    monkeypatch.syspath_prepend(tmp_path)
+    return partial(recipe_in, tmp_path)
 
 
 @pytest.fixture(scope="session")

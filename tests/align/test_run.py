@@ -6,15 +6,16 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from align.cli import main
 from align.config.load import load_recipe
 from align.errors import AlignError
 from align.models.fingerprint import weights_hash
@@ -31,8 +32,19 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_leaves_everything_that_the_design_names(write_recipe, tiny_model_dir):
-    folder = run(write_recipe(tracking={"wandb": {"mode": "offline", "project": "test"}}))
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, recipe_in) -> Path:
+    """A recipe of a run that is finished, in the folder ``run`` beside it; no test changes it."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        path = recipe_in(folder, tracking={"wandb": {"mode": "offline", "project": "test"}})
+        run(path)
+    return path
+
+
+def test_a_run_leaves_everything_that_the_design_names(finished, tiny_model_dir):
+    folder = finished.parent / "run"
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["status"] == "finished"
     base, _ = load_model(str(tiny_model_dir), dtype="float32")
@@ -66,8 +78,8 @@ def test_a_run_leaves_everything_that_the_design_names(write_recipe, tiny_model_
         assert (folder / name).stat().st_size > 0, name
 
 
-def test_the_merged_model_is_base_plus_adapter(write_recipe):
-    folder = run(write_recipe(evals=[]))
+def test_the_merged_model_is_base_plus_adapter(finished):
+    folder = finished.parent / "run"
     merged, _ = load_model(str(folder / "merged"), dtype="float32")
     adapted = load_run(str(folder), dtype="float32").model
     ids = torch.tensor([[5, 6, 7, 8]])
@@ -87,12 +99,10 @@ def test_full_training_without_an_adapter(write_recipe):
     assert not (folder / "merged").exists()
 
 
-def test_a_trained_adapter_is_continued_against_a_copy_of_itself(write_recipe, tmp_path):
-    first = run(write_recipe(evals=[]))
+def test_a_trained_adapter_is_continued_against_a_copy_of_itself(finished, write_recipe):
+    first = finished.parent / "run"
     path = write_recipe(
-        "again.yaml",
         model={"lora": None, "adapter": str(first / "adapter")},
-        output=str(tmp_path / "again"),
         evals=["displacement"],
         training={"max_steps": 2},
     )
@@ -124,13 +134,12 @@ def test_a_reference_free_loss_is_still_compared_with_the_untrained_model(write_
     assert change["value"] < 0
 
 
-def test_a_finished_run_is_not_overwritten(write_recipe):
-    path = write_recipe(evals=[])
-    run(path)
+def test_a_finished_run_is_not_overwritten(finished, monkeypatch):
+    monkeypatch.syspath_prepend(finished.parent)  # its reward
     with pytest.raises(AlignError, match="finished"):
-        run(path)
+        run(finished)
     with pytest.raises(AlignError, match="another recipe"):
-        run(path, "loss.beta=2.0")
+        run(finished, "loss.beta=2.0")
 
 
 def test_too_many_bad_rows_stop_the_run_and_are_kept(write_recipe, tmp_path):
@@ -147,31 +156,25 @@ def test_too_many_bad_rows_stop_the_run_and_are_kept(write_recipe, tmp_path):
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "failed"
 
 
-def command(path: Path) -> list[str]:
-    code = "import sys; from align.cli import main; sys.exit(main())"
-    return [sys.executable, "-c", code, "train", str(path)]
-
-
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+def wait_for_step(folder: Path, step: int, process: Any) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        if (folder / "metrics.jsonl").exists() and f'"step": {step}' in (folder / "metrics.jsonl").read_text():
+        if (folder / "metrics.jsonl").exists() and f'"step": {step},' in (folder / "metrics.jsonl").read_text():
             return
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
+        assert process.is_alive(), process.said.read_text()
+        time.sleep(0.01)
     raise AssertionError(f"step {step} was not reached")
 
 
-def test_killed_at_a_random_step_and_gone_on_equals_uninterrupted(write_recipe, tmp_path):
+def test_killed_at_a_random_step_and_gone_on_equals_uninterrupted(write_recipe, tmp_path, fork):
     """Kill -9, then the same command: adapter and metrics are those of a run that nobody killed, bit for bit."""
-    settings = {"training": {"max_steps": 40, "save_steps": 5}, "evals": []}
+    settings = {"training": {"max_steps": 20, "save_steps": 4}, "evals": []}
     whole = run(write_recipe("whole.yaml", **settings, output=str(tmp_path / "whole")))
     path = write_recipe("killed.yaml", **settings, output=str(tmp_path / "killed"))
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(command(path), stderr=subprocess.PIPE, text=True, env=environment)
-    wait_for_step(tmp_path / "killed", random.Random().randint(6, 36), process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process = fork(lambda: run(path))
+    wait_for_step(tmp_path / "killed", random.Random().randint(5, 17), process)
+    process.kill()
+    process.join()
     assert json.loads((tmp_path / "killed" / "manifest.json").read_text())["status"] == "running"
 
     killed = run(path)
@@ -188,13 +191,15 @@ def test_killed_at_a_random_step_and_gone_on_equals_uninterrupted(write_recipe, 
     assert logs[0] == logs[1]
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(write_recipe, tmp_path):
+def test_ctrl_c_saves_and_says_how_to_go_on(write_recipe, tmp_path, fork, monkeypatch):
     path = write_recipe(training={"max_steps": 4000, "save_steps": 2000}, evals=[])
-    process = subprocess.Popen(command(path), stderr=subprocess.PIPE, text=True)
+    monkeypatch.setattr(sys, "argv", ["align", "train", str(path)])
+    process = fork(lambda: sys.exit(main()))
     wait_for_step(tmp_path / "run", 3, process)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130
+    errors = process.said.read_text()
     assert "stopping after this step" in errors
     assert "is saved; to go on from there" in errors
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "interrupted"

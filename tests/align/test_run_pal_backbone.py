@@ -16,22 +16,23 @@ from align.rewards.pal_model import PalRewardModel
 from align.run import train
 
 
-@pytest.fixture
-def recipe_path(tmp_path: Path, tiny_model_dir: Path, judge) -> Path:
+@pytest.fixture(scope="module")
+def recipe_path(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, judge) -> Path:
+    folder = tmp_path_factory.mktemp("judged")
     known = {f"ann-{number}": number < 4 for number in range(7)}
-    judge(tmp_path / "train.jsonl", known, 8, 0)
-    judge(tmp_path / "heldout.jsonl", {**known, "eve": True, "mallory": False}, 10, 30)
+    judge(folder / "train.jsonl", known, 8, 0)
+    judge(folder / "heldout.jsonl", {**known, "eve": True, "mallory": False}, 10, 30)
     recipe: dict[str, Any] = {
         "method": "pal",
         "model": {"name": str(tiny_model_dir), "dtype": "float32", "lora": {"r": 4}},
-        "data": {"train": str(tmp_path / "train.jsonl"), "eval": str(tmp_path / "heldout.jsonl"), "max_length": 64},
+        "data": {"train": str(folder / "train.jsonl"), "eval": str(folder / "heldout.jsonl"), "max_length": 64},
         "pal": {
             "dimension": 8,
             "epochs": 40,
             "batch_size": 32,
             "learning_rate": 3e-3,
             "shots": [1, 4],
-            "cache": str(tmp_path / "cache"),
+            "cache": str(folder / "cache"),
         },
         "training": {
             "max_steps": 6,
@@ -40,9 +41,9 @@ def recipe_path(tmp_path: Path, tiny_model_dir: Path, judge) -> Path:
             "save_steps": 2,
             "save_total_limit": 3,
         },
-        "output": str(tmp_path / "run"),
+        "output": str(folder / "run"),
     }
-    path = tmp_path / "recipe.yaml"
+    path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return path
 
@@ -56,10 +57,17 @@ def results(folder: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("override", ["model.lora.r=4", "model.lora=null"])
-def test_from_recipe_to_report(recipe_path: Path, tmp_path: Path, tiny_model_dir: Path, override: str):
+@pytest.fixture(scope="module")
+def whole(recipe_path: Path) -> Path:
+    """A run that nobody stopped."""
+    return run(recipe_path, f"output={recipe_path.parent / 'whole'}")
+
+
+@pytest.mark.parametrize("kind", ["adapter", "full"])
+def test_from_recipe_to_report(recipe_path: Path, whole: Path, tmp_path: Path, tiny_model_dir: Path, kind: str):
     """Opposed groups of 4 : 3, sure labels: one reward for all is right in 4/7 at most."""
-    folder = run(recipe_path, override, "pal.frozen=false")
+    full = ["model.lora=null", "pal.frozen=false", f"output={tmp_path / 'run'}"]
+    folder = whole if kind == "adapter" else run(recipe_path, *full)
     found = results(folder)
     values = {name: metric["value"] for name, metric in found["metrics"].items()}
     assert values["seen/accuracy/PAL"] >= 0.9
@@ -82,7 +90,9 @@ def test_from_recipe_to_report(recipe_path: Path, tmp_path: Path, tiny_model_dir
         if not torch.equal(weight, plain.carrier.model.state_dict()[name])
     ]
     assert moved, "gradients reached the backbone"
-    rows = [json.loads(line) for line in (tmp_path / "heldout.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line) for line in (recipe_path.parent / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     mine = [row for row in rows if row["annotator"] == "ann-0"]
     prompts = [row["prompt"] for row in mine]
     gap = model.rewards(prompts, [r["chosen"] for r in mine]) - model.rewards(prompts, [r["rejected"] for r in mine])
@@ -90,12 +100,12 @@ def test_from_recipe_to_report(recipe_path: Path, tmp_path: Path, tiny_model_dir
     assert float((gap > 0).float().mean()) == line["PAL"]
 
 
-def test_an_interrupted_run_goes_on(recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_interrupted_run_goes_on(recipe_path: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Stopped in training, and again in the comparison: the numbers and the weights are those of one run."""
     import align.run_pal
     from align.trainers.pal_backbone import PalTrainer
 
-    whole = run(recipe_path, f"output={tmp_path / 'whole'}")
+    output = f"output={tmp_path / 'run'}"
     step = PalTrainer.training_step
 
     def stopping(self: PalTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -106,7 +116,7 @@ def test_an_interrupted_run_goes_on(recipe_path: Path, tmp_path: Path, monkeypat
 
     monkeypatch.setattr(PalTrainer, "training_step", stopping)
     with pytest.raises(KeyboardInterrupt):
-        run(recipe_path)
+        run(recipe_path, output)
     monkeypatch.setattr(PalTrainer, "training_step", step)
     real = align.run_pal.build_reward
 
@@ -115,10 +125,10 @@ def test_an_interrupted_run_goes_on(recipe_path: Path, tmp_path: Path, monkeypat
 
     monkeypatch.setattr(align.run_pal, "build_reward", stopped)
     with pytest.raises(KeyboardInterrupt):
-        run(recipe_path)
+        run(recipe_path, output)
     assert (tmp_path / "run" / "compared" / "one group" / "checkpoint-6").is_dir()
     monkeypatch.setattr(align.run_pal, "build_reward", real)
-    folder = run(recipe_path)
+    folder = run(recipe_path, output)
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps))
     first, second = (PalRewardModel.from_pretrained(path / "model").state_dict() for path in (whole, folder))
@@ -126,7 +136,7 @@ def test_an_interrupted_run_goes_on(recipe_path: Path, tmp_path: Path, monkeypat
     assert results(folder)["metrics"].keys() == results(whole)["metrics"].keys()
 
 
-def test_a_dry_run_shows_the_steps(recipe_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_dry_run_shows_the_steps(recipe_path: Path, capsys: pytest.CaptureFixture[str]):
     train(load_recipe(str(recipe_path)), source="", command=[], dry_run=True)
     assert "6 steps of 14" in capsys.readouterr().out
-    assert not (tmp_path / "run").exists()
+    assert not (recipe_path.parent / "run").exists()

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
+import os
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.losses.binary import RewardShift
+from align.losses.binary import RewardShift, kto_kl
+from align.losses.types import SequenceLogps
 
 REWARDS = [0.8, -0.2, 1.5, -0.4, 0.3]
 UP = [True, True, True, False, False]
@@ -167,37 +169,28 @@ def test_bad_input_to_the_shift(call, words):
     assert words in str(error.value)
 
 
-# Each process: its share of three batches (of the last, none for one of them), then a batch that is bad on process 1.
-SCRIPT = """
-import json, sys
-import torch
-import torch.distributed as dist
-from align.losses.binary import RewardShift, kto_kl
-from align.losses.types import SequenceLogps
-
-rank, store = int(sys.argv[1]), sys.argv[2]
-shares = json.loads(sys.argv[3])[rank]
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-found = {}
-for mode in ("balanced_ema", "pooled"):
-    shift = RewardShift(mode)
-    found[mode] = []
-    for rewards, up in shares:
-        shift.update(torch.tensor(rewards, dtype=torch.float64), torch.tensor(up, dtype=torch.bool))
-        found[mode].append(shift.value.item())
-    try:
-        shift.update(torch.tensor([0.5, float("nan") if rank else 0.7]), torch.tensor([True, False]))
-    except ValueError as error:
-        found[mode] += [str(error), shift.value.item()]
-ratio = torch.tensor(shares[0][0], dtype=torch.float64)
-length = torch.ones(len(ratio))
-found["kl"] = kto_kl(SequenceLogps(ratio, length), SequenceLogps(0 * ratio, length)).item()
-print(json.dumps(found))
-dist.destroy_process_group()
-"""
+def shares_of(rank: int, batches: list[tuple[list[float], list[bool]]]) -> dict[str, Any]:
+    """In each process: its share of three batches (of the last, none for one of them), then one bad on process 1."""
+    dist.init_process_group("gloo")
+    found: dict[str, Any] = {}
+    for mode in ("balanced_ema", "pooled"):
+        shift = RewardShift(mode)
+        found[mode] = []
+        for rewards, up in batches:
+            shift.update(tensor(*rewards), torch.tensor(up, dtype=torch.bool))
+            found[mode].append(shift.value.item())
+        try:
+            shift.update(tensor(0.5, math.nan if rank else 0.7), torch.tensor([True, False]))
+        except ValueError as error:
+            found[mode] += [str(error), shift.value.item()]
+    ratio = tensor(*batches[0][0])
+    length = torch.ones(len(ratio))
+    found["kl"] = kto_kl(SequenceLogps(ratio, length), SequenceLogps(0 * ratio, length)).item()
+    dist.destroy_process_group()
+    return found
 
 
-def test_two_processes_equal_one(tmp_path):
+def test_two_processes_equal_one(tmp_path, two_processes):
     """The shares differ in size and in what thumbs they hold: sums and counts are added up, not means."""
     batches = [(REWARDS, UP), ([1.0, 0.0, -0.5], [True, False, False]), ([2.0, -1.0], [True, True])]
     cuts = [2, 1, 2]
@@ -205,14 +198,13 @@ def test_two_processes_equal_one(tmp_path):
         [(r[:cut], up[:cut]) for (r, up), cut in zip(batches, cuts, strict=True)],
         [(r[cut:], up[cut:]) for (r, up), cut in zip(batches, cuts, strict=True)],
     ]
-    command = [sys.executable, "-c", SCRIPT]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "store"), json.dumps(shares)], stdout=subprocess.PIPE, text=True
-        )
-        for rank in (0, 1)
-    ]
-    found = [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in processes]
+
+    def each() -> None:
+        rank = int(os.environ["RANK"])
+        (tmp_path / f"{rank}.json").write_text(json.dumps(shares_of(rank, shares[rank])))
+
+    two_processes(each)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     for mode in ("balanced_ema", "pooled"):
         one = [shift_of(mode, *batches[:n]) for n in (1, 2, 3)]
         for rank, reason in enumerate(("of another process", "rewards[1] is nan: it must be finite")):

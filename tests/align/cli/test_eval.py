@@ -18,11 +18,12 @@ Align = Callable[..., Result]
 OPTIONS = ("--suite", "displacement", "--data")
 
 
-@pytest.fixture
-def run(write_recipe: Callable[..., Path]) -> Path:
-    """Six steps with checkpoints at 2, 4 and 6, evaluated on the held-out pairs."""
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, recipe_in: Callable[..., Path]) -> Path:
+    """Six steps with checkpoints at 2, 4 and 6, evaluated on the held-out pairs; no test changes it."""
     settings = {"training": {"save_total_limit": 3}, "generation": None, "evals": ["displacement"]}
-    return train(load_recipe(str(write_recipe(**settings)), []), source="r", command=[])
+    recipe = recipe_in(tmp_path_factory.mktemp("evaluated"), **settings)
+    return train(load_recipe(str(recipe), []), source="r", command=[])
 
 
 def evaluated(align: Align, *words: Any, output: Path) -> tuple[dict[str, Any], str]:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -317,17 +314,20 @@ def test_the_command(align: Callable[..., Any], source: Path, tiny_model_dir: Pa
     assert "did you mean ches?" in wrong.stderr
 
 
-def test_two_processes_write_the_file_of_one(source: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
-    """By torchrun, over gloo: 720 rows in three shards, of which the first process scores two."""
+def test_two_processes_write_the_file_of_one(
+    source: Path, tiny_model_dir: Path, tmp_path: Path, align: Callable[..., Any], two_processes: Callable[..., None]
+) -> None:
+    """As torchrun has them, over gloo: 720 rows in three shards, of which the first process scores two."""
     rows = source.read_text(encoding="utf-8")
     source.write_text("".join(rows.replace(" the", f" the{n}") for n in range(24)), encoding="utf-8")  # three shards
-    command = ["score", str(source), "--with", "ches,ches_ln,logps", "--model", str(tiny_model_dir)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    one = [sys.executable, "-m", "align"]
-    two = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "align"]
-    outputs = {}
-    for name, launcher in (("one", one), ("two", two)):
-        output = outputs[name] = tmp_path / f"{name}.jsonl"
-        subprocess.run([*launcher, *command, "-o", str(output)], env=environment, check=True, capture_output=True)
-    assert outputs["one"].read_bytes() == outputs["two"].read_bytes()
-    assert len(outputs["one"].read_text(encoding="utf-8").splitlines()) == 24 * 30
+
+    def score(output: str) -> None:
+        words = ("--with", "ches,ches_ln,logps", "--model", tiny_model_dir, "-o", tmp_path / output)
+        done = align("score", source, *words)
+        assert done.exit_code == 0, done.output
+
+    score("one.jsonl")
+    two_processes(lambda: score("two.jsonl"))
+    one, two = ((tmp_path / f"{name}.jsonl").read_bytes() for name in ("one", "two"))
+    assert one == two
+    assert len(one.splitlines()) == 24 * 30

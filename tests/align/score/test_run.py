@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +15,7 @@ from align.data.rows import row_id
 from align.errors import AlignError, ConfigError
 from align.score.rows import ScoreRow
 from align.score.run import Outcome, score_data, score_rows
-from align.score.scorers import Scored, by_answer
+from align.score.scorers import RuleScorer, Scored, by_answer
 
 
 class Letters:
@@ -217,33 +213,38 @@ import os, time
 def slow(prompts, completions):
     with open(os.environ["SEEN"], "a") as file:
         file.writelines(prompt + "\\n" for prompt in prompts)
-    time.sleep(0.15)
+    time.sleep(0.05)
     return [float(len(text)) for text in completions]
 """
-PROGRAM = """
-import sys
-from pathlib import Path
-from align.score.run import score_data
-from align.score.scorers import RuleScorer
-score_data(sys.argv[1], [RuleScorer("slow", "slowly:slow")], Path(sys.argv[2]), batch_size=2, shard_rows=4)
-"""
 
 
-def test_kill_9_loses_and_doubles_nothing(tmp_path: Path) -> None:
+@pytest.fixture
+def score_slowly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, Path], None]:
+    """A rule of the user's own, which takes its time and keeps what it was given in the file ``seen``."""
+    (tmp_path / "slowly.py").write_text(RULE, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
+
+    def score(source: Path, output: Path) -> None:
+        score_data(str(source), [RuleScorer("slow", "slowly:slow")], output, batch_size=2, shard_rows=4)
+
+    return score
+
+
+def test_kill_9_loses_and_doubles_nothing(
+    tmp_path: Path, score_slowly: Callable[..., None], fork: Callable[..., Any]
+) -> None:
     """Killed without warning in the middle: the second run scores what is not on disk, at most a shard twice."""
     source = write(tmp_path / "in.jsonl", [{"prompt": f"p{n}", "completion": "x" * n} for n in range(1, 41)])
-    (tmp_path / "slowly.py").write_text(RULE, encoding="utf-8")
     seen, output = tmp_path / "seen", tmp_path / "out.jsonl"
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "SEEN": str(seen)}
-    command = [sys.executable, "-c", PROGRAM, str(source), str(output)]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    process = fork(lambda: score_slowly(source, output))
     while not seen.exists() or len(seen.read_text().splitlines()) < 14:
-        assert process.poll() is None
+        assert process.is_alive(), process.said.read_text()
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not output.exists()
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    score_slowly(source, output)
     assert [row["slow_completion"] for row in read(output)] == [float(n) for n in range(1, 41)]
     prompts = seen.read_text().splitlines()
     assert set(prompts) == {f"p{n}" for n in range(1, 41)}
@@ -252,15 +253,12 @@ def test_kill_9_loses_and_doubles_nothing(tmp_path: Path) -> None:
     assert len(prompts) - 40 <= 4
 
 
-def test_two_processes_write_the_file_of_one(tmp_path: Path) -> None:
+def test_two_processes_write_the_file_of_one(
+    tmp_path: Path, score_slowly: Callable[..., None], two_processes: Callable[..., None]
+) -> None:
     source = write(tmp_path / "in.jsonl", [{"prompt": f"p{n}", "completion": "x" * n} for n in range(1, 23)])
-    (tmp_path / "slowly.py").write_text(RULE, encoding="utf-8")
-    (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "SEEN": str(tmp_path / "seen"), "OMP_NUM_THREADS": "1"}
     alone, both = tmp_path / "alone.jsonl", tmp_path / "both.jsonl"
-    program = [str(tmp_path / "program.py"), str(source)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    subprocess.run([*torchrun, *program, str(both)], env=environment, check=True, capture_output=True)
+    two_processes(lambda: score_slowly(source, both))
     assert sorted((tmp_path / "seen").read_text().splitlines()) == sorted(f"p{n}" for n in range(1, 23))
-    subprocess.run([sys.executable, *program, str(alone)], env=environment, check=True, capture_output=True)
+    score_slowly(source, alone)
     assert both.read_bytes() == alone.read_bytes()
