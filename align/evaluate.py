@@ -308,7 +308,6 @@ def _goals(
         data = with_references(
             data,
             reward,
-            held_out.table.source,
             untrained,
             tokenizer,
             run / REFERENCES,

@@ -41,6 +41,7 @@ from align.tracking.run_folder import RunFolder
 from align.tracking.telemetry import disable_telemetry
 from align.tracking.wandb import WandbMirror
 from align.trainers.build import build, training_arguments
+from align.trainers.grpo import check_prompts
 from align.trainers.interrupt import interruptible
 from align.trainers.plan import plan
 
@@ -202,6 +203,8 @@ def show_plan(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
         rows = chosen.expected() or total
         count = rows * (len(lengths) // total)  # in grpo a row has several answers
         lengths = [lengths[place * len(lengths) // count] for place in range(count)]
+    if recipe.grpo is not None:
+        check_prompts(rows, arguments, recipe.data.train)
     planned = plan(recipe, arguments, lengths)
     out.print(
         f"{rows:,} rows · {planned.steps:,} steps of {planned.pairs_per_step} "

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -217,6 +217,23 @@ def load_scorer(name: str, *, batch_size: int = 16) -> Scorer:
     from .pal_model import load_reward_model  # transformers: not for rules
 
     return ModelReward(load_reward_model(name), batch_size)
+
+
+def asked_columns(rewards: Iterable[str]) -> tuple[dict[str, str | None], bool]:
+    """What rules among ``rewards`` read of the data: columns by name, and whether one of them reads every column.
+
+    Each column stands with a rule that cannot do without it, or None.
+
+    Raises:
+        ValueError: no such rule.
+    """
+    rules = {name: RuleReward(load_reward(name)) for name in rewards if is_rule(name)}
+    columns: dict[str, str | None] = {}
+    for name, rule in rules.items():
+        for column, needed in rule.columns.items():
+            if column not in OF_TRL and columns.get(column) is None:
+                columns[column] = name if needed else None
+    return columns, any(rule.takes_all for rule in rules.values())
 
 
 def group_log_odds(

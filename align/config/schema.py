@@ -371,8 +371,11 @@ class Recipe(Section):
             return None
         from align.data.prompts import PromptRules
         from align.rewards.expression import parse_expression
+        from align.rewards.scorers import asked_columns
 
-        return PromptRules(parse_expression(self.grpo.rewards).data_columns, self.grpo.max_completion_length)
+        expression = parse_expression(self.grpo.rewards)
+        columns, every = asked_columns(part.reward for part in expression.parts)
+        return PromptRules(expression.data_columns, self.grpo.max_completion_length, columns, every)
 
     @property
     def terms(self) -> list[LossTerm]:

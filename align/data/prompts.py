@@ -2,19 +2,20 @@
 
 Kinds of rows:
 
-- ``prompt``, and the columns with reference rewards that the recipe names, a number each.
+- ``prompt``, with the reference rewards that the recipe names, a number each, and the columns that its rules ask for.
 - pairs (``[prompt,] chosen, rejected``), whose prompt alone is read.
 
-The same prompt again is counted and left out: each is answered several times as it is.
+The same prompt with the same columns again is counted and left out: each is answered several times as it is.
 """
 
 from __future__ import annotations
 
-import hashlib
+import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from .fields import FieldError, collecting, content, required
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _WANTED = "prompt; or [prompt,] chosen, rejected"
+_NO_COLUMNS: Mapping[str, str | None] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -38,17 +40,26 @@ class PromptRules:
     Args:
         references: columns that each row must have a finite number in.
         answer: tokens to leave for the answer.
+        columns, every: as in ``read_prompts``.
     """
 
     references: tuple[str, ...]
     answer: int
+    columns: Mapping[str, str | None] = field(default_factory=dict)
+    every: bool = False
 
 
 @dataclass(frozen=True)
 class PromptRow(CompletionRow):
-    """One prompt. ``completion`` is empty; ``references`` are reference rewards by column."""
+    """One prompt. ``completion`` is empty.
+
+    Attributes:
+        references: reference rewards by column.
+        columns: what else rules ask for, by name, as it is. Both are part of ``row_id``.
+    """
 
     references: dict[str, float] = field(default_factory=dict)
+    columns: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -59,37 +70,43 @@ class PromptTable(CompletionTable):
         counts: ``rows`` (read), ``prompts``, ``set_aside`` (rows), ``duplicates`` (left out).
     """
 
-    def fingerprint(self) -> str:
-        """SHA-256 over the prompts and their references, in order."""
-        references = [getattr(row, "references", {}) for row in self.rows]
-        lines = [f"{row.row_id} {values!r}" for row, values in zip(self.rows, references, strict=True)]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
 
 @dataclass(frozen=True)
 class TokenizedPrompt(TokenizedCompletion):
     """A prompt with the ids from which answers are generated; nothing of it is learnt."""
 
     prompt: Content
-    references: dict[str, float]
+    columns: dict[str, Any]
 
 
 class TokenizedPrompts(TokenizedCompletions):
     """Prompts that leave room for an answer. ``counts``: ``prompts``, ``set_aside``."""
 
     def dataset(self) -> Dataset:
-        """Columns prompt, row_id, and the references."""
+        """Columns prompt, row_id, the references, and what rules ask for; null where a row does not have it."""
         from datasets import Dataset
 
         rows = [row for row in self.rows if isinstance(row, TokenizedPrompt)]
-        return Dataset.from_list([{"prompt": row.prompt, "row_id": row.row_id, **row.references} for row in rows])
+        names = dict.fromkeys(name for row in rows for name in row.columns)
+        found = {name: [row.columns.get(name) for row in rows] for name in names}
+        own = {"prompt": [row.prompt for row in rows], "row_id": [row.row_id for row in rows]}
+        return Dataset.from_dict({**found, **own})
 
 
-def read_prompts(source: str, references: Sequence[str] = ()) -> PromptTable:
+def read_prompts(
+    source: str,
+    references: Sequence[str] = (),
+    *,
+    columns: Mapping[str, str | None] = _NO_COLUMNS,
+    every: bool = False,
+) -> PromptTable:
     """Read and validate every row of ``source`` once (see ``load.read_rows`` for what a source may be).
 
     Args:
         references: columns that each row must have a finite number in; a row without one is a Fault.
+        columns: what rules ask for, each with a rule that cannot do without it, or None; a row that does not have what
+            is needed is a Fault.
+        every: a rule reads all columns.
 
     Raises:
         AlignError: the source is missing, empty or unreadable as a whole. A bad row raises nothing: it is a Fault.
@@ -97,20 +114,25 @@ def read_prompts(source: str, references: Sequence[str] = ()) -> PromptTable:
     table = PromptTable([], [], dict.fromkeys(("rows", "prompts", "set_aside", "duplicates"), 0), source)
     unused: Counter[str] = Counter()
     seen: set[str] = set()
+    asked = {name: rule for name, rule in columns.items() if name not in ("prompt", *references)}
     for file, number, row in usable(read_rows(source), table):
         problems: list[FieldError] = []
         prompt = _prompt(row, problems)
         values = _references(row, references, problems)
+        others = _asked(row, asked, problems)
+        if every:
+            others = {name: value for name, value in row.items() if name not in ("prompt", *references)}
         table.faults += [Fault(file, number, problem.field, problem.reason, row) for problem in problems]
-        unused.update(row.keys() - {"prompt", *references})
+        unused.update(row.keys() - {"prompt", *references, *others})
         if problems or prompt is None:
             continue
-        name = row_id(prompt)
+        own = {**others, **values}
+        name = row_id(prompt, json.dumps(own, sort_keys=True, default=str)) if own else row_id(prompt)
         if name in seen:
             table.counts["duplicates"] += 1
             continue
         seen.add(name)
-        table.rows.append(PromptRow(name, file, number, prompt, "", values))
+        table.rows.append(PromptRow(name, file, number, prompt, "", values, others))
     table.counts["prompts"] = len(table.rows)
     table.counts["set_aside"] = bad_rows(table.faults)
     table.unused = dict(unused)
@@ -135,8 +157,8 @@ def tokenize_prompts(
             )
             found.faults.append(Fault(row.source, row.row, "prompt", reason, {"prompt": row.prompt}))
             continue
-        references = row.references if isinstance(row, PromptRow) else {}
-        found.rows.append(TokenizedPrompt(ids, [0] * len(ids), row.row_id, row.prompt, references))
+        columns = {**row.columns, **row.references} if isinstance(row, PromptRow) else {}
+        found.rows.append(TokenizedPrompt(ids, [0] * len(ids), row.row_id, row.prompt, columns))
     found.counts.update(prompts=len(found.rows), set_aside=bad_rows(found.faults))
     return found
 
@@ -175,6 +197,14 @@ def _prompt(row: dict[str, Any], problems: list[FieldError]) -> Content | None:
             raise FieldError("prompt", "ends in an assistant turn: there is nothing left to answer")
         return prompt
     return None
+
+
+def _asked(row: dict[str, Any], columns: Mapping[str, str | None], problems: list[FieldError]) -> dict[str, Any]:
+    for name, rule in columns.items():
+        with collecting(problems):
+            if rule is not None and name not in row:
+                raise FieldError(name, f"missing, and {rule} asks for it")
+    return {name: row[name] for name in columns if name in row}
 
 
 def _references(row: dict[str, Any], columns: Sequence[str], problems: list[FieldError]) -> dict[str, float]:

@@ -96,7 +96,7 @@ def read_split(
         AlignError: the source cannot be read at all, or the tokenizer cannot serve it.
     """
     if isinstance(rules, PromptRules):
-        prompts = read_prompts(source, rules.references)
+        prompts = read_prompts(source, rules.references, columns=rules.columns, every=rules.every)
         return Split(prompts, tokenize_prompts(prompts.rows, tokenizer, max_length, answer=rules.answer))
     if rules is not None and kind == "ratings":
         ratings = read_ratings(source, rules.attributes)

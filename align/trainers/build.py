@@ -27,7 +27,7 @@ from align.models.scoring import attach_scoring
 from align.rewards.named import load_function
 from align.tracking.run_folder import REFERENCES
 
-from .grpo import GroupTrainer, reward_function, with_references
+from .grpo import GroupTrainer, check_prompts, reward_function, with_references
 from .matching import Encoder
 from .memory import ReleaseFreed
 from .pair import PairTrainer
@@ -79,12 +79,14 @@ def build(
 
         return build_reward(recipe, train, held_out, output)
     losses = losses_of(recipe)
-    model, lora, facts = _policy(recipe.model)
-    facts["reference"] = _reference_facts(recipe, model, losses)
     try:
         arguments = training_arguments(recipe, output, tokenizer)
     except ValueError as error:
         raise AlignError(f"training: {error}") from error
+    if recipe.grpo is not None:
+        check_prompts(len(train), arguments, recipe.data.train)
+    model, lora, facts = _policy(recipe.model)
+    facts["reference"] = _reference_facts(recipe, model, losses)
     common: dict[str, Any] = {
         "model": model,
         "args": arguments,
@@ -147,13 +149,11 @@ def _group_trainer(recipe: Recipe, common: dict[str, Any], output: Path) -> Grou
     if arguments.eval_strategy == "no":
         common = {**common, "eval_dataset": None}
     model.to(arguments.device)
-    sources = {"train_dataset": recipe.data.train, "eval_dataset": str(recipe.data.eval)}
     prompts = {
         name: common[name]
         and with_references(
             common[name],
             reward,
-            sources[name],
             model,
             common["processing_class"],
             output / REFERENCES,

@@ -18,17 +18,14 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 
-from align.data.load import read_rows
-from align.data.prompts import read_prompts
-from align.data.rows import Fault
-from align.errors import AlignError
+from align.errors import AlignError, ConfigError
 from align.losses.logprobs import TokenLogps
 from align.models.memory import release_freed
 from align.rewards.encoding import plain
 from align.rewards.expression import PredictedReference, SampledReference
 from align.rewards.functions import RewardFunction
 from align.rewards.references import sampled_reference
-from align.rewards.scorers import OF_TRL, RewardError, RuleReward, Scorer
+from align.rewards.scorers import RewardError, Scorer
 from align.tracking.progress import progress
 
 from .host import Hosted
@@ -141,7 +138,6 @@ def images_given(images: dict[str, Any]) -> bool:
 def with_references(
     prompts: Dataset,
     reward: RewardFunction,
-    source: str,
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     path: Path,
@@ -149,21 +145,19 @@ def with_references(
     max_new_tokens: int,
     seed: int,
 ) -> Dataset:
-    """The prompts with all that the reward reads of a row: columns that rules ask for, and references that are made.
+    """The prompts with the references that are made.
 
-    Of the references, a canned answer's is scored with the answers; the others are columns, made here once. The
+    Of these, a canned answer's is scored with the answers; the others are columns, made here once. The
     rewards of sampled answers are kept in ``path`` as they come, so that an interrupted run goes on where it stopped,
     with the same references.
 
     Args:
-        prompts: columns prompt, row_id, and the references of the data.
-        source: the data that they were read from.
+        prompts: columns prompt, row_id, and what the reward reads of the data.
         model: the starting policy.
 
     Raises:
-        AlignError: a column is missing, a reward cannot be had, or a quantile or regression has too little to go by.
+        AlignError: a reward cannot be had, or a quantile or regression has too little to go by.
     """
-    prompts = _with_asked_columns(prompts, reward, source)
     parts = reward.expression.parts
     sampled = [(part, part.reference) for part in parts if isinstance(part.reference, SampledReference)]
     if sampled:
@@ -193,31 +187,22 @@ def with_references(
     return prompts
 
 
-def _with_asked_columns(prompts: Dataset, reward: RewardFunction, source: str) -> Dataset:
-    asked = [
-        (name, column, needed)
-        for name, scorer in reward.scorers.items()
-        for column, needed in scorer.columns.items()
-        if column not in (*OF_TRL, *prompts.column_names)
-    ]
-    everything = any(isinstance(scorer, RuleReward) and scorer.takes_all for scorer in reward.scorers.values())
-    if not asked and not everything:
-        return prompts
-    rows = {(file, number): row for file, number, row in read_rows(source) if not isinstance(row, Fault)}
-    by_id = {row.row_id: rows[row.source, row.row] for row in read_prompts(source).rows}
-    own = [by_id[name] for name in prompts["row_id"]]
-    if everything:
-        asked += [("", column, False) for column in dict.fromkeys(name for row in own for name in row)]
-    for name, column, needed in asked:
-        lacking = sum(column not in row for row in own)
-        if needed and lacking:
-            raise AlignError(
-                f"grpo.rewards: {name} asks for column {column}, which {lacking:,} of {len(own):,} prompts of "
-                f"{source} do not have"
-            )
-        if lacking < len(own) and column not in prompts.column_names:
-            prompts = prompts.add_column(column, [row.get(column) for row in own])
-    return prompts
+def check_prompts(count: int, arguments: GRPOConfig, source: str) -> None:
+    """Stop where there are fewer prompts than one step takes: TRL drops a step that is not whole, without a word.
+
+    Raises:
+        ConfigError: there are.
+    """
+    answers, of_one = int(arguments.generation_batch_size), arguments.num_generations
+    if count >= answers // of_one:
+        return
+    what = (
+        f"{count:,} prompts, and a step takes {answers // of_one:,}: {answers:,} answers "
+        f"(training.per_device_train_batch_size {arguments.per_device_train_batch_size:,}, "
+        f"gradient_accumulation_steps {arguments.gradient_accumulation_steps:,}), {of_one} to a prompt "
+        f"(grpo.num_generations); give more prompts, or set these to {count * of_one:,} answers or fewer"
+    )
+    raise ConfigError(source, [("data.train", what)])
 
 
 def _drawn(

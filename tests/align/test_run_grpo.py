@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from align.cli import app
 from align.config.load import load_recipe
-from align.data.rows import row_id
-from align.errors import AlignError
-from align.run import train
+from align.data.prompts import read_prompts
+from align.errors import AlignError, ConfigError
+from align.run import read_splits, train
 
 RULES = """
 def longer(prompts, completions):
@@ -152,8 +152,9 @@ def test_references_of_every_kind_for_a_rule_that_reads_a_column(grpo_recipe, tm
     folder = run(grpo_recipe({"all_of": parts}, **changes))
     lines = (folder / "references.jsonl").read_text().splitlines()
     kept = {row["row_id"]: row["rewards"] for row in map(json.loads, lines)}
+    ids = {row.prompt: row.row_id for row in read_prompts(str(source), columns={"wanted": None}).rows}
     for row in map(json.loads, scored.read_text().splitlines()):
-        own = kept[row_id(row["prompt"])]["users_rules:near"]
+        own = kept[ids[row["prompt"]]]["users_rules:near"]
         assert row["near_reference"] == (None if row["wanted"] < 2 else sorted(own)[1])
     assert len(metrics(folder)) == 3
     goals = json.loads((folder / "eval" / "goals.json").read_text())
@@ -161,7 +162,9 @@ def test_references_of_every_kind_for_a_rule_that_reads_a_column(grpo_recipe, tm
     assert goals["rows"][0]["after"]["rewards"]["near"] is None
     lacking = [{"prompt": f"say {number}"} for number in range(6)]
     source.write_text("".join(json.dumps(row) + "\n" for row in lacking))
-    with pytest.raises(AlignError, match="near asks for column wanted, which 6 of 6 prompts of"):
+    with pytest.raises(
+        AlignError, match=r"6 of 6 rows cannot be used[\s\S]*missing, and users_rules:near asks for it"
+    ):
         run(grpo_recipe("users_rules:near", **{**changes, "output": str(tmp_path / "other")}))
 
 
@@ -238,6 +241,32 @@ def test_interrupted_and_gone_on_equals_uninterrupted(grpo_recipe, tmp_path, mon
     timed = ("seconds", "perf/tokens_per_s", "perf/peak_rss_gb", "step_time")
     one, other = ([{k: v for k, v in row.items() if k not in timed} for row in metrics(f)] for f in (whole, stopped))
     assert one == other
+
+
+def test_other_values_of_a_column_that_a_rule_reads_are_other_data(grpo_recipe, tmp_path, tiny_tokenizer):
+    """What a run is asked before it goes on from a checkpoint."""
+    source, found = tmp_path / "prompts.jsonl", []
+    source.touch()
+    recipe = load_recipe(str(grpo_recipe("users_rules:near", data={"train": str(source), "eval": None}, evals=[])), [])
+    for wanted in (5, 6):
+        source.write_text(json.dumps({"prompt": "say it", "wanted": wanted}) + "\n")
+        found.append(read_splits(recipe, tiny_tokenizer, None)["train"].facts["sha256"])
+    assert found[0] != found[1]
+
+
+def test_fewer_prompts_than_a_step_takes_are_told_before_the_model_is_loaded(grpo_recipe, tmp_path, monkeypatch):
+    """8 answers a batch, twice: 16, of 4 to a prompt. TRL would drop the incomplete step and end without any."""
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "say {n}"}}\n' for n in range(3)))
+    training = {"max_steps": 3, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+    data = {"train": str(tmp_path / "prompts.jsonl"), "eval": None}
+    recipe = load_recipe(str(grpo_recipe(data=data, training=training, evals=[])), [])
+    monkeypatch.setattr("align.trainers.build.load_model", None)
+    for dry_run in (True, False):
+        with pytest.raises(ConfigError) as caught:
+            train(recipe, source="r", command=[], dry_run=dry_run)
+        ((where, what),) = caught.value.problems
+        assert where == "data.train"
+        assert what.startswith("3 prompts, and a step takes 4: 16 answers (training.per_device_train_batch_size 8,")
 
 
 def test_dry_run(grpo_recipe, tmp_path, capsys):

@@ -66,6 +66,29 @@ def test_references_are_columns_and_in_the_fingerprint(tmp_path, tiny_tokenizer)
     assert "usual           -2 to 0.5" in describe_prompts(table, tiny_tokenizer)
 
 
+def test_columns_that_rules_ask_for_tell_prompts_apart_and_are_in_the_fingerprint(tmp_path, tiny_tokenizer):
+    """The same prompt with another value is another prompt, with the same value a repeat; ``note`` nobody asks for."""
+    rows = [{"prompt": "a", "wanted": 1}, {"prompt": "a", "wanted": 2}, {"prompt": "a", "wanted": 2, "note": "x"}]
+    asked = {"wanted": "m:near", "hint": None}
+    table = read_prompts(write(tmp_path / "rows.jsonl", *rows), columns=asked)
+    assert [row.columns for row in table.rows] == [{"wanted": 1}, {"wanted": 2}]
+    assert table.counts["duplicates"] == 1
+    assert table.unused == {"note": 1}
+    dataset = tokenize_prompts(table.rows, tiny_tokenizer, 64).dataset()
+    assert (dataset["prompt"], dataset["wanted"]) == (["a", "a"], [1, 2])
+    rows[0]["wanted"] = 3
+    assert read_prompts(write(tmp_path / "rows.jsonl", *rows), columns=asked).fingerprint() != table.fingerprint()
+    (fault,) = read_prompts(write(tmp_path / "rows.jsonl", *rows, {"prompt": "b"}), columns=asked).faults
+    assert (fault.field, fault.reason) == ("wanted", "missing, and m:near asks for it")
+
+
+def test_a_rule_that_takes_every_column_gets_them(tmp_path, tiny_tokenizer):
+    source = write(tmp_path / "rows.jsonl", {"prompt": "a", "solution": "1"}, {"prompt": "b", "other": 2.5})
+    table = read_prompts(source, every=True)
+    found = tokenize_prompts(table.rows, tiny_tokenizer, 64).dataset()
+    assert (found["solution"], found["other"], table.unused) == (["1", None], [None, 2.5], {})
+
+
 def test_room_for_the_answer(tmp_path, tiny_tokenizer):
     """Bytes are tokens: "abcd" has 4 and fits 12 with 8 for the answer, "abcde" does not."""
     table = read_prompts(write(tmp_path / "rows.jsonl", {"prompt": "bcdf"}, {"prompt": "bcdfg"}))

@@ -9,10 +9,9 @@ import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from align.data.prompts import read_prompts
 from align.rewards.functions import RewardFunction
 from align.rewards.scorers import RuleReward
-from align.trainers.grpo import GroupTrainer, _with_asked_columns
+from align.trainers.grpo import GroupTrainer
 
 
 @pytest.fixture
@@ -73,14 +72,3 @@ def test_an_answer_without_a_reward_moves_nothing_and_no_average(trainer, caplog
         assert found["advantages"].tolist() == expected
     assert [record.getMessage().partition(" ")[0] for record in caplog.records] == ["length:"]
     assert trainer._metrics["train"]["unrewarded/answers"] == [0.25, 1.0]
-
-
-def test_a_rule_that_takes_every_column_gets_them(tmp_path):
-    """As TRL's own rules do: ``**columns``."""
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "one", "solution": 1}\n{"prompt": "two", "solution": 2}\n')
-    rows = read_prompts(str(path)).rows
-    prompts = Dataset.from_dict({"prompt": [row.prompt for row in rows], "row_id": [row.row_id for row in rows]})
-    rule = RuleReward(lambda prompts, completions, **columns: [float(x) for x in columns["solution"]])
-    reward = RewardFunction.of("m:rule", scorers={"m:rule": rule})
-    assert _with_asked_columns(prompts, reward, str(path))["solution"] == [1, 2]
