@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -28,6 +29,12 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: collections of garbage that look through it take half of the time of a run."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
@@ -124,7 +131,7 @@ class Forked(ForkProcess):
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """This process computes as a forked one does, to the last bit."""
+    """Makes this process compute as a forked one does, to the last bit."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -149,7 +156,7 @@ def fork(tmp_path: Path, one_thread: None) -> Iterator[Callable[[Callable[[], An
 
 @pytest.fixture
 def two_processes(one_thread: None) -> Callable[[Callable[[], Any]], None]:
-    """``two_processes(function)`` runs it in both processes of a group over gloo, by the launcher that torchrun calls."""
+    """``two_processes(function)`` runs it in both processes of a group over gloo, by torchrun's own launcher."""
 
     def launch(function: Callable[[], Any]) -> None:
         settings = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "test", "max_restarts": 0}
