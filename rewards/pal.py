@@ -34,9 +34,11 @@ from align.losses.checks import check_finite, check_positive
 from align.losses.pal import pal_hinge, pal_logistic
 
 Prior = Literal["mean", "uniform"]
+PalLoss = Literal["logistic", "hinge"]
 Unknown = Literal["error", "mean", "uniform"]
 CONFIG_FILE, WEIGHTS_FILE = "pal.json", "pal.safetensors"
 MAX_SCALE = 100.0
+_LOSSES = {"logistic": pal_logistic, "hinge": pal_hinge}
 
 
 class Projector(nn.Module):
@@ -84,6 +86,7 @@ class Pal(nn.Module, ABC):
     """
 
     activation = "relu"
+    loss: PalLoss = "logistic"  # that it is trained and new users are fitted with
 
     def __init__(self, width: int, users: Sequence[str], *, groups: int, dimension: int, depth: int = 2) -> None:
         super().__init__()
@@ -199,6 +202,10 @@ class Pal(nn.Module, ABC):
         ideals = self.ideals(self.weights(users), prompts)
         return self.match(self.projector(right), ideals) - self.match(self.projector(left), ideals)
 
+    def losses(self, delta: Tensor, label: Tensor) -> Tensor:
+        """The model's loss, (N,), of what ``forward`` gives for judgements -1 (left) and +1 (right)."""
+        return _LOSSES[self.loss](delta, label).loss
+
     def fit_user(
         self,
         left: Tensor,
@@ -207,13 +214,13 @@ class Pal(nn.Module, ABC):
         prompts: Tensor | None = None,
         *,
         prior: Prior = "uniform",
-        loss: Literal["logistic", "hinge"] = "logistic",
         steps: int = 200,
         learning_rate: float = 0.05,
     ) -> Tensor:
         """Weights of a new user from n pairs, (K,); all else, and every other user, stays as it is.
 
-        Adam on the K logits alone, over all pairs at once, from the prior; without pairs the prior is the answer.
+        Adam on the K logits alone, over all pairs at once, by the model's own loss and from the prior; without pairs
+        the prior is the answer.
 
         Args:
             left, right: embeddings of the two answers, (n, H).
@@ -230,11 +237,7 @@ class Pal(nn.Module, ABC):
             return start
         left, right = self._checked("left", left), self._checked("right", right, len(left))
         prompts = None if prompts is None else self._checked("prompts", prompts, len(left))
-        losses = {"logistic": pal_logistic, "hinge": pal_hinge}
-        if loss not in losses:
-            raise ValueError(f"loss is {loss!r}: it must be {' or '.join(losses)}")
         _check_count("steps", steps, least=1)
-        measure = losses[loss]
         with torch.no_grad():
             points = self.projector(left), self.projector(right)
         logits = start.clamp(min=1e-6).log().requires_grad_()
@@ -243,7 +246,7 @@ class Pal(nn.Module, ABC):
             for _ in range(steps):
                 ideals = self.ideals(torch.softmax(logits, -1).expand(len(left), -1), prompts)
                 delta = self.match(points[1], ideals) - self.match(points[0], ideals)
-                (gradient,) = torch.autograd.grad(measure(delta, label).loss.mean(), logits)
+                (gradient,) = torch.autograd.grad(self.losses(delta, label).mean(), logits)
                 logits.grad = gradient
                 optimizer.step()
         return torch.softmax(logits.detach(), -1)
@@ -298,6 +301,7 @@ class PalA(Pal):
         prototypes: ``direct`` ones lie in R^d and ``a = w^T P``; ``projected`` ones lie in R^H, as embeddings do, and
             ``a = f(w^T P)``.
         squared: distances squared; differences of rewards are then linear in a.
+        loss: ``logistic`` or ``hinge``.
     """
 
     def __init__(
@@ -310,12 +314,15 @@ class PalA(Pal):
         depth: int = 2,
         prototypes: Literal["direct", "projected"] = "direct",
         squared: bool = False,
+        loss: PalLoss = "logistic",
     ) -> None:
         super().__init__(width, users, groups=groups, dimension=dimension, depth=depth)
         if prototypes not in ("direct", "projected"):
             raise ValueError(f"prototypes is {prototypes!r}: it is direct or projected")
-        self.settings |= {"prototypes": prototypes, "squared": squared}
-        self.projected, self.squared = prototypes == "projected", squared
+        if loss not in _LOSSES:
+            raise ValueError(f"loss is {loss!r}: it must be {' or '.join(_LOSSES)}")
+        self.settings |= {"prototypes": prototypes, "squared": squared, "loss": loss}
+        self.projected, self.squared, self.loss = prototypes == "projected", squared, loss
         start = torch.randn(groups, width if self.projected else dimension)
         self.prototypes = nn.Parameter(F.normalize(start, dim=-1))
 
@@ -336,7 +343,10 @@ class PalA(Pal):
 
 
 class PalB(Pal):
-    """Angles, given the prompt: ``reward = s cos(f(x), sum_k w_k g_k(prompt))``, ``s = min(exp(log_scale), 100)``."""
+    """Angles, given the prompt: ``reward = s cos(f(x), sum_k w_k g_k(prompt))``, ``s = min(exp(log_scale), 100)``.
+
+    Its loss is the cross-entropy over both answers' rewards: the logistic loss of their difference.
+    """
 
     activation = "gelu"
 

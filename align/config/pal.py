@@ -22,7 +22,11 @@ def check_pal(recipe: Mapping[str, Any]) -> list[Problem]:
     if recipe.get("method") != "pal":
         return [("pal", "belongs to method: pal; remove it")] if recipe.get("pal") is not None else []
     problems = []
-    model, training = recipe.get("model"), recipe.get("training")
+    model, training, spec = recipe.get("model"), recipe.get("training"), recipe.get("pal")
+    if isinstance(spec, Mapping) and (spec.get("variant"), spec.get("loss")) == ("b", "hinge"):
+        problems.append(
+            ("pal.loss", "hinge is of variant a; b has the cross-entropy of two answers, which is logistic")
+        )
     if isinstance(model, Mapping) and model.get("adapter"):
         problems.append(("model.adapter", "method pal begins without one; merge it and name the merged model"))
     if is_frozen(recipe):

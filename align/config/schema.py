@@ -248,7 +248,7 @@ class PalSpec(Section):
     depth: int = Field(default=2, ge=0)
     """Layers of the maps into it; 0 is a linear map."""
     loss: Literal["logistic", "hinge"] = "logistic"
-    """On the difference of two answers' rewards."""
+    """On the difference of two answers' rewards, in training and for new annotators; of variant b logistic alone."""
     epochs: int = Field(default=20, ge=1)
     """Passes over the judgements, on embeddings."""
     batch_size: int = Field(default=256, ge=1)

@@ -48,7 +48,7 @@ def build_pal(recipe: Recipe, train: Dataset, output: Path, *, groups: int | Non
         model.attach(trained(spec, judgements, groups or spec.groups, seed))
         model.train_backbone(lora=None if recipe.model.lora is None else lora_config(recipe.model.lora))
         model.choose("uniform")  # as good as any to see what merging does
-        trainer = PalTrainer(model, arguments, loss=f"pal_{spec.loss}", train_dataset=train)
+        trainer = PalTrainer(model, arguments, train_dataset=train)
         trainer.judgements = judgements
     except LOAD_ERRORS as error:
         raise AlignError(f"{recipe.model.name}: the PAL model cannot be set up: {error}") from error
@@ -96,10 +96,9 @@ def embedded(rows: Dataset, cache: EmbeddingCache, name: str) -> Judgements:
 def trained(spec: PalSpec, data: Judgements, groups: int, seed: int, log: Log | None = None) -> Pal:
     """A model of this many groups, trained on the judgements."""
     torch.manual_seed(seed)
-    kind = {"a": PalA, "b": PalB}[spec.variant]
-    model: Pal = kind(
-        data.answers.shape[1], sorted(set(data.users)), groups=groups, dimension=spec.dimension, depth=spec.depth
-    )
+    width, users = data.answers.shape[1], sorted(set(data.users))
+    sizes = {"groups": groups, "dimension": spec.dimension, "depth": spec.depth}
+    model = PalA(width, users, **sizes, loss=spec.loss) if spec.variant == "a" else PalB(width, users, **sizes)
     with progress(f"training, {groups} group{'s' * (groups > 1)}", spec.epochs) as advance:
 
         def after_epoch(epoch: int, loss: float) -> bool:
@@ -113,7 +112,6 @@ def trained(spec: PalSpec, data: Judgements, groups: int, seed: int, log: Log | 
             data,
             epochs=spec.epochs,
             batch_size=spec.batch_size,
-            loss=spec.loss,
             projectors=spec.learning_rate,
             users=spec.users_learning_rate,
             seed=seed,

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from align.losses.pal import pal_hinge, pal_logistic
 from align.rewards.pal import Pal
 
 PENALTY = 1e-2
-LOSSES = {"logistic": pal_logistic, "hinge": pal_hinge}
 
 
 @dataclass(frozen=True)
@@ -72,14 +69,13 @@ def train_pal(
     *,
     epochs: int = 10,
     batch_size: int = 256,
-    loss: Literal["logistic", "hinge"] = "logistic",
     projectors: float = 3e-4,
     users: float = 5e-2,
     scale: float = 1e-1,
     seed: int = 0,
     after_epoch: Callable[[int, float], bool] | None = None,
 ) -> None:
-    """Train a model in place, by AdamW with one learning rate each for projectors, users with prototypes, and scale.
+    """Train a model in place by its own loss, with one rate of AdamW each for projectors, users and prototypes, scale.
 
     The model is calibrated on the answers first. A step moves the weights of the users in its batch alone
     (``SparseAdam``): old moments do not carry off those who are not in it.
@@ -103,14 +99,13 @@ def train_pal(
     optimizers = [torch.optim.AdamW(groups), torch.optim.SparseAdam([table], lr=users)]
     index = {user: row for row, user in enumerate(model.settings["users"])}
     generator = torch.Generator().manual_seed(seed)
-    measure = LOSSES[loss]
     model.train()
     for epoch in range(1, epochs + 1):
         total = 0.0
         for rows in torch.randperm(len(data), generator=generator).split(batch_size):  # type: ignore[no-untyped-call]
             part = data.part(rows)
             left, right, prompts = part.pairs()
-            value = measure(model(left, right, part.users, prompts), part.label).loss.mean()
+            value = model.losses(model(left, right, part.users, prompts), part.label).mean()
             for optimizer in optimizers:
                 optimizer.zero_grad()
             value.backward()  # type: ignore[no-untyped-call]

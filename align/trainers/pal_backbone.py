@@ -39,8 +39,7 @@ class PalTrainer(RewardTrainer):
     annotators in its batch alone.
 
     Args:
-        loss: ``"pal_logistic"`` or ``"pal_hinge"``.
-        rates: of learning, by part, where not those of ``Pal.parameter_groups``.
+        loss: of the losses on ``delta``; the model's own when not given.
         kwargs: as in ``RewardTrainer``.
 
     Attributes:
@@ -58,17 +57,15 @@ class PalTrainer(RewardTrainer):
         model: PalRewardModel,
         args: RewardConfig | None = None,
         *,
-        loss: str | LossFunction | Loss = "pal_logistic",
-        rates: Mapping[str, float] | None = None,
+        loss: str | LossFunction | Loss | None = None,
         **kwargs: Any,
     ) -> None:
         args = RewardConfig("tmp_trainer") if args is None else copy.copy(args)
         if args.optim not in ("adamw_torch", "adamw_torch_fused"):
             raise ValueError(f"optim is {args.optim}: a PAL model is trained by AdamW; leave it out")
-        self.rates = dict(rates or {})
         self.pal = model.pal
         self.places = {name: place for place, name in enumerate(self.pal.settings["users"])}
-        super().__init__(model, args, loss=loss, **kwargs)
+        super().__init__(model, args, loss=f"pal_{model.pal.loss}" if loss is None else loss, **kwargs)
         self.data_collator = PalCollator(int(model.tokenizer.pad_token_id), self.places)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: RewardConfig, dataset_name: str) -> Dataset:
@@ -105,7 +102,7 @@ class PalTrainer(RewardTrainer):
                 }
                 for decays in (True, False)
             ]
-            groups += self.pal.parameter_groups(**self.rates)
+            groups += self.pal.parameter_groups()
             betas = (self.args.adam_beta1, self.args.adam_beta2)
             self.optimizer = RowwiseAdamW(
                 groups, self.pal.logits.weight, lr=self.args.learning_rate, betas=betas, eps=self.args.adam_epsilon

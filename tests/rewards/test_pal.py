@@ -156,6 +156,30 @@ def test_fitting_a_user_changes_nothing_else(number: int):
     assert float(pal_logistic(delta, label).loss.mean()) < float(pal_logistic(start, label).loss.mean())
 
 
+def test_a_new_user_is_fitted_with_the_loss_that_the_model_was_trained_with(tmp_path: Path):
+    """Both pairs are right by more than 1, the hinge's margin, so that it is 0 and the weights stay at the prior.
+
+    f(x) = x and prototypes 0 and 4 on a line, prior (1/2, 1/2): a = 2, and of answers at 9 and 2 delta is 7. The
+    logistic loss is not 0 yet, and pulls on.
+    """
+    left, right, label = torch.tensor([[9.0], [8.0]]), torch.tensor([[2.0], [2.5]]), torch.ones(2)
+    fitted = {}
+    for loss in ("hinge", "logistic"):
+        model = PalA(1, ["ann"], groups=2, dimension=1, loss=loss)
+        model.projector = nn.Identity()
+        with torch.no_grad():
+            model.prototypes.copy_(torch.tensor([[0.0], [4.0]]))
+        fitted[loss] = model.fit_user(left, right, label)
+        delta = torch.tensor([0.5, -2.0])
+        assert torch.equal(
+            model.losses(delta, label), {"hinge": pal_hinge, "logistic": pal_logistic}[loss](delta, label).loss
+        )
+    assert torch.equal(fitted["hinge"], torch.tensor([0.5, 0.5]))
+    assert not torch.equal(fitted["logistic"], fitted["hinge"])
+    PalA(1, ["ann"], groups=2, dimension=1, loss="hinge").save_pretrained(tmp_path)
+    assert load_pal(tmp_path).loss == "hinge"
+
+
 def test_few_shot_recovery_improves_with_pairs():
     """Fixed prototypes, K = 2, sure labels: accuracy .867, .949, .983, .992 or better from 2, 10, 100, 1000 pairs.
 
@@ -320,7 +344,7 @@ def test_arguments_that_make_no_model_are_named(tmp_path):
     model = PalA(4, ["a"], groups=2, dimension=3)
     answers = torch.zeros(2, 4)
     with pytest.raises(ValueError, match="loss is 'bce': it must be logistic or hinge"):
-        model.fit_user(answers, answers, torch.ones(2), loss="bce")
+        PalA(4, ["a"], groups=2, dimension=3, loss="bce")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="steps is -1: at least 1"):
         model.fit_user(answers, answers, torch.ones(2), steps=-1)
     with pytest.raises(ValueError, match="so it holds no PAL model"):

@@ -36,6 +36,7 @@ def test_the_section_has_defaults(tmp_path: Path):
         ("pal.groups=0", "pal.groups", "1"),
         ("pal.group=2", "pal.group", "pal.groups"),
         ("method=dpo", "pal", "belongs to method: pal"),
+        ("pal={variant: b, loss: hinge}", "pal.loss", "hinge is of variant a"),
     ],
 )
 def test_what_does_not_go_together(override: str, where: str, what: str):

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from align.config.schema import PalSpec
 from align.rewards.pal import PalA, PalB
+from align.trainers.build_pal import trained
 from align.trainers.pal import Judgements, train_linear, train_pal
 
 USERS = [f"user {number}" for number in range(20)]
@@ -93,6 +95,15 @@ def test_the_same_seed_trains_alike_and_training_can_stop():
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert losses[0] == losses[1]
     assert len(losses[0]) == 2
+
+
+def test_the_recipe_s_loss_is_the_model_s():
+    data, seen = judgements(5, 0.0, 0), {}
+    for loss in ("logistic", "hinge"):
+        spec = PalSpec(loss=loss, epochs=1, dimension=4)
+        model = trained(spec, data, 2, 0, lambda _, values, loss=loss: seen.update({loss: values["loss"]}))
+        assert model.loss == loss
+    assert seen["logistic"] != seen["hinge"]
 
 
 def test_what_cannot_be_trained():
