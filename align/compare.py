@@ -88,8 +88,11 @@ def compare_displacement(
         logps[name] = after.logps
         gained = gained_tokens(before.first, after.first, decode)
         found[name] = displacement_suite(after.logps, before.logps, ids, groups=groups, gained=gained)
-        difference = displacement_difference(after.logps, logps[names[0]], before.logps, groups=groups)
-        found[name]["difference"] = difference if name != names[0] else None
+        found[name]["difference"] = (
+            displacement_difference(after.logps, logps[names[0]], before.logps, groups=groups)
+            if name != names[0]
+            else None
+        )
     return {
         "suite": "displacement",
         "schema": SCHEMA,

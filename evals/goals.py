@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from .kl import LogRatios
 from .result import suite_result
 from .sampling import Sample
 from .statistics import Estimate, bootstrap_interval
 
+FloatArray = NDArray[np.float64]
 Sides = tuple[ArrayLike, ArrayLike]
 """Before and after, one value a prompt each."""
 
@@ -52,11 +53,11 @@ def goals_suite(
         raise ValueError(
             f"{len(prompts)} prompts, {len(before)} answers before, {len(after)} after: one each per prompt"
         )
+    scored = {name: _arrays(name, sides, len(prompts)) for name, sides in rewards.items()}
+    judged = {name: _arrays(f"good_{name}", sides, len(prompts)) for name, sides in good.items()}
     metrics: dict[str, Estimate] = {}
-    for name, sides in good.items():
-        metrics |= _sides(f"good_{name}", sides, len(prompts))
-    for name, sides in rewards.items():
-        metrics |= _sides(name, sides, len(prompts))
+    for name, values in [*((f"good_{name}", values) for name, values in judged.items()), *scored.items()]:
+        metrics |= _sides(name, values)
     metrics["length_before"], metrics["length_after"] = (
         bootstrap_interval([len(answer.tokens) for answer in answers]) for answers in (before, after)
     )
@@ -70,9 +71,14 @@ def goals_suite(
                     "text": answers[row].text,
                     "tokens": len(answers[row].tokens),
                     "finished": answers[row].finished,
-                    "rewards": {key: _at(sides[side], row) for key, sides in rewards.items()},
+                    "rewards": {
+                        key: None if np.isnan(values[side, row]) else float(values[side, row])
+                        for key, values in scored.items()
+                    },
                     "good": {
-                        key: _at(sides[side], row) == 1 for key, sides in good.items() if _is_at(sides[side], row)
+                        key: bool(values[side, row] == 1)
+                        for key, values in judged.items()
+                        if not np.isnan(values[side, row])
                     },
                 }
                 for side, (name, answers) in enumerate((("before", before), ("after", after)))
@@ -84,18 +90,15 @@ def goals_suite(
     return suite_result("goals", metrics, rows, settings)
 
 
-def _sides(name: str, sides: Sides, count: int) -> dict[str, Estimate]:
-    old, new = (np.asarray(side, dtype=np.float64) for side in sides)
-    if not len(old) == len(new) == count:
-        raise ValueError(f"{name}: {len(old)} values before and {len(new)} after, for {count} prompts")
-    found = {"before": old, "after": new, "change": new - old}
+def _arrays(name: str, sides: Sides, count: int) -> FloatArray:
+    before, after = (np.asarray(side, dtype=np.float64) for side in sides)
+    if not len(before) == len(after) == count:
+        raise ValueError(f"{name}: {len(before)} values before and {len(after)} after, for {count} prompts")
+    return np.stack([before, after])
+
+
+def _sides(name: str, values: FloatArray) -> dict[str, Estimate]:
+    before, after = values
+    found = {"before": before, "after": after, "change": after - before}
     there = {key: values[~np.isnan(values)] for key, values in found.items()}
     return {f"{name}_{key}": bootstrap_interval(values) for key, values in there.items() if len(values)}
-
-
-def _is_at(side: ArrayLike, row: int) -> bool:
-    return not np.isnan(np.asarray(side, dtype=np.float64)[row])
-
-
-def _at(side: ArrayLike, row: int) -> float | None:
-    return float(np.asarray(side)[row]) if _is_at(side, row) else None

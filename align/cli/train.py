@@ -59,7 +59,7 @@ def train(
 
 def _show_result(run: Path) -> None:
     """The first numbers, and what to look at next."""
-    from align.reports.facts import is_pal, trains_reward
+    from align.reports.facts import first_use
     from align.reports.measures import headline
     from align.reports.record import read_run
 
@@ -71,13 +71,8 @@ def _show_result(run: Path) -> None:
         interval = f" ({measure.interval})" if measure.interval else ""
         print(f"  {measure.label:<{width}}  {measure.value}{interval}, n = {measure.n}")
     print(f"report  {run / 'report.html'}")
-    if trains_reward(record.recipe):
-        print(f"score   align score DATA --with {shlex.quote(str(run / 'model'))} --output OUT.jsonl")
-    elif is_pal(record.recipe):
-        model = shlex.quote(f"{run / 'model'}@mean")
-        print(f"score   align score DATA --with {model} --output OUT.jsonl   # or @annotator:NAME")
-    else:
-        print(f"chat    align generate --model {shlex.quote(str(run))} --chat")
+    if use := first_use(record):
+        print("{}\n  {}".format(*use))
 
 
 def _interrupted(output: Path, command: list[str]) -> str:

@@ -134,16 +134,24 @@ def notation(recipe: Mapping[str, Any]) -> str:
     return NOTATION if any(term.name in LOSSES and term.paper for term in found) else ""
 
 
+def first_use(record: RunRecord) -> tuple[str, str] | None:
+    """What to do with what the run has made, and the command; None where nothing is there yet."""
+    if not any((record.path / part).is_dir() for part in ("adapter", "model", "merged")):
+        return None
+    folder = str(Path(record.output) / "model")
+    if trains_reward(record.recipe):
+        return "Score a data set", f"align score DATA --with {shlex.quote(folder)} --output OUT.jsonl"
+    if is_pal(record.recipe):
+        command = f"align score DATA --with {shlex.quote(f'{folder}@mean')} --output OUT.jsonl"
+        return "Score a data set", f"{command}   # or @annotator:NAME"
+    return "Chat with the result", f"align generate --model {shlex.quote(record.output)} --chat"
+
+
 def commands(record: RunRecord) -> list[tuple[str, str]]:
     """What to type next, each with a word on what it does."""
-    output = shlex.quote(record.output)
     typed = record.manifest.get("command")
-    found = []
-    if trains_reward(record.recipe) and (record.path / "model").is_dir():
-        folder = shlex.quote(str(Path(record.output) / "model"))
-        found.append(("Score a data set", f"align score DATA --with {folder} --output OUT.jsonl"))
-    elif not is_pal(record.recipe) and any((record.path / part).is_dir() for part in ("adapter", "model", "merged")):
-        found.append(("Chat with the result", f"align generate --model {output} --chat"))
+    use = first_use(record)
+    found = [] if use is None else [use]
     if record.recipe:
         again = shlex.quote(str(Path(record.output) / "config.resolved.yaml"))
         found.append(("Train it again", f"align train {again} output={shlex.quote(record.output + '-again')}"))
