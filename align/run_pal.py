@@ -19,27 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 
 from align.config.schema import PalSpec, Recipe, RewardSpec
-from align.data.judgements import JudgementTable, read_judgements
-from align.data.report import fault_report
-from align.data.rewards import tokenize_reward_pairs
-from align.data.rows import bad_rows
 from align.data.splits import Split
 from align.errors import AlignError
 from align.evals.pal import Margins, pal_suite
-from align.models.hardware import resolve_dtype
 from align.models.load import LOAD_ERRORS
 from align.rewards.models import RewardModel
 from align.rewards.pal import Pal
-from align.rewards.pal_model import FITTED_FILE, PalRewardModel, is_pal
+from align.rewards.pal_model import PalRewardModel
 from align.tracking.callback import tracked
 from align.tracking.files import write_json
 from align.tracking.run_folder import RunFolder
 from align.trainers.build import Built
-from align.trainers.build_pal import Log, backbone_of, build_pal, embedded, embedding_cache, trained
+from align.trainers.build_pal import Log, backbone_of, build_pal, embedded, embedding_cache, judged, trained
 from align.trainers.build_reward import build_reward
 from align.trainers.interrupt import interruptible
 from align.trainers.pal import Judgements, train_linear
@@ -94,9 +88,11 @@ def run_pal(recipe: Recipe, splits: dict[str, Split], log: Log) -> PalRun:
     done = time.monotonic()
     result = None
     if "eval" in data and "pal" in recipe.evals:
-        single, linear = trained(spec, data["train"], 1, seed), train_linear(data["train"])
-        left, right, _ = data["eval"].pairs()
-        others = {"one group": _margin(single, data["eval"]), "Bradley-Terry": linear(right) - linear(left)}
+        others: dict[str, Tensor] = {}
+        if spec.baselines:
+            single, linear = trained(spec, data["train"], 1, seed), train_linear(data["train"])
+            left, right, _ = data["eval"].pairs()
+            others = {"one group": _margin(single, data["eval"]), "Bradley-Terry": linear(right) - linear(left)}
         result = _compared(spec, model, data["eval"], others, seed)
     timings = {"set_up": ready - began, "train": done - ready}
     return PalRun(backbone.attach(model), {"model": facts}, result, timings)
@@ -132,7 +128,9 @@ def _compared(spec: PalSpec, model: Pal, held_out: Judgements, others: dict[str,
     settings = {
         "groups": spec.groups,
         "variant": spec.variant,
-        "backbone": "frozen" if spec.frozen else "trained, and for each that PAL is compared with too",
+        "backbone": "frozen"
+        if spec.frozen
+        else "trained" + ", and for each that PAL is compared with too" * bool(others),
         "shots": list(spec.shots),
         "new_annotators": len(counts),
         "new_annotators_with_too_few_judgements": len(counts) - len(new),
@@ -144,10 +142,11 @@ def _compared(spec: PalSpec, model: Pal, held_out: Judgements, others: dict[str,
 def compare_trained(recipe: Recipe, built: Built, held_out: Split, run: Path) -> dict[str, Any]:
     """``eval/pal.json`` of a model whose backbone was trained.
 
-    What it is compared with is trained in the same way on a backbone of its own: a PAL model of one group, and
-    ``method: bradley_terry``. All three begin as they are fitted to embeddings of the backbone before training (the
-    linear reward by its optimum), and have the same judgements, order, steps and rate of the backbone. Each has its
-    checkpoints in the run folder until the comparison is written, so that an interrupted run goes on where it stopped.
+    What it is compared with, if ``pal.baselines``, is trained in the same way on a backbone of its own: a PAL model of
+    one group, and ``method: bradley_terry``. All three begin as they are fitted to embeddings of the backbone before
+    training (the linear reward by its optimum), and have the same judgements, order, steps and rate of the backbone.
+    Each has its checkpoints in the run folder until the comparison is written, so that an interrupted run goes on
+    where it stopped.
 
     Raises:
         KeyboardInterrupt: it was interrupted; the checkpoint is complete.
@@ -157,22 +156,26 @@ def compare_trained(recipe: Recipe, built: Built, held_out: Split, run: Path) ->
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
     assert recipe.pal is not None
-    train, start = built.trainer.train_dataset, train_linear(built.trainer.judgements)
-    linear = recipe.model_copy(update={"method": "bradley_terry", "pal": None, "reward": RewardSpec()})
-    makers: dict[str, Callable[[Path], Built]] = {
-        "one group": lambda folder: build_pal(recipe, train, folder, groups=1),
-        "Bradley-Terry": lambda folder: _at_optimum(build_reward(linear, train, None, folder), start),
-    }
-    others = {name: _margins_of(name, make, held_out, run / COMPARED / name) for name, make in makers.items()}
+    others = _baselines(recipe, built, held_out, run / COMPARED) if recipe.pal.baselines else {}
     model: PalRewardModel = built.trainer.reward
     with built.trainer.accelerator.autocast():
-        data = _judged(model, held_out.dataset())
+        data = judged(model, held_out.dataset())
     pal = copy.deepcopy(model.pal).cpu()
     result = _compared(recipe.pal, pal, data, others, int(recipe.training.get("seed", 42)))
     path.parent.mkdir(exist_ok=True)
     write_json(path, result)
-    shutil.rmtree(run / COMPARED)
+    shutil.rmtree(run / COMPARED, ignore_errors=True)
     return result
+
+
+def _baselines(recipe: Recipe, built: Built, held_out: Split, folder: Path) -> dict[str, Tensor]:
+    train, start = built.trainer.train_dataset, train_linear(built.trainer.judgements)
+    linear = recipe.model_copy(update={"method": "bradley_terry", "pal": None, "reward": RewardSpec()})
+    makers: dict[str, Callable[[Path], Built]] = {
+        "one group": lambda own: build_pal(recipe, train, own, groups=1),
+        "Bradley-Terry": lambda own: _at_optimum(build_reward(linear, train, None, own), start),
+    }
+    return {name: _margins_of(name, make, held_out, folder / name) for name, make in makers.items()}
 
 
 def _at_optimum(built: Built, reward: Callable[[Tensor], Tensor]) -> Built:
@@ -216,81 +219,3 @@ def _fitted(model: Pal, shown: Judgements, rest: Judgements) -> Tensor:
     with torch.no_grad():
         margin: Tensor = model.reward(right, weights, prompts) - model.reward(left, weights, prompts)
     return margin
-
-
-@dataclass(frozen=True)
-class FittedAnnotator:
-    """A new annotator.
-
-    Attributes:
-        name: of the data.
-        judgements: that the weights were fitted to.
-        weights: K, on the simplex.
-        before, after: share of these judgements that is ranked right, by the mean of the known annotators and by the
-            weights.
-    """
-
-    name: str
-    judgements: int
-    weights: list[float]
-    before: float
-    after: float
-
-
-def fit_annotators(model: str, source: str) -> tuple[list[FittedAnnotator], int]:
-    """Weights of the new annotators in some judgements, written to ``annotators.json`` beside a PAL model.
-
-    All else stays as it is. An annotator who was fitted before is fitted anew.
-
-    Args:
-        model: folder of a PAL model, or of its run.
-        source: judgements, as for training.
-
-    Returns:
-        The new annotators, by name, and the number of judgements by annotators of training, which are left out.
-
-    Raises:
-        AlignError: no PAL model, rows that cannot be used (over 5 % of them), or nobody who is new.
-    """
-    folder = Path(model).expanduser()
-    folder = folder / "model" if is_pal(folder / "model") else folder
-    if not is_pal(folder):
-        raise AlignError(f"{model}: no pal.json in this folder, so it holds no PAL model; name what method: pal wrote")
-    table = read_judgements(source)
-    try:
-        judge = PalRewardModel.from_pretrained(folder, dtype=resolve_dtype("auto")[0])
-    except LOAD_ERRORS as error:
-        raise AlignError(f"{model}: cannot be loaded: {error}") from error
-    known = set(judge.pal.settings["users"])
-    rows = [row for row in table.rows if row.annotator not in known]
-    ids = tokenize_reward_pairs(rows, judge.tokenizer, judge.config.max_length)
-    split = Split(JudgementTable(rows, table.faults, table.counts, source), ids)
-    if split.faults:
-        print(fault_report(split.faults, table.counts["rows"]), file=sys.stderr)
-    if not ids.rows:
-        raise AlignError(
-            f"{source}: no judgement of a new annotator can be used: of {table.counts['rows']:,} rows "
-            f"{len(table.rows) - len(rows):,} are of annotators of the model's training, who have their weights, "
-            f"{table.counts['ties']:,} are ties and {bad_rows(split.faults):,} are set aside"
-        )
-    split.check(0.05)
-    data = _judged(judge, split.dataset())
-    found = []
-    for name in sorted(set(data.users)):
-        left, right, prompts = (own := data.of([name])).pairs()
-        weights = judge.pal.fit_user(left, right, own.label, prompts, prior="mean")
-        shares = [
-            float((judge.pal.reward(right, w, prompts) > judge.pal.reward(left, w, prompts)).float().mean())
-            for w in (judge.pal.prior("mean"), weights)
-        ]
-        found.append(FittedAnnotator(name, len(own), weights.tolist(), *shares))
-    write_json(folder / FITTED_FILE, {**judge.fitted, **{one.name: one.weights for one in found}})
-    return found, len(table.rows) - len(rows)
-
-
-def _judged(model: PalRewardModel, dataset: Dataset) -> Judgements:
-    """Tokenised judgements as the model's backbone sees them now; the preferred answer is the right one."""
-    rows, count = dataset[:], len(dataset)
-    states = model.embed_ids(rows["prompt_ids"] * 2, [*rows["rejected_ids"], *rows["chosen_ids"]])
-    left = torch.arange(count)
-    return Judgements(*states, left, left + count, torch.ones(count), rows["annotator"])

@@ -50,7 +50,7 @@ def fit_annotators(
         align models fit-annotators runs/pal eve.jsonl
         align score DATA --with runs/pal@annotator:eve
     """
-    from align.run_pal import fit_annotators as fit
+    from align.annotators import fit_annotators as fit
 
     found, left_out = fit(model, source)
     width = max(len(one.name) for one in found)

@@ -260,6 +260,9 @@ class PalSpec(Section):
     shots: Annotated[list[int], AfterValidator(_counts)] = Field(default=[2, 5, 10])
     """Judgements of a new annotator that their weights are fitted to, for the report; new are those of data.eval who
     are not in data.train. Those who judged no more than the largest count are left out; the others' rest is tested."""
+    baselines: bool = True
+    """Compare with one reward for all: a PAL model of one group, and Bradley-Terry. Where the backbone is trained each
+    is trained alike on a backbone of its own, which takes as long as the run again, twice."""
     cache: Text | None = None
     """Folder that keeps embeddings; when not given, one in Align's cache that all runs share."""
 

@@ -93,6 +93,14 @@ def embedded(rows: Dataset, cache: EmbeddingCache, name: str) -> Judgements:
     return Judgements(*states, left, right, torch.ones(len(rows)), list(rows["annotator"]))
 
 
+def judged(model: PalRewardModel, dataset: Dataset) -> Judgements:
+    """Tokenised judgements as the model's backbone sees them now; the preferred answer is the right one."""
+    rows, count = dataset[:], len(dataset)
+    states = model.embed_ids(rows["prompt_ids"] * 2, [*rows["rejected_ids"], *rows["chosen_ids"]])
+    left = torch.arange(count)
+    return Judgements(*states, left, left + count, torch.ones(count), rows["annotator"])
+
+
 def trained(spec: PalSpec, data: Judgements, groups: int, seed: int, log: Log | None = None) -> Pal:
     """A model of this many groups, trained on the judgements."""
     torch.manual_seed(seed)

@@ -90,6 +90,14 @@ def test_two_opposed_groups_from_recipe_to_report(recipe_path: Path, tmp_path: P
     assert (folder / "README.md").is_file()
 
 
+def test_baselines_are_a_choice(recipe_path: Path):
+    """Without them the model is judged alone, and the report shows it."""
+    folder = run(recipe_path, "pal.epochs=2", "pal.baselines=false")
+    found = json.loads((folder / "eval" / "pal.json").read_text(encoding="utf-8"))
+    assert {name.split("/")[2].partition(",")[0] for name in found["metrics"]} == {"PAL"}
+    assert "Known annotators: judgements ranked right, PAL" in (folder / "report.html").read_text(encoding="utf-8")
+
+
 def test_embeddings_are_computed_once(recipe_path: Path, tmp_path: Path):
     facts = []
     for name in ("one", "two"):

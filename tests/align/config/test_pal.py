@@ -54,6 +54,7 @@ def test_an_adapter_or_frozen_false_trains_the_backbone():
     assert load_recipe("pal").pal.frozen
     trained = load_recipe("pal_lora")
     assert (trained.pal.frozen, trained.training["max_steps"], trained.evals) == (False, 30, ["pal"])
+    assert (trained.pal.baselines, load_recipe("pal_large").pal.baselines) == (True, False)
     assert load_recipe("pal", ["model.lora.r=4", "training.learning_rate=1.0e-4"]).pal.frozen is False
     assert load_recipe("pal", ["pal.frozen=false", "training.max_steps=3"]).model.lora is None
     with pytest.raises(ConfigError, match=r"pal\.frozen"):
