@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,11 +52,18 @@ def longer(prompts, completions):
 
 
 @pytest.fixture(scope="session")
-def recipe_in(tiny_model_dir: Path, pairs_file: Path, heldout_file: Path) -> Callable[..., Path]:
-    """``recipe_in(folder, loss={"beta": 1.0}, ...)`` writes a recipe of six steps on the tiny model, gives its path.
+def users_rule(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A reward of the user's own, in a module on the path."""
+    folder = tmp_path_factory.mktemp("rule")
+    (folder / "users_rule.py").write_text(RULE, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield "users_rule:longer"
 
-    Its reward is a rule of the user's own, in a module that stands beside it.
-    """
+
+@pytest.fixture(scope="session")
+def recipe_in(tiny_model_dir: Path, pairs_file: Path, heldout_file: Path, users_rule: str) -> Callable[..., Path]:
+    """``recipe_in(folder, loss={"beta": 1.0}, ...)`` writes a recipe of six steps on the tiny model; its path."""
 
     def write(folder: Path, name: str = "recipe.yaml", **changes: Any) -> Path:
         recipe: dict[str, Any] = {
@@ -65,14 +72,13 @@ def recipe_in(tiny_model_dir: Path, pairs_file: Path, heldout_file: Path) -> Cal
             "data": {"train": str(pairs_file), "eval": str(heldout_file), "max_length": 128},
             "loss": {"beta": 5.0},
             "training": {"learning_rate": 5.0e-3, "max_steps": 6, "per_device_train_batch_size": 4, "save_steps": 2},
-            "generation": {"reward": "users_rule:longer", "prompts": 8, "max_new_tokens": 12},
+            "generation": {"reward": users_rule, "prompts": 8, "max_new_tokens": 12},
             "output": str(folder / "run"),
         }
         for key, value in changes.items():
             recipe[key] = (
                 {**recipe[key], **value} if isinstance(value, dict) and isinstance(recipe.get(key), dict) else value
             )
-        (folder / "users_rule.py").write_text(RULE, encoding="utf-8")
         path = folder / name
         path.write_text(yaml.safe_dump({k: v for k, v in recipe.items() if v is not None}), encoding="utf-8")
         return path

@@ -36,10 +36,8 @@ def metrics(folder: Path) -> list[dict]:
 def finished(tmp_path_factory, recipe_in) -> Path:
     """A recipe of a run that is finished, in the folder ``run`` beside it; no test changes it."""
     folder = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(folder)
-        path = recipe_in(folder, tracking={"wandb": {"mode": "offline", "project": "test"}})
-        run(path)
+    path = recipe_in(folder, tracking={"wandb": {"mode": "offline", "project": "test"}})
+    run(path)
     return path
 
 
@@ -134,8 +132,7 @@ def test_a_reference_free_loss_is_still_compared_with_the_untrained_model(write_
     assert change["value"] < 0
 
 
-def test_a_finished_run_is_not_overwritten(finished, monkeypatch):
-    monkeypatch.syspath_prepend(finished.parent)  # its reward
+def test_a_finished_run_is_not_overwritten(finished):
     with pytest.raises(AlignError, match="finished"):
         run(finished)
     with pytest.raises(AlignError, match="another recipe"):
