@@ -281,7 +281,8 @@ def named_specs(specs: Sequence[str]) -> dict[str, str]:
         if not equals:
             name, spec = given if given in OF_THE_MODEL else named.reward_name(given), given
         if not name.replace("-", "_").isidentifier() or not spec:
-            problems.append(("--with", f"{given!r}: {name!r} is no name for a column; write NAME={spec or 'SPEC'}"))
+            what = f"is no name for a column; write NAME={spec or 'SPEC'}, of letters, digits and _"
+            problems.append(("--with", f"{given!r}: {name!r} {what}"))
         elif spec not in OF_THE_MODEL and not Path(spec).exists() and (near := nearest(spec.lower(), OF_THE_MODEL)):
             problems.append(("--with", f"{given!r}: did you mean {near}?"))
         elif name in found:

@@ -257,8 +257,11 @@ def test_names_of_columns() -> None:
     }
     with pytest.raises(ConfigError, match="a column rule already; write NAME=c:rule"):
         named_specs(["a:rule", "c:rule"])
-    with pytest.raises(ConfigError, match="no name for a column"):
-        named_specs(["runs/v1.5"])
+    for given in ("runs/v1.5", "runs/pal@mix:0.3:0.7", "runs/pal@annotator:eve@home"):
+        with pytest.raises(
+            ConfigError, match=f"is no name for a column; write NAME={given}, of letters, digits and _"
+        ):
+            named_specs([given])
     for given in ("CHES", "mine=CHES", "chess"):
         with pytest.raises(ConfigError, match=rf"{given}': did you mean ches\?"):
             named_specs([given])
