@@ -66,6 +66,11 @@ def required(field: str, row: dict[str, Any], wanted: str) -> Any:
     return row[field]
 
 
+def answer_field(row: Mapping[str, Any]) -> str:
+    """The column of a single answer: ``completion``, or ``response`` where that stands alone."""
+    return "response" if "response" in row and "completion" not in row else "completion"
+
+
 def content(field: str, value: Any) -> Content:
     """The value as text or messages of text; fields of a message that are null are left out.
 

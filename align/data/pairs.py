@@ -72,8 +72,7 @@ def pair_table(rows: Iterable[Row], source: str = "") -> PairTable:
         problems: list[FieldError] = []
         kind = _kind(row)
         ranked, signed = kind in ("rankings", "ratings"), kind == "signed_pairs"
-        read = _signed if signed else compared
-        comparisons = _ranked(row, kind, problems) if ranked else read(row, problems)
+        comparisons = _ranked(row, kind, problems) if ranked else comparison(row, problems)
         unused.update(row.keys() - set(_RANKING_FIELDS if ranked else _SIGNED_FIELDS if signed else PAIR_FIELDS))
         table.faults += [Fault(file, number, problem.field, problem.reason, row) for problem in problems]
         if problems:
@@ -139,6 +138,14 @@ def _repeats_prompt(pair: PairRow) -> bool:
     if not (isinstance(pair.prompt, str) and isinstance(pair.chosen, str) and isinstance(pair.rejected, str)):
         return False
     return pair.chosen.startswith(pair.prompt) and pair.rejected.startswith(pair.prompt)
+
+
+def comparison(row: dict[str, Any], problems: list[FieldError]) -> list[Comparison]:
+    """The one comparison of a row with chosen and rejected, or of two responses with their preference_strength.
+
+    None where the responses are as good, or where ``problems`` grew.
+    """
+    return _signed(row, problems) if _kind(row) == "signed_pairs" else compared(row, problems)
 
 
 def compared(row: dict[str, Any], problems: list[FieldError]) -> list[Comparison]:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from align.errors import AlignError
 
-from .fields import FieldError, check_size, collecting, content, required, resolve
+from .fields import FieldError, answer_field, check_size, collecting, content, required, resolve
 from .load import Row, read_rows, usable
 from .pairs import compared, pair_table
 from .report import describe
@@ -218,7 +218,7 @@ def rating_table(rows: Iterable[Row], source: str, attributes: Sequence[str]) ->
             continue
         counts["unpaired" if paired else "rated"] += 1
         names = [f"{side}_{name}" for side in ("chosen", "rejected") for name in attributes] if paired else attributes
-        unused.update(row.keys() - {"prompt", _answer(row), "chosen", "rejected", *names})
+        unused.update(row.keys() - {"prompt", answer_field(row), "chosen", "rejected", *names})
         for prompt, answer, ratings in found:
             identity = row_id(prompt, answer, json.dumps(ratings))
             table.rows.append(RatedRow(identity, file, number, prompt, answer, ratings))
@@ -236,7 +236,7 @@ Rated = tuple[Content, Content, tuple[float | None, ...]]
 
 def _rated(row: dict[str, Any], file: str, attributes: Sequence[str], problems: list[FieldError]) -> Iterator[Rated]:
     wanted = f"prompt, completion, {', '.join(attributes)}"
-    name = _answer(row)
+    name = answer_field(row)
     prompt: Content = ""
     answer: Content = ""
     with collecting(problems):
@@ -249,11 +249,6 @@ def _rated(row: dict[str, Any], file: str, attributes: Sequence[str], problems: 
     with collecting(problems):
         prompt, answers = resolve(prompt, {name: answer})
         yield prompt, answers[name], ratings
-
-
-def _answer(row: Mapping[str, Any]) -> str:
-    """The column of the answer: ``completion``, or ``response`` where that stands alone."""
-    return "response" if "response" in row and "completion" not in row else "completion"
 
 
 def _unpaired(

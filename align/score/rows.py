@@ -2,9 +2,10 @@
 
 Kinds of rows:
 
-- ``[prompt,] chosen, rejected``, checked as pairs for training are.
+- ``[prompt,] chosen, rejected``, or ``prompt, response_1, response_2, preference_strength``, whose better response is
+  chosen; both checked as pairs for training are.
 - ``prompt, completions``: several answers; a column then holds a list.
-- ``prompt, completion``, or ``messages``, whose last assistant turn is the completion.
+- ``prompt, completion`` (or ``prompt, response``), or ``messages``, whose last assistant turn is the completion.
 - ``prompt`` alone, which has reference columns and no others.
 """
 
@@ -14,12 +15,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from align.data.fields import FieldError, collecting, content, required, resolve
-from align.data.pairs import compared
+from align.data.fields import FieldError, answer_field, collecting, content, required, resolve
+from align.data.pairs import comparison
 from align.data.rows import Content, row_id
 
 LISTED = "completions"
-_WANTED = "[prompt,] chosen, rejected; or prompt and completion, completions or nothing more; or messages"
+_WANTED = (
+    "[prompt,] chosen, rejected; or prompt, response_1, response_2 and preference_strength; or prompt and completion, "
+    "response, completions or nothing more; or messages"
+)
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,11 @@ def score_row(row: dict[str, Any], problems: list[FieldError]) -> ScoreRow | Non
     """What is scored of ``row``; None where ``problems`` grew."""
     prompt: Content = ""
     answers: dict[str, list[Content]] = {}
-    if {"chosen", "rejected"} & row.keys():
-        for pair in compared(row, problems):
+    if {"chosen", "rejected", "response_1"} & row.keys():
+        pairs = comparison(row, problems)
+        if not pairs and not problems:
+            problems.append(FieldError("preference_strength", "0: neither response is the chosen one"))
+        for pair in pairs:
             prompt, answers = pair.prompt, {"chosen": [pair.chosen], "rejected": [pair.rejected]}
     else:
         with collecting(problems):
@@ -78,7 +85,7 @@ def _answers(row: dict[str, Any], problems: list[FieldError]) -> tuple[Content, 
         prompt, resolved = resolve(None, {"messages": talk})
         return prompt, {"completion": [resolved["messages"]]}
     prompt = content("prompt", required("prompt", row, _WANTED))
-    if not {"completion", LISTED} & row.keys():
+    if not {answer_field(row), LISTED} & row.keys():
         if not prompt:
             raise FieldError("prompt", "empty")
         return prompt, {}
@@ -91,7 +98,8 @@ def _answers(row: dict[str, Any], problems: list[FieldError]) -> tuple[Content, 
 
 def _named(row: dict[str, Any], problems: list[FieldError]) -> dict[str, Content]:
     if LISTED not in row:
-        return {"completion": content("completion", required("completion", row, _WANTED))}
+        name = answer_field(row)
+        return {name: content(name, required(name, row, _WANTED))}
     values = required(LISTED, row, _WANTED)
     if not isinstance(values, list) or not values:
         raise FieldError(LISTED, "not a list of answers (CSV holds none: use JSONL or Parquet)")

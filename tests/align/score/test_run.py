@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from align.data.fields import FieldError
 from align.data.rows import row_id
 from align.errors import AlignError, ConfigError
-from align.score.rows import ScoreRow
+from align.score.rows import ScoreRow, score_row
 from align.score.run import Outcome, score_data, score_rows
 from align.score.scorers import RuleScorer, Scored, by_answer
 
@@ -80,13 +81,27 @@ def test_every_kind_of_row(tmp_path: Path) -> None:
         {"prompt": "a", "completions": ["b", "cd"], "rank": [1, 2]},
         {"messages": [user, said]},
         {"prompt": [user]},
+        {"prompt": "a", "response_1": "bcd", "response_2": "e", "preference_strength": 2},
+        {"prompt": "a", "response": "bc", "helpfulness": 3},
     ]
-    pair, _, several, talk, bare = read(scored(write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl").output)
+    pair, _, several, talk, bare, responses, response = read(
+        scored(write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl").output
+    )
     assert (pair["letters_chosen"], pair["letters_rejected"]) == (3.0, 1.0)
     assert pair["row_id"] == row_id("a", "bcd", "e")
     assert several["letters_completions"] == [1.0, 2.0]
     assert "letters_completion" in talk
     assert bare == {"prompt": [user], "row_id": row_id([user])}
+    assert (responses["letters_chosen"], responses["letters_rejected"]) == (1.0, 3.0)  # the second is better
+    assert responses["row_id"] == row_id("a", "e", "bcd")
+    assert response["letters_completion"] == 2.0
+
+
+def test_responses_of_which_none_is_better_are_no_pair() -> None:
+    problems: list[FieldError] = []
+    tie = {"prompt": "a", "response_1": "b", "response_2": "c", "preference_strength": 0}
+    assert score_row(tie, problems) is None
+    assert [problem.reason for problem in problems] == ["0: neither response is the chosen one"]
 
 
 def test_bad_rows_are_set_aside_with_their_reasons(tmp_path: Path) -> None:
