@@ -75,6 +75,18 @@ class PolicyScorer:
         return {"columns": self.columns, "policy": self.policy.identity, "shared_prompt": self.shared}
 
     def score(self, rows: Sequence[ScoreRow]) -> Scored:
+        """The columns of pairs and of other rows come of a pass each: a pair's do not depend on what is beside it."""
+        paired = ["rejected" in row.answers for row in rows]
+        if len(set(paired)) < 2:
+            return self._score(rows)
+        parts = []
+        for kind in (False, True):
+            parts.append(self._score([row for row, is_pair in zip(rows, paired, strict=True) if is_pair is kind]))
+        each = [iter(part.columns) for part in parts]
+        columns = [next(each[is_pair]) for is_pair in paired]
+        return Scored(columns, sum(part.cut for part in parts), sum(part.moved for part in parts))
+
+    def _score(self, rows: Sequence[ScoreRow]) -> Scored:
         laid = self._lay_out(rows)
         if laid is None:
             return Scored([{} for _ in rows])

@@ -331,3 +331,14 @@ def test_two_processes_write_the_file_of_one(
     one, two = ((tmp_path / f"{name}.jsonl").read_bytes() for name in ("one", "two"))
     assert one == two
     assert len(one.splitlines()) == 24 * 30
+
+
+def test_log_probs_of_a_pair_do_not_depend_on_what_is_beside_it(policy: Policy) -> None:
+    """The pair's prompt ends before "th", which is one token with the "e" of chosen; in a mixed batch, too."""
+    pair = {"prompt": "an inn th", "chosen": "e end", "rejected": " no"}
+    single = {"prompt": "an inn th", "completion": " no"}
+    alone, mixed = (scorer(policy, "logps").score(read(rows)) for rows in ([pair], [single, pair]))
+    assert mixed.columns[1]["logps_tokens_rejected"] == alone.columns[0]["logps_tokens_rejected"]
+    assert mixed.columns[1] == pytest.approx(alone.columns[0], abs=1e-4)
+    assert mixed.columns[0]["logps_tokens_completion"] < mixed.columns[1]["logps_tokens_rejected"]
+    assert (alone.moved, mixed.moved) == (1, 1)
