@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from align.data.load import Row
 from align.data.report import fault_report
+from align.data.splits import Split
 from align.errors import AlignError
 
 logger = logging.getLogger(__name__)
@@ -51,5 +52,4 @@ def tokenized_dataset(table: Any, tokenized: Any, name: str) -> Dataset:
         logger.warning("%s", fault_report(faults, table.counts["rows"]))
     if not tokenized.rows:
         raise AlignError(f"{name}: no row can be used")
-    found: Dataset = tokenized.dataset()
-    return found
+    return Split(table, tokenized).dataset()

@@ -11,7 +11,7 @@ maps that mean nothing yet the backbone would learn to be worse.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,12 @@ from torch import Tensor, nn
 from trl import RewardConfig
 
 from align.data.judgements import judgement_table
+from align.data.load import Row
 from align.data.rewards import tokenize_reward_pairs
-from align.data.splits import Split
 from align.losses import Loss
 from align.losses.catalogue import LossFunction
 from align.rewards.pal_model import PalRewardModel
 
-from .given import tokenized_dataset, untokenized_rows
 from .pal import Judgements
 from .reward import RewardCollator, RewardTrainer
 
@@ -76,12 +75,9 @@ class PalTrainer(RewardTrainer):
             raise ValueError(f"{dataset_name}: annotator {strangers[0]!r} is not one of the model's")
         return dataset
 
-    def _tokenized(self, dataset: Dataset, tokenizer: Any, args: RewardConfig, name: str, rated: bool) -> Dataset:
-        limits = [limit for limit in (args.max_length, self.reward.config.max_length) if limit is not None]
-        table = judgement_table(untokenized_rows(dataset, name), name)
-        tokenized = tokenize_reward_pairs(table.rows, tokenizer, min(limits, default=None), self.rules.over_long)
-        tokenized_dataset(table, tokenized, name)  # for what it says of rows that cannot be used
-        return Split(table, tokenized).dataset()
+    def _read(self, rows: Iterable[Row], name: str, tokenizer: Any, limit: int | None) -> tuple[Any, Any]:
+        table = judgement_table(rows, name)
+        return table, tokenize_reward_pairs(table.rows, tokenizer, limit, self.rules.over_long)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

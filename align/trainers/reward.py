@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from trl import RewardConfig
 from trl import RewardTrainer as TrlRewardTrainer
 
+from align.data.load import Row
 from align.data.rewards import RewardRules, rating_table, reward_pairs, tokenize_ratings, tokenize_reward_pairs
 from align.errors import AlignError
 from align.losses import Loss, LossOutput
@@ -118,7 +119,7 @@ class RewardTrainer(Hosted, TrlRewardTrainer):  # type: ignore[misc]
         check_dataset(dataset, dataset_name)
         rated = self.reward.config.kind == "attributes"
         if not set(_RATED if rated else _PAIR) <= set(dataset.column_names):
-            dataset = self._tokenized(dataset, processing_class, args, dataset_name, rated)
+            dataset = self._tokenized(dataset, processing_class, args, dataset_name)
         if self.rules.needs_margin:
             margins = dataset["margin"] if "margin" in dataset.column_names else [None] * len(dataset)
             if without := sum(margin is None for margin in margins):
@@ -131,21 +132,21 @@ class RewardTrainer(Hosted, TrlRewardTrainer):  # type: ignore[misc]
                 raise AlignError(f"{dataset_name}: all strengths are 0: there is no weight to normalise")
         return dataset
 
-    def _tokenized(self, dataset: Dataset, tokenizer: Any, args: RewardConfig, name: str, rated: bool) -> Dataset:
+    def _tokenized(self, dataset: Dataset, tokenizer: Any, args: RewardConfig, name: str) -> Dataset:
         limits = [limit for limit in (args.max_length, self.reward.config.max_length) if limit is not None]
-        limit, over_long = min(limits, default=None), self.rules.over_long
-        rows = untokenized_rows(dataset, name)
-        table: Any
-        tokenized: Any
-        if rated:
-            table = rating_table(rows, name, self.reward.config.attributes)
-            tokenized = tokenize_ratings(table.rows, tokenizer, limit, over_long)
-        else:
-            table = reward_pairs(rows, name, self.rules)
-            tokenized = tokenize_reward_pairs(table.rows, tokenizer, limit, over_long)
+        limit = min(limits, default=None)
+        table, tokenized = self._read(untokenized_rows(dataset, name), name, tokenizer, limit)
         if cut := sum(count for key, count in tokenized.counts.items() if key.startswith("truncated_")):
             logger.warning("%s: %d answers were cut at %d tokens with their prompts", name, cut, limit)
         return tokenized_dataset(table, tokenized, name)
+
+    def _read(self, rows: Iterable[Row], name: str, tokenizer: Any, limit: int | None) -> tuple[Any, Any]:
+        """The table of rows that can be used, and their token ids."""
+        if self.reward.config.kind == "attributes":
+            ratings = rating_table(rows, name, self.reward.config.attributes)
+            return ratings, tokenize_ratings(ratings.rows, tokenizer, limit, self.rules.over_long)
+        pairs = reward_pairs(rows, name, self.rules)
+        return pairs, tokenize_reward_pairs(pairs.rows, tokenizer, limit, self.rules.over_long)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:

@@ -19,6 +19,9 @@ from align.errors import AlignError
 from align.losses import Loss
 from align.losses.preference import bradley_terry, scaled_bradley_terry
 from align.rewards.models import RewardModel
+from align.rewards.pal import PalA
+from align.rewards.pal_model import PalRewardModel
+from align.trainers.pal_backbone import PalTrainer
 from align.trainers.reward import TRAINED, RewardTrainer
 
 ROWS = [
@@ -295,3 +298,13 @@ def test_a_frozen_backbone_reads_each_answer_once(tmp_path, tiny_model_dir, monk
     anew = steps(trainer(tiny_model_dir, tmp_path, loss=loss, model_settings=settings, max_steps=6))
     assert [step["loss"] for step in kept] == pytest.approx([step["loss"] for step in anew], abs=1e-5)
     assert kept[0]["loss"] != pytest.approx(kept[-1]["loss"], abs=1e-4)
+
+
+def test_over_long_judgements_are_told_too(tmp_path, tiny_model_dir, caplog):
+    judge = PalRewardModel.create(tiny_model_dir, kind="pal", frozen=False)
+    judge.attach(PalA(judge.hidden_size, ["ann"], groups=2, dimension=4))
+    rows = Dataset.from_list([{**row, "annotator": "ann"} for row in ROWS])
+    with caplog.at_level(logging.WARNING):
+        made = PalTrainer(judge, arguments(tmp_path, max_length=16), train_dataset=rows)
+    assert "answers were cut at 16 tokens" in caplog.text
+    assert made.train_dataset["annotator"] == ["ann"] * 4
