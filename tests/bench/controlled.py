@@ -3,7 +3,8 @@
     python tests/bench/controlled.py --data FOLDER --cache FOLDER --output table.md
 
 ``--data`` holds ``spider/dev.jsonl.gz`` and ``spider/schemas.jsonl.gz``; without it, only the two tasks that are
-written here are run. Every answer is kept in ``--cache`` as soon as it is there, and the same command goes on.
+written here are run. Every answer is kept in ``--cache`` as soon as it is there, and the same command goes on; tables
+are of the questions that every way has answered.
 """
 
 from __future__ import annotations
@@ -88,7 +89,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Way:
-    """How answers are made; ``free`` draws without the constraint and takes the first answer that satisfies it."""
+    """How answers are made; ``free`` draws without the constraint and takes the first answer that satisfies it.
+
+    Of several free samples that is reranking: a constraint gives them ranks 1 and 0.
+    """
 
     method: Method
     particles: int
@@ -97,7 +101,7 @@ class Way:
 
 WAYS = {
     "unconstrained": Way("awrs", 1, free=True),
-    "8 samples, the first valid": Way("awrs", 8, free=True),
+    "8 samples, reranked": Way("awrs", 8, free=True),
     "masking": Way("mask", 1),
     "rejection of tokens": Way("rejection", 1),
     "AWRS, 1": Way("awrs", 1),
@@ -176,7 +180,9 @@ class Bench:
     def run(self, task: str, items: Sequence[Item], name: str) -> list[dict[str, Any]]:
         """Answers of one way to one task, those that are kept not made again."""
         path, way = self.cache / f"{task}-{name.replace(' ', '_').replace(',', '')}.jsonl", WAYS[name]
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        kept = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        wanted = {item.name for item in items}
+        rows = [row for row in kept if row["item"] in wanted]
         done = {row["item"] for row in rows}
         todo = [(number, item) for number, item in enumerate(items) if item.name not in done]
         requests = [
@@ -191,9 +197,13 @@ class Bench:
             for number, item in todo
         ]
         with path.open("a") as file:
+            spent = time.process_time()
 
             def keep(place: int, answer: Answer) -> None:
+                nonlocal spent
                 row = self.row(todo[place][1], way, answer)
+                # Questions share batches: what was spent since the last answer, to add up over all of them.
+                row["seconds"], spent = time.process_time() - spent, time.process_time()
                 rows.append(row)
                 file.write(json.dumps(row) + "\n")
                 file.flush()
@@ -215,7 +225,7 @@ class Bench:
             tokens = valid[0] if valid else samples[0]
         else:
             valid = [taken.tokens] if taken is not None and answer.valid else []
-            tokens = valid[0] if valid else ()
+            tokens = taken.tokens if taken is not None else ()
         text = self.vocabulary.text(tokens)
         return {
             "item": item.name,
@@ -223,12 +233,13 @@ class Bench:
             "valid": bool(valid),
             "right": item.gold is not None and bool(valid) and item.normal(text) == item.gold,
             "judged": item.gold is not None,
+            "tokens": len(tokens),
             "evaluations": list(answer.evaluations),
             "ess": answer.result.ess if answer.result is not None else None,
             "reason": answer.reason,
         }
 
-    def speed(self, rounds: int, steps: int = 16) -> list[dict[str, Any]]:
+    def speed(self, rounds: int, steps: int = 32) -> list[dict[str, Any]]:
         """Ways in turns on the same eight prompts, one sequence each: CPU seconds a step, and what is not the model's.
 
         CPU time of one thread, because a shared machine's clock says more of the others.
@@ -258,11 +269,11 @@ class Bench:
                 self.engine.reset()
                 begin = time.process_time()
                 generate(self.engine, requests, self.vocabulary)
-                whole = time.process_time() - begin - self.engine.opening
-                made.append(
-                    {"round": number, "way": name, "step": whole / self.engine.steps,
-                     "outside": (whole - self.engine.forward) / self.engine.steps, "rows": self.engine.rows}
-                )  # fmt: skip
+                spent = time.process_time() - begin - self.engine.opening
+                outside = (spent - self.engine.forward) / self.engine.steps
+                # Opening computes the first step's logits.
+                step = outside + self.engine.forward / (self.engine.steps - 1)
+                made.append({"round": number, "way": name, "step": step, "outside": outside})
             with path.open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in made)
             kept += made
@@ -270,26 +281,29 @@ class Bench:
 
 
 class TimedEngine(TransformersEngine):
-    """Counts steps and the time within the model."""
+    """Counts steps and the time within the model, since ``reset``."""
+
+    opening = forward = 0.0
+    steps = 0
 
     def reset(self) -> None:
         """From 0."""
         self.opening = self.forward = 0.0
-        self.steps = self.rows = 0
+        self.steps = 0
 
     def open(self, prompts: Sequence[Sequence[int]]) -> list[int]:
         """As it is, timed."""
         begin = time.process_time()
         handles = super().open(prompts)
-        self.opening = getattr(self, "opening", 0.0) + time.process_time() - begin
+        self.opening += time.process_time() - begin
         return handles
 
     def next_logits(self, handles: Sequence[int]) -> tuple[Tensor, list[int]]:
         """As it is, timed."""
         begin = time.process_time()
         found = super().next_logits(handles)
-        self.forward = getattr(self, "forward", 0.0) + time.process_time() - begin
-        self.steps, self.rows = getattr(self, "steps", 0) + 1, getattr(self, "rows", 0) + len(found[0])
+        self.forward += time.process_time() - begin
+        self.steps += 1
         return found
 
 
@@ -299,21 +313,27 @@ def share(values: Sequence[bool]) -> str:
 
 
 def task_table(task: str, answers: dict[str, list[dict[str, Any]]], size: int) -> list[str]:
-    """Validity, matches and questions of one task."""
+    """Validity, matches, questions and time of one task, over what every way has answered."""
+    common = set.intersection(*({row["item"] for row in rows} for rows in answers.values()))
+    seconds = {
+        name: sum(r["seconds"] for r in rows) / sum(r["tokens"] for r in rows) for name, rows in answers.items()
+    }
     lines = [
-        f"### {task}", "",
-        "| way | valid | right | constraint calls a token: median, mean, p99 | median of the vocabulary | mean ESS |",
-        "| --- | --- | --- | --- | --- | --- |",
+        f"### {task}, {len(common)} questions", "",
+        "| way | valid | right | constraint calls a token: median, mean, p99 | median of the vocabulary "
+        "| mean ESS | CPU ms a token of the answer |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
-    for name, rows in answers.items():
+    for name, kept in answers.items():
+        rows = [row for row in kept if row["item"] in common]
         calls = np.array([count for row in rows for count in row["evaluations"]])
         asked = not WAYS[name].free and len(calls) > 0
         numbers = f"{np.median(calls):.0f}, {calls.mean():.1f}, {np.percentile(calls, 99):.0f}" if asked else ""
         part = f"{100 * np.median(calls) / size:.4f} %" if asked else ""
-        ess = [row["ess"] for row in rows if row["ess"]] if name.startswith("AWRS-SMC") else []
+        ess = [row["ess"] or 0.0 for row in rows] if name.startswith("AWRS-SMC") else []
         lines.append(
             f"| {name} | {share([row['valid'] for row in rows])} | {share([r['right'] for r in rows if r['judged']])} "
-            f"| {numbers} | {part} | {f'{np.mean(ess):.1f}' if ess else ''} |"
+            f"| {numbers} | {part} | {f'{np.mean(ess):.1f}' if ess else ''} | {1e3 * seconds[name]:.0f} |"
         )
     return [*lines, ""]
 
