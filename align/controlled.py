@@ -16,7 +16,7 @@ from align.decoding.generate import generate
 from align.decoding.law import Law
 from align.decoding.request import Answer, Method, Potential, Request
 from align.errors import AlignError
-from align.rewards.functions import as_answer
+from align.rewards.encoding import as_answer
 from align.rewards.scorers import Scorer, load_scorer
 
 if TYPE_CHECKING:

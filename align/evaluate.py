@@ -38,8 +38,7 @@ from align.losses.types import UnpairedLogps
 from align.models.ends import end_tokens
 from align.models.memory import release_freed
 from align.models.scoring import sequence_logps
-from align.rewards.encoding import plain
-from align.rewards.functions import as_answer
+from align.rewards.encoding import as_answer, plain
 from align.rewards.models import RewardOutput
 from align.rewards.named import load_reward
 from align.tracking.files import write_json, write_text

@@ -32,6 +32,11 @@ def plain(content: Content, role: str) -> str:
     return (turns[-1].get("content") or "") if turns else ""
 
 
+def as_answer(prompt: Content, text: str) -> Content:
+    """An answer in its prompt's form: text, or a message."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
 def encode_answers(tokenizer: Any, prompt: Content, answers: Sequence[Content]) -> tuple[list[int], list[list[int]]]:
     """Ids of a prompt, and of each answer to it.
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .encoding import Content, plain
+from .encoding import Content, as_answer, plain
 from .expression import CannedReference, Expression, Part, parse_expression
 from .scorers import NO_COLUMNS, OF_TRL, RewardError, Scorer, load_scorer, of_rows
 
@@ -211,11 +211,6 @@ class RewardFunction:
 def _same_prompt(prompts: Sequence[Content]) -> list[list[int]]:
     """Numbers of the answers to each prompt, which stand next to each other."""
     return [list(rows) for _, rows in groupby(range(len(prompts)), key=lambda row: prompts[row])]
-
-
-def as_answer(prompt: Content, text: str) -> Content:
-    """An answer in its prompt's form: text, or a message."""
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def _tensor(values: Sequence[float | None]) -> Tensor:

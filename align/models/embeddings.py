@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from align.errors import AlignError
-from align.rewards.encoding import Content, encode_rows
 from align.rewards.models import RewardModel
 
 from .fingerprint import weights_hash
@@ -26,7 +25,7 @@ ROWS_IN_FILE = 256
 
 
 class EmbeddingCache:
-    """``RewardModel.embed`` that remembers.
+    """``RewardModel.embed_ids`` that remembers.
 
     Args:
         folder: where rows are kept, for any number of models; made where it is missing.
@@ -54,23 +53,6 @@ class EmbeddingCache:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def embed(
-        self,
-        prompts: Sequence[Content],
-        completions: Sequence[Content],
-        *,
-        advance: Callable[[int], object] = lambda count: None,
-    ) -> tuple[Tensor, Tensor]:
-        """Hidden states of the last tokens of N answers, and of their prompts, (N, H) each, float32.
-
-        Args:
-            advance: told how many of the N are there, as they come.
-
-        Raises:
-            ValueError: as ``RewardModel.embed``, with the row.
-        """
-        return self.embed_ids(*encode_rows(self.model.tokenizer, prompts, completions), advance=advance)
-
     def embed_ids(
         self,
         prompt_ids: Sequence[Sequence[int]],
@@ -78,7 +60,11 @@ class EmbeddingCache:
         *,
         advance: Callable[[int], object] = lambda count: None,
     ) -> tuple[Tensor, Tensor]:
-        """``embed`` on token ids."""
+        """Hidden states of the last tokens of N answers, and of their prompts, (N, H) each, float32.
+
+        Args:
+            advance: told how many of the N are there, as they come.
+        """
         if not len(prompt_ids):
             return torch.zeros(0, self.model.hidden_size), torch.zeros(0, self.model.hidden_size)
         answer_ids = self.model.fit(prompt_ids, answer_ids)

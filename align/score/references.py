@@ -14,7 +14,7 @@ from align.data.fields import FieldError
 from align.data.rows import row_id
 from align.data.tokenize import encode_prompt
 from align.errors import AlignError
-from align.rewards.functions import as_answer
+from align.rewards.encoding import as_answer
 from align.rewards.references import sampled_reference
 from align.rewards.scorers import RewardError
 from align.trainers.references import Draws, drawn_rewards, fitted_reference, prompt_embeddings

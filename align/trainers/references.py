@@ -19,7 +19,7 @@ from align.data.tokenize import encode_prompt
 from align.errors import AlignError
 from align.evals.sampling import sample
 from align.models.ends import end_tokens
-from align.rewards.functions import as_answer
+from align.rewards.encoding import as_answer
 from align.rewards.references import PromptReference
 from align.rewards.scorers import NO_COLUMNS, Scorer
 

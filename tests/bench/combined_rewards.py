@@ -25,7 +25,8 @@ from align.evals.statistics import Estimate, bootstrap_interval
 from align.models.ends import end_tokens
 from align.models.load import load_run
 from align.models.scoring import attach_scoring, sequence_logps
-from align.rewards.functions import RewardFunction, as_answer
+from align.rewards.encoding import as_answer
+from align.rewards.functions import RewardFunction
 
 BATCH = 32
 

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from align.models.embeddings import EmbeddingCache
 from align.models.load import locate
+from align.rewards.encoding import encode_rows
 from align.rewards.models import RewardModel
 from align.rewards.pal import Pal, PalA, PalB
 from align.trainers.pal import Judgements, train_pal
@@ -232,7 +233,8 @@ def main() -> None:
     began = time.perf_counter()
 
     def embed(prompts: Sequence[str], answers: Sequence[str]) -> tuple[Tensor, Tensor]:
-        return cache.embed([[{"role": "user", "content": prompt}] for prompt in prompts], list(answers))
+        asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        return cache.embed_ids(*encode_rows(model.tokenizer, asked, list(answers)))
 
     table, prompts = embed(data.prompts, data.texts)
     others = {}

@@ -9,10 +9,15 @@ import torch
 
 from align.errors import AlignError
 from align.models.embeddings import EmbeddingCache
+from align.rewards.encoding import encode_rows
 from align.rewards.models import RewardModel
 
 PROMPTS = ["Say the word.", "Say another.", "Say the word."]
 ANSWERS = ["the word", "another thing there", "the word"]
+
+
+def ids(model: RewardModel, prompts: list[str] = PROMPTS, answers: list[str] = ANSWERS) -> tuple[list[list[int]], ...]:
+    return encode_rows(model.tokenizer, prompts, answers)
 
 
 @pytest.fixture
@@ -23,7 +28,7 @@ def model(tiny_model_dir: Path) -> RewardModel:
 def test_equal_to_the_models_own(tmp_path: Path, model: RewardModel):
     cache = EmbeddingCache(tmp_path, model)
     told: list[int] = []
-    found = cache.embed(PROMPTS, ANSWERS, advance=told.append)
+    found = cache.embed_ids(*ids(model), advance=told.append)
     for states, expected in zip(found, model.embed(PROMPTS, ANSWERS), strict=True):
         torch.testing.assert_close(states, expected, atol=1e-5, rtol=0)
     assert cache.computed == len(cache) == 2  # one of the three stands twice
@@ -31,9 +36,9 @@ def test_equal_to_the_models_own(tmp_path: Path, model: RewardModel):
 
 
 def test_computed_once(tmp_path: Path, model: RewardModel):
-    first = EmbeddingCache(tmp_path, model).embed(PROMPTS, ANSWERS)
+    first = EmbeddingCache(tmp_path, model).embed_ids(*ids(model))
     again = EmbeddingCache(tmp_path, model)
-    second = again.embed([*PROMPTS, "New."], [*ANSWERS, "thing"])
+    second = again.embed_ids(*ids(model, [*PROMPTS, "New."], [*ANSWERS, "thing"]))
     assert again.computed == 1
     assert torch.equal(first[0], second[0][:3])
     assert torch.equal(first[1], second[1][:3])
@@ -41,15 +46,15 @@ def test_computed_once(tmp_path: Path, model: RewardModel):
 
 def test_another_limit_is_another_row(tmp_path: Path, tiny_model_dir: Path, model: RewardModel):
     """Cut at 20 tokens the longer answer is another one; what fits is the same."""
-    EmbeddingCache(tmp_path, model).embed(PROMPTS, ANSWERS)
+    EmbeddingCache(tmp_path, model).embed_ids(*ids(model))
     short = EmbeddingCache(tmp_path, RewardModel.create(tiny_model_dir, frozen=True, max_length=20))
-    short.embed(PROMPTS, ANSWERS)
+    short.embed_ids(*ids(model))
     assert short.computed == 1
 
 
 def test_another_backbone_has_its_own_folder(tmp_path: Path, model: RewardModel):
     cache = EmbeddingCache(tmp_path, model)
-    cache.embed(PROMPTS, ANSWERS)
+    cache.embed_ids(*ids(model))
     with torch.no_grad():
         model.carrier.score.weight.add_(1)  # the head is not read
     assert len(EmbeddingCache(tmp_path, model)) == 2
@@ -62,7 +67,7 @@ def test_another_backbone_has_its_own_folder(tmp_path: Path, model: RewardModel)
 
 def test_a_torn_file_is_no_row(tmp_path: Path, model: RewardModel):
     cache = EmbeddingCache(tmp_path, model)
-    cache.embed(PROMPTS, ANSWERS)
+    cache.embed_ids(*ids(model))
     (cache.folder / ".0123.partial").write_bytes(b"half")
     assert len(EmbeddingCache(tmp_path, model)) == 2
     next(cache.folder.glob("*.safetensors")).write_bytes(b"half")
@@ -70,10 +75,5 @@ def test_a_torn_file_is_no_row(tmp_path: Path, model: RewardModel):
         EmbeddingCache(tmp_path, model)
 
 
-def test_rows_that_cannot_be_embedded(tmp_path: Path, model: RewardModel):
-    cache = EmbeddingCache(tmp_path, model)
-    assert cache.embed([], [])[0].shape == (0, 32)
-    with pytest.raises(ValueError, match="3 prompts and 1 completions"):
-        cache.embed(PROMPTS, ANSWERS[:1])
-    with pytest.raises(ValueError, match="row 1"):
-        cache.embed(PROMPTS[:2], ["the", ""])
+def test_no_rows_are_no_states(tmp_path: Path, model: RewardModel):
+    assert EmbeddingCache(tmp_path, model).embed_ids([], [])[0].shape == (0, 32)
