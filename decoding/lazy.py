@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 BLOCK = 256
 """Tokens whose mass is summed together: about the square root of a large vocabulary."""
+MOST_FAILURES = 1e300
+"""Where a count of failures stops, so that it is a number whose logarithm can be had."""
 
 Accepts = Callable[[int], bool]
 """Whether a token may come next. End tokens are ids like the others."""
@@ -77,10 +79,11 @@ class Draws:
         return ((self._words.pop() >> 12) + 0.5) * 2.0**-52
 
     def failures(self, success: float) -> int:
-        """Geometric, by inversion of one uniform; ``success`` is over 0."""
+        """Geometric, by inversion of one uniform, at most 1e300: no share of float64 is so small that this raises."""
         if success >= 1:
             return 0
-        return math.floor(math.log(self.uniform()) / math.log1p(-success))
+        trials = math.log(self.uniform()) / math.log1p(-success) if success > 0 else math.inf
+        return math.floor(min(trials, MOST_FAILURES))
 
 
 class Live:

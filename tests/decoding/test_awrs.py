@@ -167,6 +167,15 @@ def test_the_one_allowed_token_may_be_as_rare_as_1e_30() -> None:
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_allowed_mass_that_float64_hardly_knows_is_found(estimator: Estimator) -> None:
+    """exp(-720) is 1e-313 of the whole: the token is found, and its weight is a finite, tiny number."""
+    for seed in range(50):
+        draw = sample(np.array([0.0, -720.0, -722.0]), {2}.__contains__, Draws(seed, 0), estimator=estimator)
+        assert draw.token == 2
+        assert -math.inf < draw.log_weight < -680
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_a_vocabulary_of_one(estimator: Estimator) -> None:
     assert sample(np.zeros(1), always, Draws(0, 0), estimator=estimator) == Draw(0, 0.0, 1)
 

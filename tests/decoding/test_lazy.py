@@ -38,12 +38,14 @@ def test_uniforms_are_uniform_within_and_across_positions() -> None:
 
 
 def test_failures_are_geometric() -> None:
-    """Mean (1 - s)/s; s = 1 never fails, and a share of 1e-30 is a number, not an error."""
+    """Mean (1 - s)/s; s = 1 never fails; a share of 1e-30 is a number, and so is one that float64 hardly knows."""
     found = [Draws(2, position).failures(0.3) for position in range(20_000)]
     assert np.mean(found) == pytest.approx(7 / 3, abs=4 * math.sqrt(0.7) / 0.3 / math.sqrt(20_000))
     assert np.mean(np.equal(found, 0)) == pytest.approx(0.3, abs=4 * math.sqrt(0.21 / 20_000))
     assert Draws(0, 0).failures(1.0) == 0
     assert Draws(0, 0).failures(1e-30) > 1e25
+    for share in (1e-312, 5e-324, 0.0):
+        assert math.log(Draws(0, 0).failures(share)) == pytest.approx(300 * math.log(10))
 
 
 @settings(max_examples=40, deadline=None)
