@@ -105,8 +105,8 @@ def trained(spec: PalSpec, data: Judgements, groups: int, seed: int, log: Log | 
     """A model of this many groups, trained on the judgements."""
     torch.manual_seed(seed)
     width, users = data.answers.shape[1], sorted(set(data.users))
-    sizes = {"groups": groups, "dimension": spec.dimension, "depth": spec.depth}
-    model = PalA(width, users, **sizes, loss=spec.loss) if spec.variant == "a" else PalB(width, users, **sizes)
+    sizes: dict[str, Any] = {"groups": groups, "dimension": spec.dimension, "depth": spec.depth}
+    model = PalA(width, users, loss=spec.loss, **sizes) if spec.variant == "a" else PalB(width, users, **sizes)
     with progress(f"training, {groups} group{'s' * (groups > 1)}", spec.epochs) as advance:
 
         def after_epoch(epoch: int, loss: float) -> bool:
