@@ -8,7 +8,6 @@ model's own generation settings say. Answers under a constraint or a reward are 
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from align.evals.sampling import Sample, sample
 from align.models.ends import end_tokens
 from align.models.load import LoadedModel, load_run
 
+from .answers import make_place, read_done, sort_rows, write_rows
 from .controlled import Control, Controller, settings_of
 
 BATCH = 8
@@ -171,26 +171,24 @@ def answer_file(
         The rows that could not be used.
 
     Raises:
-        AlignError: the output holds answers to other prompts or with other settings, its folder cannot be made, or
-            no prompt can be used.
+        AlignError: the output is something else than answers to these prompts with these settings (it is left as it
+            was), its folder cannot be made, or no prompt can be used.
     """
     rows, faults = _read_prompts(source)
     prompts: dict[int, Content] = {number: row["prompt"] for number, row in rows.items()}
     kept = asdict(settings) if control is None else settings_of(settings, control)
-    done = _read_done(output, prompts, kept)
+    make_place(output, source)
+    done = read_done(output, prompts, kept)
     pending = {row: prompt for row, prompt in prompts.items() if row not in done}
     if pending:
-        _make_folder(output.parent)
         answerer = Answerer(settings)
         encoded = dict(_encoded(answerer, source, pending, faults))
         controller = Controller(answerer, control) if control is not None else None
         with output.open("a", encoding="utf-8") as file:
 
             def write(answers: Mapping[int, Mapping[str, Any]]) -> None:
-                for row, made in answers.items():
-                    line = {"row": row, "prompt": prompts[row], **made, "settings": kept}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                file.flush()
+                rows_made = {row: {"prompt": prompts[row], **made, "settings": kept} for row, made in answers.items()}
+                write_rows(file, rows_made)
                 done.update(answers)
                 progress(len(done), len(encoded) + len(prompts) - len(pending))
 
@@ -202,7 +200,7 @@ def answer_file(
     if not done:
         first = faults[0]
         raise AlignError(f"{source}: no prompt can be used; row {first.row}: {first.field}: {first.reason}")
-    _sort(output)
+    sort_rows(output)
     return faults
 
 
@@ -230,45 +228,6 @@ def _read_prompts(source: str) -> tuple[dict[int, dict[str, Any]], list[Fault]]:
         except FieldError as problem:
             faults.append(Fault(file, row, problem.field, problem.reason, found))
     return rows, faults
-
-
-def _read_done(output: Path, prompts: Mapping[int, Content], settings: Mapping[str, Any]) -> set[int]:
-    """Rows that the output holds already; a line that a kill has torn is cut off."""
-    if not output.exists():
-        return set()
-    text = output.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    done = set()
-    for number, line in enumerate(_lines(whole.decode()), start=1):
-        row = _parse(line)
-        if row.get("settings") != settings or prompts.get(row.get("row", 0)) != row.get("prompt"):
-            raise AlignError(
-                f"{output}: line {number} is no answer to these prompts with these settings; name another output"
-            )
-        done.add(row["row"])
-    if len(whole) < len(text):
-        os.truncate(output, len(whole))
-    return done
-
-
-def _lines(text: str) -> list[str]:
-    """The lines of a JSONL file; ``splitlines`` would also split at the U+2028 or U+0085 of an answer."""
-    return text.split("\n")[:-1]
-
-
-def _parse(line: str) -> dict[str, Any]:
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise AlignError(f"{folder}: this folder cannot be made ({error.strerror}); name another output") from error
 
 
 def _encoded(
@@ -322,12 +281,3 @@ def _draw(
 
 def _columns(made: Sample) -> dict[str, Any]:
     return {"completion": made.text, "tokens": len(made.tokens), "finished": made.finished}
-
-
-def _sort(output: Path) -> None:
-    lines = _lines(output.read_text("utf-8"))
-    ordered = sorted(lines, key=lambda line: int(json.loads(line)["row"]))
-    if ordered != lines:
-        partial = output.with_name(f".{output.name}.tmp")
-        partial.write_text("".join(f"{line}\n" for line in ordered), "utf-8")
-        partial.replace(output)
