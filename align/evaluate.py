@@ -328,7 +328,10 @@ def _goals(
         before,
         after,
         {name: (values[::2].numpy(), values[1::2].numpy()) for name, values in rewards.items()},
-        {name: (values[::2].numpy(), values[1::2].numpy()) for name, values in reward.good(prompts, columns).items()},
+        {
+            name: (values[::2].numpy(), values[1::2].numpy())
+            for name, values in reward.good(prompts, columns, given).items()
+        },
         kl=kl,
         settings={**spec.model_dump(), "prompts": len(ids), "temperature": 1.0},
     )

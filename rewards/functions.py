@@ -93,14 +93,15 @@ class RewardFunction:
         Raises:
             RewardError: a rule that fails, a reference that is missing, or a number that is not finite.
         """
-        given = {**columns, "completion_ids": completion_ids, "log_metric": log_metric}
-        found = self.columns(prompts, completions, {key: value for key, value in given.items() if value is not None})
-        rewards = self._combined(prompts, found)
-        unrewarded = [all(rewards[row] is None for row in rows) for rows in _same_prompt(prompts)]
+        trls = {"completion_ids": completion_ids, "log_metric": log_metric}
+        given = {key: value for key, value in {**columns, **trls}.items() if value is not None}
+        found = self.columns(prompts, completions, given)
+        rewards = self._combined(prompts, found, given)
+        unrewarded = [all(rewards[row] is None for row in rows) for rows in _same_prompt(prompts, given)]
         self._warn_of(sum(unrewarded), len(unrewarded))
         if log_metric is not None:
             means = {f"rewards/{part.name}": found[part.name] for part in self.expression.parts}
-            means |= {f"good/{name}": values for name, values in self.good(prompts, found).items()}
+            means |= {f"good/{name}": values for name, values in self.good(prompts, found, given).items()}
             means["unrewarded/answers"] = torch.tensor([reward is None for reward in rewards]).double()
             means["unrewarded/prompts"] = torch.tensor(unrewarded).double()
             for name, values in means.items():
@@ -126,7 +127,9 @@ class RewardFunction:
                 found[column] = values
         return found
 
-    def good(self, prompts: Sequence[Content], columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def good(
+        self, prompts: Sequence[Content], columns: Mapping[str, Tensor], given: Mapping[str, Any] = NO_COLUMNS
+    ) -> dict[str, Tensor]:
         """Which answers reach each part's reference, 1 or 0, (N,) by name, and under ``all`` which reach them all.
 
         NaN is where there is no reward, of ``all`` where the combination has none. Parts without a reference are left
@@ -141,21 +144,23 @@ class RewardFunction:
             found[part.name] = reached.masked_fill(columns[part.name].isnan(), math.nan)
         if len(found) > 1:
             least = functools.reduce(lambda a, b: torch.fmin(a, b), found.values())  # fmin passes over NaN
-            found["all"] = least.masked_fill(~self._judging(prompts, columns)[1], math.nan)
+            found["all"] = least.masked_fill(~self._judging(prompts, columns, given)[1], math.nan)
         return found
 
-    def _judging(self, prompts: Sequence[Content], found: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _judging(
+        self, prompts: Sequence[Content], found: Mapping[str, Tensor], given: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor]:
         """Which parts judge each answer's prompt, (N, P), and whether the answer has all of their rewards, (N,)."""
         there = torch.stack([~found[part.name].isnan() for part in self.expression.parts], 1)
         judging = there.clone()
-        for rows in _same_prompt(prompts):
+        for rows in _same_prompt(prompts, given):
             judging[rows] = there[rows].any(0)
         return judging, (there == judging).all(1)
 
-    def _combined(self, prompts: Sequence[Content], found: Mapping[str, Tensor]) -> Rewards:
+    def _combined(self, prompts: Sequence[Content], found: Mapping[str, Tensor], given: Mapping[str, Any]) -> Rewards:
         """The goal of every answer, of the rewards that judge its prompt."""
         names = [part.name for part in self.expression.parts]
-        judging, complete = self._judging(prompts, found)
+        judging, complete = self._judging(prompts, found, given)
         values: Rewards = [None] * len(prompts)
         for pattern in {tuple(row) for row in judging.tolist()}:
             goal = self.expression.of([name for name, has in zip(names, pattern, strict=True) if has])
@@ -198,19 +203,24 @@ class RewardFunction:
                     None, f"no column {column!r} with the references of {part.name}{made}; none is never taken as 0"
                 )
             return _tensor(values)
-        own = {name: value for name, value in given.items() if name not in OF_TRL}  # that is of other answers
-        of_row = [(prompt, of_rows(own, [row], len(prompts))) for row, prompt in enumerate(prompts)]
-        runs = [list(rows) for _, rows in groupby(range(len(prompts)), key=lambda row: of_row[row])]
+        runs = _same_prompt(prompts, given)
         firsts = [run[0] for run in runs]
         asked = [prompts[row] for row in firsts]
         answers = [as_answer(prompt, part.reference.answer) for prompt in asked]
-        canned = self._scored(part.reward, asked, answers, of_rows(own, firsts, len(prompts)))
+        canned = self._scored(part.reward, asked, answers, of_rows(_of_data(given), firsts, len(prompts)))
         return canned.repeat_interleave(torch.tensor([len(run) for run in runs], dtype=torch.long))
 
 
-def _same_prompt(prompts: Sequence[Content]) -> list[list[int]]:
-    """Numbers of the answers to each prompt, which stand next to each other."""
-    return [list(rows) for _, rows in groupby(range(len(prompts)), key=lambda row: prompts[row])]
+def _same_prompt(prompts: Sequence[Content], given: Mapping[str, Any]) -> list[list[int]]:
+    """Numbers of the answers to each prompt, which stand next to each other; with other columns it is another one."""
+    own = _of_data(given)
+    keys = [(prompt, repr(of_rows(own, [row], len(prompts)))) for row, prompt in enumerate(prompts)]
+    return [list(rows) for _, rows in groupby(range(len(prompts)), key=lambda row: keys[row])]
+
+
+def _of_data(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of the data; what TRL gives beside them is of other answers."""
+    return {name: value for name, value in given.items() if name not in OF_TRL}
 
 
 def _tensor(values: Sequence[float | None]) -> Tensor:

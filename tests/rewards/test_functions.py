@@ -224,6 +224,15 @@ def test_a_rule_that_gives_no_answer_to_a_prompt_a_reward_leaves_it_to_the_other
     assert found == pytest.approx([3 * math.log(1 / (1 + math.exp(-1)))])
 
 
+def test_the_same_prompt_with_other_columns_is_another_prompt():
+    """A rule for tasks of one kind: None for the other row of the same prompt, which vowels judge."""
+    of_maths = RuleReward(
+        lambda p, c, kind: [float(len(a)) if k == "maths" else None for a, k in zip(c, kind, strict=True)]
+    )
+    reward = RewardFunction.of({"raw_sum": ["m:maths", "m:vowels"]}, scorers={**SCORERS, "m:maths": of_maths})
+    assert reward(["p"] * 4, ["ox", "a", "ox", "a"], kind=["maths"] * 2 + ["prose"] * 2) == [3.0, 2.0, 1.0, 1.0]
+
+
 def test_prompts_without_any_reward_are_counted_and_said_once(caplog):
     logged = []
     reward = RewardFunction.of({"raw_sum": ["m:some", "m:none"]}, scorers=SOME)
