@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from align.data.rows import Content
 from align.errors import AlignError
 
 
@@ -31,33 +30,48 @@ def make_place(output: Path, source: str) -> None:
         raise AlignError(f"{output}: a folder or a device, where a file of answers was to go; name another output")
 
 
-def read_done(output: Path, prompts: Mapping[int, Content], settings: Mapping[str, Any]) -> set[int]:
+def read_done(output: Path, wanted: Mapping[int, Mapping[str, Any]]) -> tuple[set[int], set[int]]:
     """Rows that the output holds already; a line that a kill has torn is cut off.
 
+    Args:
+        wanted: what a row of the output must say, by its number: ``prompt``, ``settings`` and, under control,
+            ``inputs``.
+
+    Returns:
+        The rows that are done, and those that something has failed, which are to be made again; ``sort_rows`` drops
+        their old lines.
+
     Raises:
-        AlignError: a line is something else than the answer to one of the prompts with these settings. The file is
-            left as it was.
+        AlignError: a line is something else than the answer to one of the prompts, with these settings and to this
+            constraint. The file is left as it was.
     """
     if not output.exists():
-        return set()
+        return set(), set()
     *lines, rest = output.read_bytes().split(b"\n")
     if whole := bool(_parse(rest)):
         lines.append(rest)
-    done = set()
+    done, failed = set[int](), set[int]()
     for number, line in enumerate(lines, start=1):
         row = _parse(line)
-        if row.get("settings") != settings or prompts.get(row.get("row", 0)) != row.get("prompt"):
-            raise _not_ours(output, number)
-        done.add(row["row"])
+        own = wanted.get(row.get("row", 0), {})
+        if not own or any(row.get(name) != own[name] for name in ("prompt", "settings")):
+            raise _not_ours(output, number, "is no answer to these prompts with these settings")
+        if "ess" in row and row["ess"] is None:
+            failed.add(row["row"])
+        elif _line(row.get("inputs")) != _line(own.get("inputs")):
+            what = "answers what the constraint or the reward was then: its text, its file or a column has changed"
+            raise _not_ours(output, number, what)
+        else:
+            done.add(row["row"])
     if whole:
         with output.open("ab") as file:
             file.write(b"\n")
     elif rest:
-        begun = [_line({"row": row, "prompt": prompt})[:-2].encode() for row, prompt in prompts.items()]
+        begun = [_line({"row": row, "prompt": own["prompt"]})[:-2].encode() for row, own in wanted.items()]
         if not any(start.startswith(rest) or rest.startswith(start) for start in begun):
-            raise _not_ours(output, len(lines) + 1)
+            raise _not_ours(output, len(lines) + 1, "is no answer to these prompts")
         os.truncate(output, output.stat().st_size - len(rest))
-    return done
+    return done, failed - done
 
 
 def write_rows(file: Any, rows: Mapping[int, Mapping[str, Any]]) -> None:
@@ -67,17 +81,18 @@ def write_rows(file: Any, rows: Mapping[int, Mapping[str, Any]]) -> None:
 
 
 def sort_rows(output: Path) -> None:
-    """Put the rows in the order of the input; the file is replaced as a whole."""
+    """Put the rows in the order of the input, the last line of each; the file is replaced as a whole."""
     # splitlines would also split at the U+2028 or U+0085 of an answer.
     lines = output.read_text("utf-8").split("\n")[:-1]
-    ordered = sorted(lines, key=lambda line: int(json.loads(line)["row"]))
+    last = {int(json.loads(line)["row"]): line for line in lines}
+    ordered = [last[row] for row in sorted(last)]
     if ordered != lines:
         partial = output.with_name(f".{output.name}.tmp")
         partial.write_text("".join(f"{line}\n" for line in ordered), "utf-8")
         partial.replace(output)
 
 
-def _line(row: Mapping[str, Any]) -> str:
+def _line(row: Mapping[str, Any] | None) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
@@ -89,7 +104,5 @@ def _parse(line: bytes) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _not_ours(output: Path, number: int) -> AlignError:
-    return AlignError(
-        f"{output}: line {number} is no answer to these prompts with these settings; name another output"
-    )
+def _not_ours(output: Path, number: int, what: str) -> AlignError:
+    return AlignError(f"{output}: line {number} {what}; name another output")

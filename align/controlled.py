@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from align.data.rows import Content
-from align.decoding.constraints import Constraint, ConstraintError, Memo, Vocabulary, parse
+from align.decoding.constraints import Constraint, ConstraintError, Memo, Vocabulary, file_of, parse
 from align.decoding.engines import TransformersEngine
 from align.decoding.generate import generate
 from align.decoding.law import Law
 from align.decoding.request import Answer, Method, Potential, Request
 from align.errors import AlignError
 from align.rewards.encoding import as_answer
-from align.rewards.scorers import Scorer, load_scorer
+from align.rewards.scorers import Scorer, asked_columns, load_scorer
 
 if TYPE_CHECKING:
     from align.generate import Answerer
@@ -125,12 +128,7 @@ class Controller:
         )
 
     def _constraint(self, row: Mapping[str, Any]) -> Constraint | None:
-        spec, column = self.control.constraint, self.control.constraint_field
-        if column is not None:
-            own = row.get(column)
-            if not isinstance(own, str) or not own:
-                raise ConstraintError(f"column {column}: the row has {own!r}; write the constraint there as text")
-            spec = own if spec is None else f"{spec}#{own}"
+        spec = spec_of(self.control, row)
         if spec is None:
             return None
         found = self._parsed(spec)
@@ -186,9 +184,63 @@ class Controller:
         }
 
 
-def settings_of(answerer_settings: Any, control: Control) -> dict[str, Any]:
-    """All settings as a row of output keeps them."""
-    return {**asdict(answerer_settings), **asdict(control)}
+class Inputs:
+    """What an answer depends on beside the settings: files and columns as they are now, so that changes are seen.
+
+    Args:
+        control: what answers must be. A reward model goes by its name, as the model does.
+
+    Raises:
+        AlignError: there is no such rule.
+    """
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+        self._digest = lru_cache(maxsize=64)(_digest)
+        try:
+            self._asked, self._asks_all = asked_columns([control.reward] if control.reward else [])
+        except ValueError as error:
+            raise AlignError(f"reward {control.reward}: {error}") from error
+
+    def of(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The row's constraint and the columns that are read, with SHA-256 of files; as JSON gives them back."""
+        control = self._control
+        try:
+            constraint = spec_of(control, row)
+        except ConstraintError:
+            constraint = None
+        names = row.keys() - {"prompt"} if self._asks_all else self._asked.keys() & row.keys()
+        found = {
+            "constraint": constraint,
+            "constraint_sha256": self._digest(constraint) if constraint else None,
+            "reward_sha256": self._digest(f"python:{control.reward}") if control.reward else None,
+            "columns": {name: row[name] for name in sorted(names)},
+        }
+        return dict(json.loads(json.dumps(found, default=str)))
+
+
+def spec_of(control: Control, row: Mapping[str, Any]) -> str | None:
+    """The text of a row's constraint.
+
+    Raises:
+        ConstraintError: it should stand in a column, and does not.
+    """
+    spec, column = control.constraint, control.constraint_field
+    if column is None:
+        return spec
+    own = row.get(column)
+    if not isinstance(own, str) or not own:
+        raise ConstraintError(f"column {column}: the row has {own!r}; write the constraint there as text")
+    return own if spec is None else f"{spec}#{own}"
+
+
+def _digest(spec: str) -> str | None:
+    """SHA-256 of the file that a constraint or a rule is in, if it is in one that can be read."""
+    path = file_of(spec)
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path else None
+    except OSError:
+        return None
 
 
 def _load_reward(name: str) -> Scorer:

@@ -27,7 +27,7 @@ from align.models.ends import end_tokens
 from align.models.load import LoadedModel, load_run
 
 from .answers import make_place, read_done, sort_rows, write_rows
-from .controlled import Control, Controller, settings_of
+from .controlled import Control, Controller, Inputs
 
 BATCH = 8
 
@@ -49,6 +49,19 @@ class Settings:
     temperature: float
     seed: int
     raw: bool
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What became of a file of prompts.
+
+    Args:
+        faults: the rows that could not be used.
+        again: rows that had failed in an earlier call, and were made again.
+    """
+
+    faults: list[Fault]
+    again: int
 
 
 class Answerer:
@@ -154,11 +167,12 @@ def answer_file(
     output: Path,
     progress: Callable[[int, int], None],
     control: Control | None = None,
-) -> list[Fault]:
+) -> Answered:
     """Answer every prompt of a file; answers are written as they are made, and a second call goes on.
 
     A row of the output is ``{row, prompt, completion, tokens, finished, settings}``, with the row's number in the
-    input, and under control what weights and questions came to. Rows are in the order of the input once all are there.
+    input, and under control what weights and questions came to, and the ``inputs`` that the answer depends on. Rows
+    are in the order of the input once all are there. What has failed on a row is tried again by the next call.
 
     Args:
         settings: the model and how to draw from it; a prompt that is listed twice gets two independent answers.
@@ -167,18 +181,20 @@ def answer_file(
         progress: called with the number of rows done and of all, after every batch.
         control: constraint or reward of the answers.
 
-    Returns:
-        The rows that could not be used.
-
     Raises:
-        AlignError: the output is something else than answers to these prompts with these settings (it is left as it
-            was), its folder cannot be made, or no prompt can be used.
+        AlignError: the output is something else than answers to these prompts with these settings and inputs (it is
+            left as it was), its folder cannot be made, or no prompt can be used.
     """
     rows, faults = _read_prompts(source)
     prompts: dict[int, Content] = {number: row["prompt"] for number, row in rows.items()}
-    kept = asdict(settings) if control is None else settings_of(settings, control)
+    kept = asdict(settings) | (asdict(control) if control is not None else {})
+    inputs = Inputs(control) if control is not None else None
+    wanted = {
+        row: {"prompt": prompts[row], "settings": kept, **({"inputs": inputs.of(rows[row])} if inputs else {})}
+        for row in rows
+    }
     make_place(output, source)
-    done = read_done(output, prompts, kept)
+    done, failed = read_done(output, wanted)
     pending = {row: prompt for row, prompt in prompts.items() if row not in done}
     if pending:
         answerer = Answerer(settings)
@@ -187,8 +203,8 @@ def answer_file(
         with output.open("a", encoding="utf-8") as file:
 
             def write(answers: Mapping[int, Mapping[str, Any]]) -> None:
-                rows_made = {row: {"prompt": prompts[row], **made, "settings": kept} for row, made in answers.items()}
-                write_rows(file, rows_made)
+                own = {row: {"prompt": prompts[row], **made, **wanted[row]} for row, made in answers.items()}
+                write_rows(file, own)
                 done.update(answers)
                 progress(len(done), len(encoded) + len(prompts) - len(pending))
 
@@ -201,7 +217,7 @@ def answer_file(
         first = faults[0]
         raise AlignError(f"{source}: no prompt can be used; row {first.row}: {first.field}: {first.reason}")
     sort_rows(output)
-    return faults
+    return Answered(faults, again=len(failed & done))
 
 
 def _turn(answerer: Answerer, history: list[dict[str, str]], line: str) -> list[dict[str, str]]:

@@ -118,14 +118,16 @@ def generate(
     elif source is not None and output is not None:
         try:
             with writing_to(output):
-                faults = answer_file(settings, source, output, _show_progress, control)
+                answered = answer_file(settings, source, output, _show_progress, control)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted: {output} keeps what is done; the same command goes on") from None
         print(output)
-        if faults:
+        if answered.again:
+            print(f"made again: {answered.again:,} row{'s' if answered.again > 1 else ''} that had failed")
+        if answered.faults:
             from align.data.report import fault_report
 
-            print(fault_report(faults, sum(1 for _ in output.open()) + len(faults)))
+            print(fault_report(answered.faults, sum(1 for _ in output.open()) + len(answered.faults)))
     else:
         talk(settings, lambda: input("> " if sys.stdin.isatty() else ""))
 

@@ -20,7 +20,7 @@ from .compiled import Compiled, grammar, json_schema, regex
 from .memo import Memo
 from .predicate import PythonPredicate
 from .protocol import Constraint, ConstraintError, Masking, Vocabulary
-from .specs import FORMS, parse
+from .specs import FORMS, file_of, parse
 from .sql import Sql, read_schemas
 from .words import Words
 
@@ -37,6 +37,7 @@ __all__ = [
     "Sql",
     "Vocabulary",
     "Words",
+    "file_of",
     "grammar",
     "json_schema",
     "parse",

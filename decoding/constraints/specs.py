@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from .compiled import grammar, json_schema, regex
@@ -59,6 +60,20 @@ def parse(spec: str, vocabulary: Vocabulary, *, timeout: float | None = None) ->
                 )
             return Sql(schemas[name], vocabulary)
     raise ConstraintError(f"{spec!r}: {kind!r} is no kind of constraint; write one of {FORMS}")
+
+
+def file_of(spec: str) -> Path | None:
+    """The file that a constraint is read from, there or not: a module's for ``python:``; None where it has none."""
+    kind, _, rest = spec.partition(":")
+    if kind == "python":
+        try:
+            found = find_spec(rest.partition(":")[0])
+        except (Exception, SystemExit):  # a package on the way to it, which is anyone's code
+            return None
+        return Path(found.origin) if found is not None and found.has_location and found.origin else None
+    if kind == "sql":
+        rest = rest.partition("#")[0]
+    return Path(rest) if kind in ("json", "grammar", "words", "sql") else None
 
 
 def _read(spec: str, path: str) -> str:

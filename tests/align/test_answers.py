@@ -13,6 +13,7 @@ from align.errors import AlignError
 PROMPTS = {1: "the hat", 2: "é\u2028"}
 SETTINGS = {"seed": 0}
 ROWS = [{"row": row, "prompt": prompt, "completion": "x", "settings": SETTINGS} for row, prompt in PROMPTS.items()]
+WANTED = {row: {"prompt": prompt, "settings": SETTINGS} for row, prompt in PROMPTS.items()}
 LINES = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in ROWS]
 
 
@@ -22,14 +23,14 @@ def test_a_torn_line_of_ours_is_cut_off(kept: int, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     for torn in (LINES[1][:kept], LINES[1][: LINES[1].index("é".encode()) + 1]):
         output.write_bytes(LINES[0] + torn)
-        assert read_done(output, PROMPTS, SETTINGS) == {1}
+        assert read_done(output, WANTED) == ({1}, set())
         assert output.read_bytes() == LINES[0]
 
 
 def test_a_line_that_only_misses_its_end_is_kept(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     output.write_bytes(LINES[0] + LINES[1].rstrip(b"\n"))
-    assert read_done(output, PROMPTS, SETTINGS) == {1, 2}
+    assert read_done(output, WANTED) == ({1, 2}, set())
     assert output.read_bytes() == LINES[0] + LINES[1]
 
 
@@ -52,7 +53,7 @@ def test_a_file_that_is_not_ours_is_left_as_it_was(content: bytes, line: int, tm
     output = tmp_path / "person.json"
     output.write_bytes(content)
     with pytest.raises(AlignError, match=rf"person\.json: line {line} is no answer .*; name another output"):
-        read_done(output, PROMPTS, SETTINGS)
+        read_done(output, WANTED)
     assert output.read_bytes() == content
 
 

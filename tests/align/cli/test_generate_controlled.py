@@ -84,6 +84,69 @@ def test_a_second_call_makes_only_what_is_missing(align: Align, tiny_model_dir: 
     assert "name another output" in result.stderr
 
 
+def test_answers_to_a_constraint_that_has_changed_are_not_mixed_in(
+    align: Align, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time something else than the command: the file of the constraint, a row's own, the rule of the reward."""
+    schema, rule = tmp_path / "schema.json", tmp_path / "changing_rule.py"
+    monkeypatch.syspath_prepend(tmp_path)
+    rule.write_text("def bonus(prompts, completions, points):\n    return list(points)\n")
+    schema.write_text('{"enum": ["aa"]}')
+    row = {"prompt": "a", "must": "regex:x", "points": 1.0, "other": 1}
+    source = write(tmp_path / "prompts.jsonl", [row])
+
+    def made(output: str, *more: object, code: int = 0) -> str:
+        command = options(tiny_model_dir, "-i", source, "-o", tmp_path / output, "--max-new-tokens", 24)
+        result = align(*command, *more)
+        assert result.exit_code == code, result.output
+        return result.stderr
+
+    by_file, by_field = ("--constraint", f"json:{schema}"), ("--constraint-field", "must")
+    rewarded = ("--constraint", "regex:a", "--reward", "changing_rule:bonus")
+    made("file.jsonl", *by_file)
+    made("field.jsonl", *by_field)
+    made("reward.jsonl", *rewarded)
+    assert rows_of(tmp_path / "reward.jsonl")[0]["inputs"]["columns"] == {"points": 1.0}
+    schema.write_text('{"enum": ["bb"]}')
+    changed = "line 1 answers what the constraint or the reward was then: its text, its file or a column has changed"
+    assert changed in made("file.jsonl", *by_file, code=1)
+    write(source, [row | {"other": 2}])
+    made("field.jsonl", *by_field)
+    made("reward.jsonl", *rewarded)
+    write(source, [row | {"must": "regex:y", "points": 2.0}])
+    assert changed in made("field.jsonl", *by_field, code=1)
+    assert changed in made("reward.jsonl", *rewarded, code=1)
+    write(source, [row])
+    rule.write_text("def bonus(prompts, completions, points):\n    return [0.0 for _ in points]\n")
+    assert changed in made("reward.jsonl", *rewarded, code=1)
+
+
+def test_what_failed_is_made_again(align: Align, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """A file that was missing: its rows are made when it is there. A dead end is an answer: nothing was found."""
+    later = f"json:{tmp_path / 'later.json'}"
+    rows = [
+        {"prompt": "a", "must": later},
+        {"prompt": "b", "must": "regex:x{300}"},
+        {"prompt": "c", "must": "regex:x{2}"},
+    ]
+    source, output = write(tmp_path / "prompts.jsonl", rows), tmp_path / "out.jsonl"
+    command = options(tiny_model_dir, "-i", source, "-o", output, "--constraint-field", "must")
+    result = align(*command)
+    assert result.exit_code == 0, result.stderr
+    before = rows_of(output)
+    assert [row["valid"] for row in before] == [False, False, True]
+    (tmp_path / "later.json").write_text("12")
+    assert align(*command).exit_code == 0
+    assert "is no schema" in rows_of(output)[0]["reason"]
+    (tmp_path / "later.json").write_text('{"enum": [7]}')
+    result = align(*command)
+    assert "made again: 1 row that had failed" in result.stdout
+    after = rows_of(output)
+    assert after[0]["completion"].strip() == "7"
+    assert after[1:] == before[1:]
+    assert "made again" not in align(*command).stdout
+
+
 def test_a_constraint_a_row_and_a_bad_one_among_them(align: Align, tiny_model_dir: Path, tmp_path: Path) -> None:
     source = write(
         tmp_path / "prompts.jsonl",
