@@ -9,17 +9,22 @@ distorts.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from . import masking
 from .lazy import Accepts, Draw, Live, Source, ask
 
-PEAKED = 2 / 3
-"""Probability of the likeliest token from which ``auto`` takes the geometric estimator: the accepted token is then
-mostly drawn a second time, and a known verdict costs nothing."""
+PATIENCE = 16
+"""Refusals after which a mask is asked for: about the questions that one costs."""
+
+Mask = Callable[[], NDArray[np.bool_] | None]
+"""The verdicts on all tokens, (V,), from a constraint that knows them at once; None if it does not here."""
 
 
 def sample(
@@ -28,7 +33,9 @@ def sample(
     draws: Source,
     *,
     max_draws: int | None = None,
-    estimator: Literal["auto", "recursive", "geometric"] = "auto",
+    estimator: Literal["recursive", "geometric"] = "recursive",
+    mask: Mask | None = None,
+    patience: int = PATIENCE,
 ) -> Draw:
     """Draw a token under a constraint, with a proper weight.
 
@@ -40,28 +47,41 @@ def sample(
             that it reconstructs. Where the budget ends without an allowed token, the weight is zero; the mean of the
             weight stays exact, its variance grows.
         estimator: ``recursive`` asks about one token more than it needs; ``geometric`` reconstructs a run with
-            replacement and its two accepts; ``auto`` takes the second where one token holds 2/3 or more.
+            replacement and its two accepts. On peaked laws, the rule in language, the variance of the first times its
+            questions is mostly a tenth to three quarters of the second's; the second is the better one where few of
+            very many tokens about as likely are allowed.
+        mask: asked for after ``patience`` refusals, instead of further questions. For the recursive estimator alone.
+        patience: see ``mask``.
 
     Raises:
-        ValueError: logq is no row of log-probabilities, max_draws is under 1, the estimator is unknown, or a verdict
-            is not a Boolean. What ``accepts`` raises goes through.
+        ValueError: logq is no row of log-probabilities, max_draws is under 1, the estimator is unknown or is
+            the geometric one with a mask, or a verdict is not a Boolean. What ``accepts`` raises goes through.
     """
     if max_draws is not None and max_draws < 1:
         raise ValueError(f"max_draws is {max_draws}: it must be 1 or more")
-    if estimator not in ("auto", "recursive", "geometric"):
-        raise ValueError(f"estimator is {estimator!r}: it must be 'auto', 'recursive' or 'geometric'")
-    live = Live(logq)
-    if estimator == "geometric" or (estimator == "auto" and live.largest >= PEAKED):
-        return _geometric(live, accepts, draws, max_draws or math.inf)
-    return _recursive(live, accepts, draws, max_draws or math.inf)
+    if estimator not in ("recursive", "geometric"):
+        raise ValueError(f"estimator is {estimator!r}: it must be 'recursive' or 'geometric'")
+    if estimator == "geometric":
+        if mask is not None:
+            raise ValueError("mask: the geometric estimator cannot end with one, its weight would be biased")
+        return _geometric(Live(logq), accepts, draws, max_draws or math.inf)
+    return _recursive(logq, accepts, draws, max_draws or math.inf, mask, patience)
 
 
-def _recursive(live: Live, accepts: Accepts, draws: Source, budget: float) -> Draw:
+def _recursive(
+    logq: NDArray[np.float64], accepts: Accepts, draws: Source, budget: float, mask: Mask | None, patience: int
+) -> Draw:
     """Without replacement, from ``E f = P(x) f(x) + (1 - P(x)) E[f | not x]``.
 
     With M the mass that is left before the first allowed token x is drawn: ``w = M`` if the token drawn after x is
     allowed too, else ``w = q(x)``; and ``w = M`` where x is the last token, or the last that the budget permits.
+
+    After any refusals the rest is a proper sample of the q that is left, normalised and multiplied by M: given them,
+    ``E[w 1{token = t}] = M (q(t) / M) = q(t)``. A token from ``q(. | allowed)`` with ``w = Z`` has the same mean,
+    ``Z q(t) / Z``, so a mask may take over after any refusal. (The geometric estimator's mean is under Z after a
+    refusal and over it after an accept, so there it may not.)
     """
+    live = Live(logq)
     for evaluations in count(1):
         if not live.mass:
             return Draw(None, -math.inf, evaluations - 1)
@@ -75,6 +95,9 @@ def _recursive(live: Live, accepts: Accepts, draws: Source, budget: float) -> Dr
             return Draw(token, math.log(mass if second else p), evaluations + 1)
         if last:
             return Draw(None, -math.inf, evaluations)
+        verdicts = mask() if mask is not None and evaluations == patience else None
+        if verdicts is not None:
+            return replace(masking.sample(logq, accepts, draws, allowed=verdicts), evaluations=evaluations)
     raise AssertionError("count() never ends")
 
 

@@ -28,12 +28,14 @@ class Draw:
     Args:
         token: an allowed one; None in a dead end.
         log_weight: ``log w``, nats; -inf in a dead end.
-        evaluations: how many tokens the constraint was asked about.
+        evaluations: how many tokens the constraint was asked about, one by one.
+        masks: how often it was asked for its verdicts on all tokens at once.
     """
 
     token: int | None
     log_weight: float
     evaluations: int
+    masks: int = 0
 
     @property
     def dead(self) -> bool:

@@ -31,7 +31,7 @@ def sample(
     Raises:
         ValueError: logq is no row of log-probabilities, ``allowed`` has another shape, or a verdict is no Boolean.
     """
-    evaluations = 0
+    evaluations, masks = 0, int(allowed is not None)
     if allowed is None:
         asked = np.flatnonzero(logq > -math.inf)
         evaluations = len(asked)
@@ -41,5 +41,5 @@ def sample(
         raise ValueError(f"allowed has shape {allowed.shape} and must have {logq.shape}: a verdict for each token")
     live = Live(np.where(allowed, logq, -math.inf))
     if not live.mass:
-        return Draw(None, -math.inf, evaluations)
-    return Draw(live.draw(draws.uniform()), math.log(live.mass), evaluations)
+        return Draw(None, -math.inf, evaluations, masks)
+    return Draw(live.draw(draws.uniform()), math.log(live.mass), evaluations, masks)

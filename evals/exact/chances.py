@@ -78,6 +78,12 @@ class TokenChances:
             self._q[token] = 0.0
         return verdict
 
+    def mask(self) -> NDArray[np.bool_]:
+        """The verdicts on all tokens, noted."""
+        verdicts = np.array([self._accepts(token) for token in range(len(self._q))])
+        self._q = np.where(verdicts, self._q, 0.0)
+        return verdicts
+
     def uniform(self) -> float:
         """The middle of the cell of a token that is left."""
         left = self._q / self._q.sum()

@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 
 from align.decoding import awrs, masking, rejection
 from align.decoding.law import Law
-from align.decoding.lazy import Accepts, Draw, Source
+from align.decoding.lazy import Accepts, Draw
 from align.decoding.smc import SMC, Copy, Extend, Extended, Finished, Result, multinomial, systematic
 
 from .chances import Chances, TokenChances, every_run
 from .rows import Row, Stack, Target
 from .weighted import two_loops
 
-Sampler = Callable[[NDArray[np.float64], Accepts, Source], Draw]
+Sampler = Callable[[NDArray[np.float64], Accepts, TokenChances], Draw]
 Numbers = NDArray[np.float64]
 
 PAPER = (np.array([0.4, 0.3, 0.2, 0.1]), frozenset({1, 3}))
@@ -213,8 +213,13 @@ def _conditional(method: str, found: Moments, q: Numbers, allowed: frozenset[int
     return Row(method, quantity, float(exact[first] / exact.sum()), float(found.law[first]), far, _tolerance(stack))
 
 
+def with_mask(logq: Numbers, accepts: Accepts, source: TokenChances, *, patience: int) -> Draw:
+    """AWRS that asks for all verdicts after so many refusals."""
+    return awrs.sample(logq, accepts, source, mask=source.mask, patience=patience)
+
+
 def check_recursive(stack: Stack) -> Iterator[Row]:
-    """Every order of visits, with and without a budget."""
+    """Every order of visits, with and without a budget, and with a mask after one or two refusals."""
     name, recursive = "awrs_recursive", partial(awrs.sample, estimator="recursive")
     for label, (q, allowed) in (("E w 1{t}, Z = .4", PAPER), ("E w 1{t}, Z = .2", PEAKED)):
         yield _proper(name, label, moments(recursive, _logq(q, stack), allowed, keeps=False), q, allowed, stack)
@@ -223,6 +228,10 @@ def check_recursive(stack: Stack) -> Iterator[Row]:
     for budget in (1, 2, 3):
         limited = moments(partial(recursive, max_draws=budget), logq, allowed, keeps=False)
         yield _proper(name, f"E w 1{{t}}, Z, budget of {budget}", limited, q, allowed, stack)
+    for patience in (1, 2):
+        masked = moments(partial(with_mask, patience=patience), logq, allowed, keeps=False)
+        yield _proper(name, f"E w 1{{t}}, Z, mask after {patience}", masked, q, allowed, stack)
+        yield _conditional(name, masked, q, allowed, stack)
     found = moments(recursive, logq, allowed, keeps=False)
     yield _conditional(name, found, q, allowed, stack)
     yield Row.number(name, "variance of w", 0.05, found.variance, _tolerance(stack))

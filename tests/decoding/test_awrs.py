@@ -15,7 +15,7 @@ from scipy import stats
 from align.decoding.awrs import sample
 from align.decoding.lazy import Accepts, Draw, Draws
 
-Estimator = Literal["auto", "recursive", "geometric"]
+Estimator = Literal["recursive", "geometric"]
 ESTIMATORS: list[Estimator] = ["recursive", "geometric"]
 SEEDS = 20_000
 TINY = math.log(1e-30)
@@ -70,11 +70,34 @@ def test_unbiased_and_conditional_over_many_seeds(estimator: Estimator) -> None:
 
 
 def test_unbiased_where_the_likeliest_token_is_refused() -> None:
-    """Masses (.7, .2, .1), allowed {2}: ``auto`` reconstructs runs with replacement."""
+    """Masses (.7, .2, .1), allowed {2}: after .7 of the mass a few runs with replacement are long."""
     logq, allowed = np.log([0.7, 0.2, 0.1]), {2}
-    draws = [sample(logq, allowed.__contains__, Draws(seed, 0)) for seed in range(SEEDS)]
+    draws = [sample(logq, allowed.__contains__, Draws(seed, 0), estimator="geometric") for seed in range(SEEDS)]
     check_unbiased(draws, logq, allowed)
     assert len({draw.log_weight for draw in draws}) > 10
+
+
+def test_after_sixteen_refusals_in_a_row_the_mask_decides() -> None:
+    """600 tokens, one in sixty allowed: the weight is then Z itself, and all is as unbiased as before."""
+    logq, allowed = law(600, scale=2), set(range(0, 600, 60))
+    mask = np.isin(np.arange(600), list(allowed))
+    draws = [sample(logq, allowed.__contains__, Draws(seed, 0), mask=lambda: mask) for seed in range(4000)]
+    check_unbiased(draws, logq, allowed)
+    assert p_value([draw.token for draw in draws], logq, allowed) > 1e-3
+    decided = [draw for draw in draws if draw.masks]
+    assert len(decided) > 1000
+    assert {draw.evaluations for draw in decided} == {16}
+    assert max(draw.evaluations for draw in draws) <= 17
+    assert [draw.log_weight for draw in decided] == pytest.approx([math.log(np.exp(logq)[mask].sum())] * len(decided))
+
+
+def test_a_mask_ends_a_dead_end_and_one_that_is_not_known_is_none() -> None:
+    nothing = np.zeros(1000, dtype=bool)
+    assert sample(law(1000), never, Draws(0, 0), mask=lambda: nothing) == Draw(None, -math.inf, 16, masks=1)
+    assert sample(law(1000), never, Draws(0, 0), mask=lambda: None) == Draw(None, -math.inf, 1000)
+    assert sample(law(1000), never, Draws(0, 0), mask=lambda: nothing, max_draws=16) == Draw(None, -math.inf, 16)
+    with pytest.raises(ValueError, match="mask: the geometric estimator"):
+        sample(law(4), never, Draws(0, 0), mask=lambda: nothing, estimator="geometric")
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -88,20 +111,6 @@ def test_a_budget_costs_no_exactness(estimator: Estimator, budget: int) -> None:
     assert max(draw.evaluations for draw in draws) <= budget
     assert any(draw.dead for draw in draws)
     check_unbiased(draws, logq, allowed)
-
-
-def test_auto_is_recursive_until_a_token_holds_two_thirds() -> None:
-    def same(q: list[float], estimator: Estimator) -> bool:
-        pairs = [
-            [sample(np.log(q), {0, 2}.__contains__, Draws(seed, 0), estimator=name) for name in ("auto", estimator)]
-            for seed in range(50)
-        ]
-        return all(auto == named for auto, named in pairs)
-
-    assert same([0.6, 0.25, 0.15], "recursive")
-    assert not same([0.6, 0.25, 0.15], "geometric")
-    assert same([0.7, 0.2, 0.1], "geometric")
-    assert not same([0.7, 0.2, 0.1], "recursive")
 
 
 @settings(max_examples=50, deadline=None)

@@ -28,6 +28,7 @@ from align.evals.exact.decoding_targets import (
     Sampler,
     moments,
     sequence_means,
+    with_mask,
 )
 from align.evals.exact.rows import Row
 from align.evals.exact.weighted import negative_binomial, two_loops, with_replacement
@@ -53,6 +54,30 @@ def test_recursive_form() -> None:
     assert found.mean.tolist() == pytest.approx(EXACT, abs=1e-12)
     assert found.variance == pytest.approx(0.05, abs=1e-12)
     assert found.evaluations == pytest.approx(2.8333333333, abs=1e-10)
+
+
+def test_recursive_form_that_ends_with_a_mask() -> None:
+    """After one refusal, w = Z = .4. Else x = 1 (.3) is followed by 3 (1/7, w = 1) or not (w = .3), and x = 3 (.1) by
+    1 (1/3, w = 1) or not (w = .1): E w^2 = .6 .16 + .3 (1/7 + 6/7 .09) + .1 (1/3 + 2/3 .01) = .196, variance .036.
+    """
+    found = moments(partial(with_mask, patience=1), LOGQ, ALLOWED, keeps=False)
+    assert found.variance == pytest.approx(0.036, abs=1e-12)
+    assert found.evaluations == pytest.approx(0.4 * 2 + 0.6, abs=1e-12)
+    for patience, allowed in product((1, 2, 3), map(frozenset, ({0}, {3}, {1, 3}, {0, 1, 2}, set()))):
+        found = moments(partial(with_mask, patience=patience), LOGQ, allowed, keeps=False)
+        assert found.probability == pytest.approx(1, abs=1e-12)
+        assert found.mean.tolist() == pytest.approx([q * (t in allowed) for t, q in enumerate(Q)], abs=1e-12)
+
+
+def test_recursive_form_against_the_geometric_one_on_peaked_laws() -> None:
+    """Variance of w times questions, the first at most the second's; which is why no other rule chooses."""
+    for most, allowed in product((0.7, 0.9, 0.97), map(frozenset, ({0}, {0, 1}, {0, 2, 4}, {1}, {1, 3}, {4, 5}))):
+        q = np.array([most, *((1 - most) * np.array([0.4, 0.27, 0.17, 0.1, 0.06]))])
+        z = float(q[list(allowed)].sum())
+        one = moments(recursive, np.log(q), allowed, keeps=False)
+        draws = [geometric(np.log(q), allowed.__contains__, Draws(seed, 0)) for seed in range(500)]  # type: ignore[arg-type]
+        questions = float(np.mean([draw.evaluations for draw in draws]))
+        assert one.variance * one.evaluations < 0.8 * negative_binomial(z, 2, most=20_000)[1] * questions
 
 
 @pytest.mark.parametrize(
