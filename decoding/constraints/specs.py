@@ -33,6 +33,8 @@ def parse(spec: str, vocabulary: Vocabulary, *, timeout: float | None = None) ->
     kind, colon, rest = spec.partition(":")
     if timeout is not None and kind != "python":
         raise ConstraintError(f"{spec}: a timeout is for python:module:function alone; the others need none")
+    if any("\ud800" <= letter <= "\udfff" for letter in spec):
+        raise ConstraintError(f"{spec!a}: not UTF-8")
     if not colon or not rest:
         raise ConstraintError(f"{spec!r} is no constraint; write one of {FORMS}")
     match kind:
@@ -58,7 +60,8 @@ def parse(spec: str, vocabulary: Vocabulary, *, timeout: float | None = None) ->
                 raise ConstraintError(
                     f"{spec}: no schema {name!r} in {path}; write sql:{path}#NAME, with one of {known}"
                 )
-            return Sql(schemas[name], vocabulary)
+            with _named(spec):
+                return Sql(schemas[name], vocabulary)
     raise ConstraintError(f"{spec!r}: {kind!r} is no kind of constraint; write one of {FORMS}")
 
 

@@ -18,6 +18,7 @@ import gzip
 import json
 import re
 import sqlite3
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,9 @@ def read_schemas(path: str | Path) -> dict[str, Schema]:
     Each is ``{"table": ["column", ...], ...}`` or Spider's form (``db_id``, ``table_names_original``,
     ``column_names_original``; SQLite's own tables are left out), alone or in a list; a schema without ``db_id`` has
     the name "".
+
+    Raises:
+        ConstraintError: the file cannot be read, a schema is of neither form, or two have one name.
     """
     path = Path(path)
     try:
@@ -138,24 +142,45 @@ def read_schemas(path: str | Path) -> dict[str, Schema]:
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
         one_a_line = ".jsonl" in path.suffixes
         rows = [json.loads(line) for line in text.splitlines() if line.strip()] if one_a_line else json.loads(text)
-    except OSError as error:
-        raise ConstraintError(f"sql: {path}: {error.strerror or error}") from None
-    except ValueError as error:
+    except (OSError, EOFError, zlib.error) as error:
+        raise ConstraintError(f"sql: {path}: {getattr(error, 'strerror', None) or error}") from None
+    except (ValueError, RecursionError) as error:
         raise ConstraintError(f"sql: {path}: not JSON: {error}") from None
-    return dict(_schema(row, path) for row in (rows if isinstance(rows, list) else [rows]))
+    schemas: dict[str, Schema] = {}
+    for number, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
+        try:
+            name, schema = _schema(row)
+            if name in schemas:
+                raise ValueError(f"one before it is called {name!r} too; give each a db_id of its own")
+        except ValueError as error:
+            raise ConstraintError(f"sql: {path}: schema {number}: {error}") from None
+        schemas[name] = schema
+    return schemas
 
 
-def _schema(row: Any, path: Path) -> tuple[str, Schema]:
+def _schema(row: Any) -> tuple[str, Schema]:
+    """Name and tables. ValueError where ``row`` is neither form."""
     if isinstance(row, dict) and {"table_names_original", "column_names_original"} <= row.keys():
-        tables: dict[str, list[str]] = {name: [] for name in row["table_names_original"]}
-        names = list(tables)
-        for table, column in row["column_names_original"]:
-            if table >= 0:
-                tables[names[table]].append(column)
-        return str(row.get("db_id", "")), {name: tables[name] for name in names if not name.startswith("sqlite_")}
+        return str(row.get("db_id", "")), _of_spider(row["table_names_original"], row["column_names_original"])
     if isinstance(row, dict) and row and all(isinstance(columns, list) for columns in row.values()):
         return "", row
-    raise ConstraintError(f'sql: {path}: not a schema: write {{"table": ["column", ...]}}, or Spider\'s form')
+    raise ValueError('not a schema: write {"table": ["column", ...]}, or Spider\'s form')
+
+
+def _of_spider(names: Any, columns: Any) -> Schema:
+    if not isinstance(names, list) or len({str(name) for name in names}) < len(names):
+        raise ValueError("table_names_original is no list of different names")
+    tables: list[list[Any]] = [[] for _ in names]
+    for place, pair in enumerate(columns if isinstance(columns, list) else [columns]):
+        match pair:
+            case [int(table), column] if -1 <= table < len(names):
+                if table >= 0:
+                    tables[table].append(column)
+            case _:
+                raise ValueError(
+                    f"column_names_original[{place}] is {_shown(pair)}: write [number of the table, name]"
+                )
+    return {name: own for name, own in zip(names, tables, strict=True) if not str(name).startswith("sqlite_")}
 
 
 def _database(schema: Schema) -> sqlite3.Connection:
@@ -166,11 +191,23 @@ def _database(schema: Schema) -> sqlite3.Connection:
     for table, columns in schema.items():
         if not columns:
             raise ConstraintError(f"sql: table {table!r} has no columns")
+        for name in (table, *columns):
+            if not _is_text(name):
+                raise ConstraintError(f"sql: table {_shown(table)}: {_shown(name)} is no name; write text")
         try:
             database.execute(f"CREATE TABLE {_quoted(table)} ({', '.join(map(_quoted, columns))})")
         except sqlite3.Error as error:
             raise ConstraintError(f"sql: table {table!r}: {error}") from None
     return database
+
+
+def _is_text(name: Any) -> bool:
+    """Whether SQLite could read a name: text without NUL and without halves of surrogate pairs."""
+    return isinstance(name, str) and not re.search("[\0\ud800-\udfff]", name)
+
+
+def _shown(value: Any) -> str:
+    return ascii(value)[:60]
 
 
 def _one_of(names: Mapping[str, Any] | Sequence[str]) -> str:

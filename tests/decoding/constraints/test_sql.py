@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
 import pytest
 
-from align.decoding.constraints import ConstraintError, Sql, Vocabulary, read_schemas
+from align.decoding.constraints import ConstraintError, Sql, Vocabulary, parse, read_schemas
 
 SCHEMA = {
     "singer": ["Singer_ID", "Name", "Country", "Age"],
@@ -123,6 +124,41 @@ def test_bad_schemas(letters: Vocabulary, tmp_path: Path) -> None:
         Sql({"a": []}, letters)
     with pytest.raises(ConstraintError, match="table 'a': duplicate column name: X"):
         Sql({"a": ["x", "X"]}, letters)
-    (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(ConstraintError, match=r"bad\.json: not JSON: Expecting property name"):
-        read_schemas(tmp_path / "bad.json")
+
+
+def spider(tables: object, columns: object) -> str:
+    return json.dumps({"db_id": "d", "table_names_original": tables, "column_names_original": columns})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not JSON: Expecting property name"),
+        ("[" * 100_000, "not JSON: maximum recursion depth"),
+        ("[1]", "schema 1: not a schema: write"),
+        ('{"singer": [1, 2]}', "table 'singer': 1 is no name; write text"),
+        ('{"singer": [["name", "text"]]}', "table 'singer': ['name', 'text'] is no name"),
+        ('{"a": ["x\\ud800"]}', r"table 'a': 'x\ud800' is no name"),
+        ('{"a": ["x\\u0000"]}', r"table 'a': 'x\x00' is no name"),
+        (spider(["t"], [[0, "c"], [5, "d"]]), "schema 1: column_names_original[1] is [5, 'd']: write [number of the"),
+        (spider(["t"], ["x"]), "column_names_original[0] is 'x': write"),
+        (spider(["t"], None), "column_names_original[0] is None: write"),
+        (spider(None, []), "schema 1: table_names_original is no list of different names"),
+        (spider(["t", "t"], []), "table_names_original is no list of different names"),
+        (spider(["t", None], [[0, "c"], [1, "d"]]), "table None: None is no name"),
+        ('[{"a": ["x"]}, {"b": ["x"]}]', "schema 2: one before it is called '' too"),
+    ],
+)
+def test_bad_files_of_schemas(content: str, message: str, letters: Vocabulary, tmp_path: Path) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(content)
+    with pytest.raises(ConstraintError) as caught:
+        parse(f"sql:{path}", letters)
+    assert str(path) in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_a_file_cut_short(tmp_path: Path) -> None:
+    (tmp_path / "cut.json.gz").write_bytes(gzip.compress(b'{"a": ["x"]}')[:-9])
+    with pytest.raises(ConstraintError, match=r"cut\.json\.gz: Compressed file ended"):
+        read_schemas(tmp_path / "cut.json.gz")
