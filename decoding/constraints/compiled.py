@@ -4,9 +4,11 @@ The compiled automaton reads bytes, and a token is allowed when all its bytes ar
 tokens allows one token alone where the text is forced, the one that its tokenizer would write; here every token that
 spells an allowed text is allowed, so the model's law over tokens is conditioned and not replaced.
 
-A check costs about a microsecond and so does a fork. Regular expressions and JSON Schema are prefix-closed. A Lark
-grammar is as far as its terminals are: they match greedily, as Lark's lexer does, so ``start: /a+/ "a"`` matches
-nothing, and rules without an end (``start: "a" start``) are followed until a limit stops them.
+A check costs about a microsecond and so does a fork. Regular expressions are prefix-closed, and so is JSON Schema
+where its references come to an end: an object that requires another of its own kind has no finite instance, and is
+followed until a limit stops it. A Lark grammar is prefix-closed as far as its terminals are: they match greedily, as
+Lark's lexer does, so ``start: /a+/ "a"`` matches nothing, and rules without an end (``start: "a" start``) are followed
+too.
 """
 
 from __future__ import annotations
@@ -135,9 +137,16 @@ def regex(pattern: str, vocabulary: Vocabulary, **limits: int) -> Compiled:
 
     ``\d``, ``\w`` and ``\s`` are Unicode's, and ``.`` is any character but a line break (``(?s)`` changes that).
     """
+    if (len(pattern) - len(pattern.rstrip("\\"))) % 2:
+        raise ConstraintError(f"regex {pattern!r}: incomplete escape sequence, at character {len(pattern)}")
     try:
         return Compiled(f"regex {pattern!r}", LLMatcher.grammar_from_regex(pattern), vocabulary, **limits)
     except ConstraintError as error:
+        if "lookarounds not supported" in str(error):
+            raise ConstraintError(
+                f"regex {pattern!r}: ^, $ and word boundaries within a pattern are not supported; "
+                "the whole answer matches it anyway"
+            ) from None
         found = re.search(r"regex parse error:\n {4}(.*)\n {4}( *)\^.*\nerror: (.*)", str(error))
         if found is None:
             raise
@@ -160,6 +169,8 @@ def json_schema(schema: str | bool | Mapping[str, Any], vocabulary: Vocabulary, 
             raise ConstraintError(
                 f"JSON schema: not JSON: {error.msg}, at line {error.lineno} column {error.colno}"
             ) from None
+        except RecursionError:
+            raise ConstraintError("JSON schema: nested too deeply to be read") from None
     if not isinstance(schema, bool | Mapping):
         raise ConstraintError(f"JSON schema: {json.dumps(schema)[:60]} is no schema: write an object, true or false")
     try:

@@ -42,6 +42,10 @@ def test_every_token_that_spells_a_forced_text_is_allowed(letters: Vocabulary) -
     assert {letters.tokens[token] for token in np.flatnonzero(constraint.allowed(constraint.start()))} == said
 
 
+def test_a_pattern_may_end_in_a_backslash_of_its_own(letters: Vocabulary) -> None:
+    assert takes(regex("a\\\\", letters), letters, "a\\")
+
+
 def test_json_keys_come_in_order_and_unknown_keywords_are_ignored(letters: Vocabulary) -> None:
     schema = {"properties": {"a": {"type": "integer", "typ": 1}, "b": {"type": "null"}}, "required": ["a", "b"]}
     constraint = json_schema({"type": "object", **schema, "additionalProperties": False}, letters)
@@ -73,6 +77,10 @@ def test_states_are_values(letters: Vocabulary) -> None:
         ("a[z-a]", "invalid character class range, the start must be <= the end, at character 3"),
         ("a(?=b)", "look-around, including look-ahead and look-behind, is not supported, at character 2"),
         (r"(a)\1", "backreferences are not supported, at character 4"),
+        ("a\\", r"regex 'a\\': incomplete escape sequence, at character 2"),
+        ("\\" * 3, "incomplete escape sequence, at character 3"),
+        ("a$b", "regex 'a$b': ^, $ and word boundaries within a pattern are not supported"),
+        (r"\bab\b", "word boundaries within a pattern are not supported"),
         (r"[^\s\S]", "nothing satisfies it, not even the empty text"),
     ],
 )
@@ -95,6 +103,7 @@ EMPTY = {"type": "object", "properties": {"x": {"type": "integer", "minimum": 3,
         ({"items": {"pattern": "a(b", "type": "string"}}, "JSON schema: at #/items: regex parse error"),
         ({"type": "object", "properties": {"x": {"not": {}}}}, 'at #/properties/x: Unimplemented keys: ["not"]'),
         (False, "JSON schema: at #: Unsatisfiable schema: schema is false"),
+        ('{"items":' * 20_000, "JSON schema: nested too deeply to be read"),
         ("[1]", "JSON schema: [1] is no schema: write an object, true or false"),
     ],
 )
