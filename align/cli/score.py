@@ -83,7 +83,7 @@ def score(
         align score pairs.jsonl --with ches,ches_ln,logps --model smollm2-135m-instruct -o scored.jsonl
     """
     _check_options(source, output, dtype, quantile, canned, regression)
-    from align.score.run import processes, score_data
+    from align.score.run import check_columns, processes, score_data
     from align.score.scorers import OF_THE_MODEL, Policy, named_specs
 
     named = named_specs([part for given in specs or [] for part in given.split(",") if part])
@@ -92,6 +92,7 @@ def score(
     needy += [option for option, value in asked.items() if value is not None]
     if needy and model is None:
         raise ConfigError("align score", [("--model", f"is missing: {needy[0]} needs it")])
+    check_columns(source, named)
     policy = None
     if model is not None and needy:
         device = processes().device
@@ -179,6 +180,7 @@ def _with_references(scorers: list[Scorer]) -> list[AnswerScorer]:
 
 def _show(outcome: Outcome) -> None:
     from align.data.report import fault_report
+    from align.score.rows import ONE_TOKEN
 
     counts = outcome.counts
     cut = f" · {counts['cut']:,} answers cut to fit" if counts["cut"] else ""
@@ -187,8 +189,8 @@ def _show(outcome: Outcome) -> None:
     print(
         f"{counts['scored']:,} of {counts['rows']:,} rows scored · {counts['set_aside']:,} set aside{cut}{moved}{left}"
     )
-    if (flagged := outcome.columns.pop("one_token", None)) and (count := round(flagged["n"] * flagged["mean"])):
-        print(f"{count:,} pairs whose answers are single tokens: CHES says little of them (column one_token)")
+    if (flagged := outcome.columns.pop(ONE_TOKEN, None)) and (count := round(flagged["n"] * flagged["mean"])):
+        print(f"{count:,} pairs whose answers are single tokens: CHES says little of them (column {ONE_TOKEN})")
     width = max((len(name) for name in outcome.columns), default=0)
     for name, found in outcome.columns.items():
         nulls = f"{found['null']:,} without a number" if found["null"] else ""

@@ -81,6 +81,9 @@ def ches_scores(
     _tell_faults(lines)
     for name in ["row_id", *next(line["columns"] for line in lines if "columns" in line)]:
         values = [line.get("row_id") if name == "row_id" else line.get("columns", {}).get(name) for line in lines]
+        if name in dataset.column_names:  # of an earlier pass, and equal where both are known
+            values = [old if new is None else new for old, new in zip(dataset[name], values, strict=True)]
+            dataset = dataset.remove_columns(name)
         dataset = dataset.add_column(name, values)
     return dataset
 

@@ -21,7 +21,7 @@ from align.data.rows import Fault
 from align.errors import AlignError
 from align.rewards.encoding import plain
 
-from .rows import ScoreRow, score_row
+from .rows import ONE_TOKEN, ScoreRow, score_row
 from .select import keep_count, select
 
 logger = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ def _candidate(
 
 
 def _short_answer(row: Mapping[str, Any], found: ScoreRow) -> str:
-    if isinstance(known := row.get("one_token"), bool):
+    if isinstance(known := row.get(ONE_TOKEN), bool):
         return SHORT if known else ""
     return (
         ONE_WORD if found.each and all(len(plain(answer, "assistant").split()) == 1 for answer in found.each) else ""

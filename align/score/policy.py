@@ -22,7 +22,7 @@ from align.losses.rows import Rows, answer_rows, pair_rows
 from align.losses.similarity import AnswerStates, ches, ches_ln, edit_similarity, last_inner
 from align.models.scoring import attach_scoring, final_states, head_of, why_not_shared_prompt
 
-from .rows import ScoreRow
+from .rows import ONE_TOKEN, ScoreRow
 from .scorers import Columns, Policy, Scored, by_answer
 
 logger = logging.getLogger(__name__)
@@ -34,10 +34,6 @@ OF_STATES: dict[str, Callable[[AnswerStates, AnswerStates], torch.Tensor]] = {
 }
 OF_PAIRS = (*OF_STATES, "edit")
 """Words whose column is one number a pair."""
-
-ONE_TOKEN = "one_token"
-"""Column beside ``ches`` and ``ches_ln``: neither answer has more than one token before its end token. Such answers
-part in nothing that CHES sees but the state before the end token, and without that in nothing: it is then 0."""
 
 
 class PolicyScorer:

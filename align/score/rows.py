@@ -20,6 +20,9 @@ from align.data.pairs import comparison
 from align.data.rows import Content, row_id
 
 LISTED = "completions"
+ONE_TOKEN = "one_token"
+"""Column beside ``ches`` and ``ches_ln``: neither answer has more than one token before its end token. Such answers
+part in nothing that CHES sees but the state before the end token, and without that in nothing: it is then 0."""
 _WANTED = (
     "[prompt,] chosen, rejected; or prompt, response_1, response_2 and preference_strength; or prompt and completion, "
     "response, completions or nothing more; or messages"

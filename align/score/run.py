@@ -34,7 +34,8 @@ from align.tracking.files import write_json
 from align.tracking.progress import progress
 
 from .output import check_suffix, write_rows
-from .rows import ScoreRow, score_row
+from .policy import OF_PAIRS
+from .rows import ONE_TOKEN, ScoreRow, score_row
 from .scorers import Columns, Scorer
 from .shards import Line, Shards, check_same
 
@@ -238,11 +239,36 @@ def _score_batch(scorer: Scorer, rows: Sequence[ScoreRow]) -> tuple[list[Columns
     return list(scored.columns), {name: getattr(scored, name) for name in _COUNTED}
 
 
+def check_columns(source: str, named: Mapping[str, str]) -> None:
+    """Stop, before a model is loaded, where the data has a column already that is to be made.
+
+    Looks at the first row that can be scored; what only others have is found when they are.
+
+    Args:
+        named: specs by the name of their column, as ``scorers.named_specs`` gives them.
+
+    Raises:
+        AlignError: there is such a column.
+    """
+    first = next((row for row in map(_read, read_rows(source)) if isinstance(row, ScoreRow)), None)
+    if first is None:
+        return
+    for name, spec in named.items():
+        made = [name] if spec in OF_PAIRS else [f"{name}_{field}" for field in first.answers]
+        _check_new(dict.fromkeys(made), {}, first)
+
+
 def _check_new(columns: Columns, others: Columns, row: ScoreRow) -> None:
-    taken = columns.keys() & (row.fields.keys() | others.keys() | {"row_id"})
-    if taken:
-        name = min(taken)
-        raise AlignError(f"there is a column {name} already: give the new one another name, --with NAME=SPEC")
+    """Columns of the data are not written over; which answers are single tokens may be known of another pass."""
+    known = {**row.fields, **others, "row_id": row.row_id}
+    for name in sorted(columns.keys() & known.keys()):
+        if name != ONE_TOKEN:
+            raise AlignError(f"there is a column {name} already: give the new one another name, --with NAME=SPEC")
+        if known[name] not in (None, columns[name]):
+            raise AlignError(
+                f"row_id {row.row_id}: the data has {name} {known[name]}, and by the tokens of this model it is "
+                f"{columns[name]}: rename the column of the data"
+            )
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from align.tracking.progress import progress
 from .filter import SHORT, Candidate, Rules, Table, labels_in, number_in, places, rule_words
 from .filtered import Filtered, facts, summary, write_filtered
 from .policy import OF_PAIRS, PolicyScorer
+from .rows import ONE_TOKEN
 from .run import SHARD_ROWS, each_warning_once, processes, score_rows
 from .scorers import Policy
 from .shards import Line, Shards
@@ -157,7 +158,7 @@ class TrainingFilter:
                     faults.append(Fault(row.source, row.row, error.field, error.reason, shown))
             table.faults += faults
             if not faults:
-                short = SHORT if line.get("columns", {}).get("one_token") else ""
+                short = SHORT if line.get("columns", {}).get(ONE_TOKEN) else ""
                 labels = labels_in(raw, groups)
                 table.candidates.append(
                     Candidate(row.source, row.row, row.row_id, found, labels, _lengths(ids), short)

@@ -266,6 +266,19 @@ def test_a_data_set_that_cannot_be_scored(policy: Policy) -> None:
         filter_by(scored, "ches")
 
 
+def test_a_data_set_that_has_been_scored(policy: Policy) -> None:
+    """Its row_id and one_token stay; null in them is filled in; another row_id is refused."""
+    data, model, tokenizer = Dataset.from_list(pairs(3)[1:]), policy.loaded.model, policy.loaded.tokenizer
+    once = ches_scores(data, model, tokenizer, columns=["ches"])
+    short = Dataset.from_list([{**once[0], "row_id": None, "one_token": None}, once[1]])
+    twice = ches_scores(short, model, tokenizer, columns=["ches_ln"])
+    assert set(twice.column_names) == {*once.column_names, "ches_ln"}
+    for name in once.column_names:
+        assert twice[name] == once[name]
+    with pytest.raises(AlignError, match="row_id of its own"):
+        ches_scores(data.add_column("row_id", ["a", "b"]), model, tokenizer)
+
+
 def test_what_a_script_gets_wrong(policy: Policy, caplog: pytest.LogCaptureFixture) -> None:
     """Said with what, where and in the words of Python, not of the command."""
     data, model, tokenizer = Dataset.from_list(pairs(3)[1:]), policy.loaded.model, policy.loaded.tokenizer
@@ -312,6 +325,31 @@ def test_the_command(align: Callable[..., Any], source: Path, tiny_model_dir: Pa
     wrong = align("score", source, "--with", "chess", "-o", tmp_path / "p.jsonl")
     assert wrong.exit_code == 2
     assert "did you mean ches?" in wrong.stderr
+
+
+def test_a_second_pass(align: Callable[..., Any], source: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """CHES again under another name, one_token kept; a name that is taken is told before any model is looked for."""
+
+    def score(data: Path, words: str, output: str, model: str = str(tiny_model_dir)) -> Any:
+        return align("score", data, "--with", words, "--model", model, "-o", tmp_path / output)
+
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    assert score(source, "ches_ln,logps", one.name).exit_code == 0
+    again = score(one, "other=ches_ln,ches", two.name)
+    assert again.exit_code == 0, again.output
+    was, now = ([json.loads(row) for row in file.read_text().splitlines()] for file in (one, two))
+    for before, after in zip(was, now, strict=True):
+        assert after["other"] == after["ches_ln"]
+        assert after["one_token"] is before["one_token"] is False
+    for words in ("ches_ln", "logps"):
+        taken = score(one, words, "three.jsonl", model="nowhere")
+        assert taken.exit_code == 1
+        assert f"there is a column {words}" in taken.stderr
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    one.write_text(one.read_text().replace('"one_token": false', '"one_token": true'))
+    otherwise = score(one, "ches", "three.jsonl")
+    assert otherwise.exit_code == 1
+    assert "has one_token True, and by the tokens of this model it is False: rename" in otherwise.stderr
 
 
 def test_two_processes_write_the_file_of_one(
