@@ -62,13 +62,18 @@ class LossInfo:
     @property
     def soft(self) -> bool:
         """Whether the loss takes the probability that the first answer is preferred, in place of a sure label."""
-        return "preference" in inspect.signature(self.function).parameters
+        return "preference" in _parameters(self.function)
 
     @property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
         """The loss's own settings (``beta``, ``gamma``): its keyword-only parameters."""
-        every = inspect.signature(self.function).parameters
+        every = _parameters(self.function)
         return {name: p for name, p in every.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+@functools.cache
+def _parameters(function: LossFunction) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters  # tens of microseconds, and each batch asks
 
 
 LOSSES: dict[str, LossInfo] = {}
