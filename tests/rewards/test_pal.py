@@ -110,7 +110,7 @@ def test_squared_distances_are_linear_in_the_ideal_point():
     model = by_hand(squared=True)
     a = model.ideals(model.weights(["ann"]), None)
     expected = 2 * (a * (RIGHT - LEFT)).sum() + (LEFT**2).sum() - (RIGHT**2).sum()
-    assert float(model(LEFT, RIGHT, ["ann"])) == pytest.approx(float(expected), abs=1e-12)
+    assert model(LEFT, RIGHT, ["ann"]).item() == pytest.approx(expected.item(), abs=1e-12)
 
 
 def test_one_group_is_one_reward_for_all():
@@ -153,7 +153,7 @@ def test_fitting_a_user_changes_nothing_else(number: int):
     assert all(parameter.grad is None for parameter in model.parameters())
     delta = model.reward(right, weights, prompts) - model.reward(left, weights, prompts)
     start = model.reward(right, model.prior("uniform"), prompts) - model.reward(left, model.prior("uniform"), prompts)
-    assert float(pal_logistic(delta, label).loss.mean()) < float(pal_logistic(start, label).loss.mean())
+    assert pal_logistic(delta, label).loss.mean().item() < pal_logistic(start, label).loss.mean().item()
 
 
 def test_a_new_user_is_fitted_with_the_loss_that_the_model_was_trained_with(tmp_path: Path):

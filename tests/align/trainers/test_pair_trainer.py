@@ -492,6 +492,7 @@ def test_bad_rows_are_set_aside_and_said(tmp_path, tiny_tokenizer, make_tiny_mod
         )
 
 
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode:FutureWarning")
 @pytest.mark.parametrize(
     "change",
     [
