@@ -1,11 +1,12 @@
 """Answers under constraints and rewards, from any engine: many requests and particles in one batch.
 
-    vocabulary = Vocabulary.of(tokenizer)
+    vocabulary = Vocabulary.of(tokenizer, size=model.get_output_embeddings().weight.shape[0])
     request = Request(prompt_ids, constraint=regex("[0-9]+", vocabulary), particles=8, seed=1)
     (answer,) = generate(TransformersEngine(model), [request], vocabulary)
 
 Randomness is by seed, particle and position, so an answer does not depend on what else is in the batch, up to the
-rounding of the engine. A request that fails gives an answer that says why, and leaves the others alone.
+rounding of the engine. A request that fails gives an answer that says why, and leaves the others alone. What is
+raised, by the engine or by ``on_answer``, goes through, with all sequences closed.
 """
 
 from __future__ import annotations
@@ -46,26 +47,33 @@ def generate(
 
     Returns:
         The answers in the order of ``requests``.
+
+    Raises:
+        ValueError: the vocabulary has more or fewer tokens than the model's logits have columns.
     """
     waiting = deque(enumerate(requests))
     running: dict[int, Task] = {}
     answers: dict[int, Answer] = {}
-    while waiting or running:
-        new: list[tuple[int, Task]] = []
-        room = rows - sum(len(task.particles) for task in running.values())
-        while waiting and (waiting[0][1].particles <= room or not (running or new)):
-            number, request = waiting.popleft()
-            room -= request.particles
-            new.append((number, Task(request, vocabulary, engine)))
-        _open(engine, [task for _, task in new])
-        running.update(new)
-        _step(engine, [task for task in running.values() if task.answer is None])
-        for number, task in list(running.items()):
-            if task.answer is not None:
-                answers[number] = task.answer
-                del running[number]
-                if on_answer is not None:
-                    on_answer(number, task.answer)
+    try:
+        while waiting or running:
+            new: list[Task] = []
+            room = rows - sum(len(task.particles) for task in running.values())
+            while waiting and (waiting[0][1].particles <= room or not running):
+                number, request = waiting.popleft()
+                room -= request.particles
+                running[number] = Task(request, vocabulary, engine)
+                new.append(running[number])
+            _open(engine, new)
+            _step(engine, [task for task in running.values() if task.answer is None], vocabulary)
+            for number, task in list(running.items()):
+                if task.answer is not None:
+                    answers[number] = task.answer
+                    del running[number]
+                    if on_answer is not None:
+                        on_answer(number, task.answer)
+    finally:
+        for task in running.values():
+            task.close()
     return [answers[number] for number in range(len(requests))]
 
 
@@ -78,12 +86,17 @@ def _open(engine: Engine, tasks: Sequence[Task]) -> None:
         task.begin(handle)
 
 
-def _step(engine: Engine, tasks: Sequence[Task]) -> None:
+def _step(engine: Engine, tasks: Sequence[Task], vocabulary: Vocabulary) -> None:
     """One token for every particle of the tasks."""
     particles = [(task, number) for task in tasks for number in task.wanted]
     if not particles:
         return
     logits, places = engine.next_logits([task.particles[number].handle for task, number in particles])
+    if logits.shape[-1] != vocabulary.size:
+        raise ValueError(
+            f"the vocabulary has {vocabulary.size:,} tokens and the model's logits {logits.shape[-1]:,} columns: they "
+            f"must be as many; build it by Vocabulary.of(tokenizer, size={logits.shape[-1]}) of the model's tokenizer"
+        )
     laws: dict[Law, dict[int, int]] = {}
     for (task, _), place in zip(particles, places, strict=True):
         rows = laws.setdefault(task.request.law, {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Literal, get_args
 
 from .constraints.memo import Memo
@@ -25,7 +26,8 @@ class Request:
         prompt: ids, up to where the answer begins.
         constraint: None for any text.
         method: ``awrs-smc`` resamples its particles; ``awrs`` only weights them; ``mask`` asks about all tokens of
-            the vocabulary at every step and has exact weights; ``rejection`` has no weights.
+            the vocabulary at every step and has exact weights; ``rejection`` has no weights, so its normaliser
+            says nothing.
         particles: how many sequences; one of them is drawn by weight in the end.
         law: the law that tokens are drawn from; weights are with respect to it.
         seed: of all that is random.
@@ -34,6 +36,9 @@ class Request:
         potential: graded wishes: log-potentials of sequences, by which the target is multiplied.
         potential_every: steps from one potential on the way to the next, to guide; 0: only of complete answers.
         threshold: share of the particles under which their effective number must fall for a resampling.
+        resampling: ``systematic`` (one uniform for all particles) or ``multinomial`` (one for each).
+        max_draws: questions about one token after which ``awrs-smc``, ``awrs`` and ``rejection`` take it for a dead
+            end, 1 or more; None for no limit. The weights of AWRS stay proper.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -49,15 +54,24 @@ class Request:
     potential: Potential | None = None
     potential_every: int = 0
     threshold: float = 0.5
+    resampling: Literal["systematic", "multinomial"] = "systematic"
+    max_draws: int | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method is {self.method!r}: it must be one of {', '.join(METHODS)}")
-        for name, least in (("particles", 1), ("max_new_tokens", 1), ("potential_every", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be {least} or more")
+        for name, least in (("particles", 1), ("max_new_tokens", 1), ("potential_every", 0), ("max_draws", 1)):
+            value = getattr(self, name)
+            if name == "max_draws" and value is None:
+                continue
+            if not isinstance(value, Integral) or value < least:
+                raise ValueError(f"{name} is {value!r}: it must be a whole number, {least} or more")
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold is {self.threshold}: it must be from 0 to 1")
+        if self.resampling not in ("systematic", "multinomial"):
+            raise ValueError(f"resampling is {self.resampling!r}: it must be 'systematic' or 'multinomial'")
+        if self.max_draws is not None and self.method == "mask":
+            raise ValueError("max_draws: masking asks about all tokens; it goes with the other methods")
 
 
 @dataclass(frozen=True)
@@ -66,19 +80,29 @@ class Answer:
 
     Args:
         result: samples with their weights; None where the request failed.
-        evaluations: how many tokens the constraint was asked about, for each token drawn by any particle.
-        valid: whether the drawn answer satisfies the constraint, asked anew from its start.
+        evaluations: how many verdicts on single tokens were wanted, for each token drawn by any particle; those that
+            a memo knew and those on special tokens, which are always refused, are counted too.
+        valid: whether the drawn answer satisfies the constraint, asked anew from its start. Of another sample
+            ``satisfies`` says so.
         reason: why there is no valid answer; else empty.
+        masks: how often the constraint was asked for its verdicts on all tokens at once: by ``mask``, and by AWRS
+            after 16 refusals. None of these are among ``evaluations``.
     """
 
     result: Result | None
     evaluations: tuple[int, ...]
     valid: bool
     reason: str
+    masks: int = 0
 
 
-def satisfies(constraint: Constraint, tokens: Sequence[int], vocabulary: Vocabulary) -> bool:
-    """Whether an answer is whole, with its end token, and what the constraint wants; asked from the start."""
+def satisfies(constraint: Constraint | None, tokens: Sequence[int], vocabulary: Vocabulary) -> bool:
+    """Whether an answer is whole, with its end token, and what the constraint wants; asked from the start.
+
+    Without a constraint any answer is, also one that was cut.
+    """
+    if constraint is None:
+        return True
     constraint = constraint.constraint if isinstance(constraint, Memo) else constraint
     state = constraint.start()
     for token in tokens:

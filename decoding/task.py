@@ -13,9 +13,9 @@ from torch import Tensor
 
 from . import awrs, masking, rejection
 from .constraints.memo import Memo
-from .constraints.protocol import Constraint, ConstraintError, Masking, Vocabulary
+from .constraints.protocol import ConstraintError, Masking, Vocabulary
 from .engines.protocol import Engine
-from .lazy import Accepts, Draw, Draws, Live
+from .lazy import Draw, Draws, Live
 from .request import Answer, Request, satisfies
 from .smc import SMC, Action, Copy, Extend, Extended, Finished, Result, Stop
 
@@ -38,10 +38,15 @@ class Task:
         self.wanted: list[int] = []
         self.answer: Answer | None = None
         self._evaluations: list[int] = []
+        self._masks = 0
         self._cut = 0
-        self._stuck: tuple[int, ...] | None = None
-        resampled = request.method == "awrs-smc"
-        self._smc = SMC(request.particles, seed=request.seed, threshold=request.threshold if resampled else 0.0)
+        self._stuck = ""
+        self._smc = SMC(
+            request.particles,
+            seed=request.seed,
+            threshold=request.threshold if request.method == "awrs-smc" else 0.0,
+            resampling=request.resampling,
+        )
         self._constraint = request.constraint
 
     def guard(self, work: Callable[[], None]) -> None:
@@ -54,10 +59,16 @@ class Task:
             self._fail(f"{type(error).__name__}: {error}")
 
     def check(self) -> None:
-        """The prompt fits, and something satisfies the constraint."""
+        """The prompt is one of this model, and fits."""
         length, context = len(self.request.prompt), self.engine.context
         if not length:
             raise ConstraintError("prompt: it has no tokens")
+        strange = next((token for token in self.request.prompt if not 0 <= token < self.vocabulary.size), None)
+        if strange is not None:
+            raise ConstraintError(
+                f"prompt: {strange} is the id of no token, they are from 0 to {self.vocabulary.size - 1:,}; encode it "
+                "with the model's own tokenizer"
+            )
         if context is not None and length + self.request.max_new_tokens > context:
             raise ConstraintError(
                 f"prompt: {length:,} tokens and an answer of {self.request.max_new_tokens:,} are more than the "
@@ -99,6 +110,7 @@ class Task:
                 "; ".join([self._raised(error, particle), *getattr(error, "__notes__", [])])
             ) from error
         self._evaluations.append(draw.evaluations)
+        self._masks += draw.masks
         if draw.token is None:
             return Extended(number, step, None, -math.inf)
         particle.tokens, particle.state = (*particle.tokens, draw.token), state
@@ -132,40 +144,59 @@ class Task:
             after[token] = found
             return True
 
+        def mask() -> NDArray[np.bool_] | None:
+            allowed = constraint.allowed(state) if isinstance(constraint, Masking) else None
+            if allowed is not None:
+                allowed = allowed.copy()
+                allowed[list(ends)] = constraint.may_end(state)
+            return allowed
+
+        most = self.request.max_draws
         if len(particle.tokens) + 1 == self.request.max_new_tokens:
-            draw = self._end(logq, constraint.may_end(state), draws)
-        elif method == "mask":
-            draw = self._masked(logq, accepts, draws, constraint, state)
-            if draw.token is not None and draw.token not in ends:
-                accepts(draw.token)
+            return self._end(particle.tokens, logq, constraint.may_end(state), draws), None
+        if method == "mask":
+            draw = masking.sample(logq, accepts, draws, allowed=mask())
         elif method == "rejection":
-            draw = rejection.sample(logq, accepts, draws)
+            draw = rejection.sample(logq, accepts, draws, max_draws=most)
         else:
-            draw = awrs.sample(logq, accepts, draws)
-        if draw.dead and self._stuck is None and len(particle.tokens) + 1 < self.request.max_new_tokens:
-            self._stuck = particle.tokens
+            draw = awrs.sample(logq, accepts, draws, max_draws=most, mask=mask)
+        if draw.token is None:
+            self._stuck = self._stuck or self._why_stuck(particle.tokens, logq, draw)
+        elif draw.token not in ends and draw.token not in after and not accepts(draw.token):
+            raise ConstraintError(
+                f"its mask allows token {draw.token}, which it refuses when it is asked for that one"
+            )
         return draw, after.get(draw.token) if draw.token is not None else None
 
-    def _end(self, logq: NDArray[np.float64], may_end: bool, draws: Draws) -> Draw:
+    def _end(self, tokens: tuple[int, ...], logq: NDArray[np.float64], may_end: bool, draws: Draws) -> Draw:
         """At the last position an end token, or nothing: one question."""
         ends = np.zeros(logq.shape, dtype=bool)
         ends[list(self.vocabulary.ends)] = may_end
         draw = masking.sample(logq, lambda token: False, draws, allowed=ends)
-        self._cut += draw.dead
+        if draw.dead and may_end:
+            self._stuck = self._stuck or self._why_stuck(tokens, logq, draw)
+        self._cut += draw.dead and not may_end
         weight = 0.0 if self.request.method == "rejection" and not draw.dead else draw.log_weight
         return Draw(draw.token, weight, 1)
 
-    def _masked(
-        self, logq: NDArray[np.float64], accepts: Accepts, draws: Draws, constraint: Constraint, state: Any
-    ) -> Draw:
-        """Token masking, by the constraint's own mask where it has one."""
-        allowed = constraint.allowed(state) if isinstance(constraint, Masking) else None
-        if allowed is None:
-            return masking.sample(logq, accepts, draws)
-        mask = allowed.copy()
-        mask[list(self.vocabulary.ends)] = constraint.may_end(state)
-        draw = masking.sample(logq, accepts, draws, allowed=mask)
-        return Draw(draw.token, draw.log_weight, len(self.vocabulary.usable) + len(self.vocabulary.ends))
+    def _why_stuck(self, tokens: tuple[int, ...], logq: NDArray[np.float64], draw: Draw) -> str:
+        """Why there was no token in a dead end that is not the length limit's."""
+        said, law, most = repr(self.vocabulary.text(tokens)), self.request.law, self.request.max_draws
+        if draw.evaluations == most:
+            return f"; after {said} there was no allowed token among the {most:,} of max_draws: raise it"
+        changed = {"temperature": law.temperature != 1, "top_k": law.top_k, "top_p": law.top_p}
+        settings = ", ".join(f"{name}={getattr(law, name)}" for name, is_set in changed.items() if is_set)
+        left, size = int(np.count_nonzero(np.exp(logq))), self.vocabulary.size
+        broken = (
+            "either nothing satisfies the constraint, or it is not prefix-closed (constraints.conformance.check says "
+            "more)"
+        )
+        if settings and left < size:
+            return (
+                f"; after {said} none of the {left:,} tokens (of {size:,}) to which {settings} leaves a probability "
+                f"is allowed: loosen it; if that does not help, {broken}"
+            )
+        return f"; no token may follow {said}, nor may it end there: {broken}"
 
     def _with_potentials(self, events: Sequence[Extended]) -> Sequence[Extended]:
         potential, every = self.request.potential, self.request.potential_every
@@ -177,7 +208,13 @@ class Task:
             if event.log_weight > -math.inf and (event.ended or (every and (event.step + 1) % every == 0))
         ]
         found = potential([self.particles[event.particle].tokens for event in asked]) if asked else []
-        known = {event.particle: float(value) for event, value in zip(asked, found, strict=True)}
+        try:
+            values = [float(value) for value in found]
+        except TypeError as error:
+            raise ConstraintError(f"potential: it gave {found!r}; it must give a number for each sequence") from error
+        if len(values) != len(asked):
+            raise ConstraintError(f"potential: it gave {len(values)} numbers for {len(asked)} sequences")
+        known = {event.particle: value for event, value in zip(asked, values, strict=True)}
         return [Extended(e.particle, e.step, e.token, e.log_weight, e.ended, known.get(e.particle)) for e in events]
 
     def _act(self, actions: Sequence[Action]) -> None:
@@ -197,16 +234,14 @@ class Task:
     def _finished(self, result: Result) -> Answer:
         evaluations = tuple(self._evaluations)
         if result.drawn is None:
-            return Answer(result, evaluations, False, result.reason + self._why_nothing())
-        valid = self.request.constraint is None or satisfies(
-            self.request.constraint, result.drawn.tokens, self.vocabulary
-        )
+            return Answer(result, evaluations, False, result.reason + self._why_nothing(), self._masks)
+        valid = satisfies(self.request.constraint, result.drawn.tokens, self.vocabulary)
         said = self.vocabulary.text(result.drawn.tokens)
         refused = (
             f"the constraint took {said!r} token by token and refuses it when asked again from the start: it does not "
             "depend on the text alone (constraints.conformance.check says more)"
         )
-        return Answer(result, evaluations, valid, "" if valid else refused)
+        return Answer(result, evaluations, valid, "" if valid else refused, self._masks)
 
     def _why_nothing(self) -> str:
         why = ""
@@ -215,17 +250,16 @@ class Task:
                 f"; {self._cut} could not end at the limit of {self.request.max_new_tokens:,} tokens: raise "
                 "max_new_tokens, or bound the length in the constraint"
             )
-        if self._stuck is not None:
-            why += (
-                f"; no token may follow {self.vocabulary.text(self._stuck)!r}, nor may it end there: either nothing "
-                "satisfies the constraint, or it is not prefix-closed (constraints.conformance.check says more)"
-            )
-        return why
+        return why + self._stuck
 
     def _fail(self, reason: str) -> None:
+        self.close()
+        self.answer = Answer(None, tuple(self._evaluations), False, reason, self._masks)
+
+    def close(self) -> None:
+        """Free what the particles hold."""
         for number in list(self.particles):
             self._close(number)
-        self.answer = Answer(None, tuple(self._evaluations), False, reason)
 
     def _close(self, number: int) -> None:
         self.engine.close(self.particles.pop(number).handle)
