@@ -34,7 +34,7 @@ def write_rows(output: Path, rows: Rows) -> None:
     Raises:
         AlignError: Parquet, and a column whose values are of several types.
     """
-    partial = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    partial = output.with_name(f".{output.name}.partial")  # the same in the call that goes on after a kill
     try:
         if output.suffix == ".parquet":
             _write_parquet(partial, rows)
