@@ -154,6 +154,7 @@ def _is_adapter(name: str) -> bool:
 
 def _tell_faults(split: Split, rejected: Path) -> None:
     faults: list[Fault] = split.faults
+    rejected.unlink(missing_ok=True)  # of an earlier comparison under this name
     if faults:
         write_rejected(rejected, faults)
         print(fault_report(faults, split.table.counts["rows"], rejected))

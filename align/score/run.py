@@ -309,6 +309,7 @@ def _write(source: str, shards: Shards, output: Path, about: Path, count: int) -
             shown = {**shown, "row_id": line["row_id"]}
         faults += [Fault(file, row, one["field"], one["reason"], shown) for one in line["faults"]]
     rejected = _rejected(output)
+    rejected.unlink(missing_ok=True)  # of an output of this name that is there no more
     if faults:
         write_rejected(rejected, faults)
     if not counts["scored"]:
