@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import AlignError
-from align.tracking.files import write_json, write_text
+from align.tracking.files import make_room, write_json, write_text
 
 Line = dict[str, Any]
 
@@ -34,14 +34,12 @@ class Shards:
         self.folder = output.with_name(f".{output.name}.parts")
         self.identity = identity
         about = self.folder / "about.json"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if about.is_file():
-                check_same(self.folder, json.loads(about.read_text(encoding="utf-8")), identity)
-            else:
-                write_json(about, identity)
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
-            raise AlignError(f"{output.parent}: cannot be written ({error.strerror}); name another output") from error
+        make_room(about)
+        begun = next(self.folder.glob("*.jsonl"), None)  # without one there is nothing to protect
+        if begun is not None and about.is_file():
+            check_same(self.folder, json.loads(about.read_text(encoding="utf-8")), identity)
+        else:
+            write_json(about, identity)
 
     def read(self, number: int) -> list[Line] | None:
         """The lines of a shard; None where it is not there."""
@@ -85,5 +83,5 @@ def check_same(where: Path, found: Mapping[str, Any], identity: Mapping[str, Any
     differ = sorted(key for key in {*found, *identity} if found.get(key) != identity.get(key))
     if differ:
         changed = "the data has changed since it was begun"
-        what = changed if differ == ["data"] else f"begun with another {', '.join(differ)}"
+        what = changed if differ == ["data"] else f"begun with {', '.join(f'other {key}' for key in differ)}"
         raise AlignError(f"{where}: {what}; delete it to begin anew, or name another output")

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from align.errors import AlignError
+
+
+def make_room(path: Path) -> None:
+    """Make the folder that a file or a folder is to be written in, before any work is done for it.
+
+    Raises:
+        AlignError: it cannot be made, or nothing can be written in it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise AlignError(f"{path.parent}: cannot be written in ({error.strerror}); name another output") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -172,7 +172,7 @@ def test_what_was_begun_otherwise_is_not_mixed(data: Path, tmp_path: Path) -> No
     output = tmp_path / "out.jsonl"
     with pytest.raises(KeyboardInterrupt):
         scored(data, output, Stopping())
-    with pytest.raises(AlignError, match="begun with another scorers"):
+    with pytest.raises(AlignError, match="begun with other scorers"):
         scored(data, output, Letters(version=2))
     rows = read(data)
     write(data, [rows[0] | {"completion": "other"}, *rows[1:]])
@@ -180,12 +180,44 @@ def test_what_was_begun_otherwise_is_not_mixed(data: Path, tmp_path: Path) -> No
         scored(data, output)
 
 
+class StoppingAtOnce(Letters):
+    """Stops before any shard is done."""
+
+    def score(self, rows: Sequence[ScoreRow]) -> Scored:
+        raise KeyboardInterrupt
+
+
+def test_what_was_begun_without_a_shard_is_in_no_ones_way(data: Path, tmp_path: Path) -> None:
+    """Nor is what a kill left of a file that was being written."""
+    output, left = tmp_path / "out.jsonl", tmp_path / ".out.jsonl.partial"
+    with pytest.raises(KeyboardInterrupt):
+        scored(data, output, StoppingAtOnce())
+    left.write_text("half")
+    assert scored(data, output, Letters(version=2)).counts["scored"] == 11
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "out.jsonl", "out.jsonl.score.json"]
+
+
+def test_rows_set_aside_of_an_output_that_is_gone_do_not_stay(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [{"prompt": "p", "completion": word} for word in ("good", "bad")])
+    first = scored(source, tmp_path / "out.jsonl")
+    assert first.rejected is not None
+    first.output.unlink()
+    write(source, [{"prompt": "p", "completion": "good"}])
+    assert scored(source, tmp_path / "out.jsonl").rejected is None
+    assert not first.rejected.exists()
+
+
+def test_a_folder_that_cannot_be_made(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(AlignError, match=r"cannot be written in \(Not a directory\); name another output"):
+        scored(data, data / "below" / "out.jsonl")
+
+
 def test_an_output_that_is_there_is_not_written_over(data: Path, tmp_path: Path) -> None:
     output = write(tmp_path / "out.jsonl", [{"precious": 1}])
     with pytest.raises(AlignError, match="was not made by align score"):
         scored(data, output)
     scored(data, tmp_path / "mine.jsonl")
-    with pytest.raises(AlignError, match="begun with another scorers"):
+    with pytest.raises(AlignError, match="begun with other scorers"):
         scored(data, tmp_path / "mine.jsonl", Letters(version=2))
     rows = read(data)
     # A row more, the same rows in another order, and another value in a column that is carried along.
