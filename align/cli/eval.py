@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from align.errors import ConfigError
+
 from .disk import writing_to
 
 WIDTH = 140
@@ -52,9 +54,12 @@ def evaluate(
 
         align eval runs/quickstart --suite displacement --data align:quickstart/heldout
     """
-    from align.tracking.files import write_json
+    from align.tracking.files import make_room, write_json
 
     path = output or Path(f"{suite}.json")
+    if path.is_dir():
+        raise ConfigError("align eval", [("--output", f"{path} is a folder: name a file in it")])
+    make_room(path)
     result = _RUN[suite](models, source, reference, max_length, path.with_suffix(".rejected_rows.jsonl"))
     with writing_to(path):
         write_json(path, result)

@@ -58,9 +58,11 @@ def filter_(
     from align.data.load import read_rows
     from align.score.filter import contents, read_table
     from align.score.filtered import Filtered, check_free, summary, write_filtered
+    from align.tracking.files import make_room
 
     if not dry_run:
         check_free(output)
+        make_room(output)
     rules = {column: rule}
     table = read_table(read_rows(source), rules, lambda name, known: _missing(source, name, known))
     filtered = Filtered.of(source, rules, table)
@@ -105,7 +107,7 @@ def _rule(
         "below": below,
         "above": above,
         "group": group,
-        "quotas": dict(_quota(text) for text in quotas) or None,
+        "quotas": _quotas(quotas) or None,
     }
     try:
         return FilterRule.model_validate({key: value for key, value in data.items() if value is not None})
@@ -117,12 +119,20 @@ def _rule(
         raise ConfigError("align filter", problems) from None
 
 
-def _quota(text: str) -> tuple[str, float]:
-    name, _, share = text.rpartition("=")
-    try:
-        return name, float(share)
-    except ValueError:
-        raise ConfigError("align filter", [("--quota", f"{text!r} is not GROUP=FRACTION, such as de=0.2")]) from None
+def _quotas(texts: Sequence[str]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    problems = []
+    for text in texts:
+        name, _, share = text.rpartition("=")
+        if name in found:
+            problems.append(("--quota", f"{text!r}: {name} has {found[name]:g} already"))
+        try:
+            found[name] = float(share)
+        except ValueError:
+            problems.append(("--quota", f"{text!r} is not GROUP=FRACTION, such as de=0.2"))
+    if problems:
+        raise ConfigError("align filter", problems)
+    return found
 
 
 def _missing(source: str, column: str, known: Sequence[str]) -> str:

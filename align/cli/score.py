@@ -85,6 +85,7 @@ def score(
     _check_options(source, output, dtype, quantile, canned, regression)
     from align.score.run import check_columns, processes, score_data
     from align.score.scorers import OF_THE_MODEL, Policy, named_specs
+    from align.tracking.files import make_room
 
     named = named_specs([part for given in specs or [] for part in given.split(",") if part])
     asked = {"--reference-quantile": quantile, "--reference-regression": regression}
@@ -93,6 +94,7 @@ def score(
     if needy and model is None:
         raise ConfigError("align score", [("--model", f"is missing: {needy[0]} needs it")])
     check_columns(source, named)
+    make_room(output)
     policy = None
     if model is not None and needy:
         device = processes().device

@@ -18,7 +18,7 @@ from align.reports.figures import Series, histogram
 from align.reports.filtered import Composition, Ends, Example, FilterPage, write_filter_page
 from align.reports.record import group_faults
 from align.rewards.encoding import plain
-from align.tracking.files import write_json, write_text
+from align.tracking.files import make_room, write_json, write_text
 
 from .filter import ONE_WORD, SHORT, Candidate, Rules, Table, Verdict, cuts, describe, judge, rule_words
 from .output import Rows, write_rows
@@ -92,12 +92,13 @@ def write_filtered(
         parts: which of the two to write.
 
     Raises:
-        AlignError: something is there already, or Parquet cannot hold the rows.
+        AlignError: something is there already, the folder cannot be made, or Parquet cannot hold the rows.
     """
     check_free(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a call that was killed
-    partial.mkdir(parents=True)
+    make_room(partial)
+    partial.mkdir()
     try:
         for name in parts:
             kept = name == "kept"

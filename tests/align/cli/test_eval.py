@@ -95,6 +95,10 @@ def test_what_cannot_be_compared(align: Align, run: Path, heldout_file: Path, tm
 
     base = json.loads((run / "manifest.json").read_text())["model"]["name"]
     assert f"{base} is neither a run nor an adapter" in refusal(run, base, *OPTIONS, heldout_file)
+    folder = align("eval", run, *OPTIONS, heldout_file, "-o", tmp_path)
+    assert (folder.exit_code, f"{tmp_path} is a folder" in folder.stderr) == (2, True)
+    below = align("eval", run, *OPTIONS, heldout_file, "-o", heldout_file / "d.json")
+    assert (below.exit_code, f"{heldout_file}: cannot be written in" in below.stderr) == (1, True)
     assert "'speed' is not" in refusal(run, "--suite", "speed", "--data", heldout_file)
     other = tmp_path / "other"
     shutil.copytree(run, other)
@@ -114,10 +118,15 @@ def test_what_cannot_be_compared(align: Align, run: Path, heldout_file: Path, tm
 
 
 def test_rows_that_cannot_be_used(align: Align, run: Path, heldout_file: Path, tmp_path: Path) -> None:
+    """In a folder that is made; what was set aside there before is not, where all rows can be used."""
+    reference = ("--reference", json.loads((run / "manifest.json").read_text())["model"]["name"])
     data = tmp_path / "pairs.jsonl"
     data.write_text(heldout_file.read_text() + '{"prompt": "a", "chosen": "same", "rejected": "same"}\n')
-    found, shown = evaluated(align, run, *OPTIONS, data, output=tmp_path / "d.json")
+    output = tmp_path / "new folder" / "d.json"
+    found, shown = evaluated(align, run / "merged", *reference, *OPTIONS, data, output=output)
     assert found["n"] == 24
     assert found["data"]["set_aside"] == 1
     assert "1 of 25 rows cannot be used" in shown
-    assert (tmp_path / "d.rejected_rows.jsonl").exists()
+    assert output.with_name("d.rejected_rows.jsonl").exists()
+    evaluated(align, run / "merged", *reference, *OPTIONS, heldout_file, output=output)
+    assert not output.with_name("d.rejected_rows.jsonl").exists()

@@ -195,6 +195,12 @@ def test_nothing_is_overwritten(align: Align, data: Path, tmp_path: Path) -> Non
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["mine.txt"]
 
 
+def test_a_folder_that_cannot_be_made(align: Align, data: Path) -> None:
+    result = align("filter", data, "--by", "ches_ln", "--keep", 0.5, "-o", data / "kept")
+    assert result.exit_code == 1
+    assert f"{data}: cannot be written in" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
@@ -210,6 +216,11 @@ def test_nothing_is_overwritten(align: Align, data: Path, tmp_path: Path) -> Non
         (("--by", "ches_ln", "--below", 0, "--group", "task"), 2, "group goes with keep and window"),
         (("--by", "ches_ln", "--keep", 0.5, "--quota", "ode=0.1"), 2, "quotas go with keep"),
         (("--by", "ches_ln", "--keep", 0.5, "--group", "task", "--quota", "ode"), 2, "is not GROUP=FRACTION"),
+        (
+            ("--by", "ches_ln", "--keep", 0.5, "--group", "task", "--quota", "ode=0.1", "--quota", "ode=0.9"),
+            2,
+            "'ode=0.9': ode has 0.1 already",
+        ),
         (("--by", "ches_ln", "--keep", 0.5, "--group", "task", "--quota", "od=0.1"), 1, "no row has task 'od'"),
         (
             ("--by", "ches_ln", "--above", 5),
