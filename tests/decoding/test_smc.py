@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from itertools import accumulate
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -158,6 +159,42 @@ def test_unbiased_over_many_seeds() -> None:
             for result in found
         ]
         check(np.array(shares), exact[text])
+
+
+def offspring(driver: SMC, slots: list[int], step: int, weights: list[float]) -> list[int]:
+    """Report a step of these weights; how many offspring each slot has. ``slots`` becomes the next population."""
+    actions: list[Action] = []
+    for slot, particle in enumerate(slots):
+        actions = driver.receive(Extended(particle, step, slot, math.log(weights[slot])))
+    stopped = [action.particle for action in actions if isinstance(action, Stop)]
+    copies = [action for action in actions if isinstance(action, Copy)]
+    sources = [slots.index(copy.source) for copy in copies]
+    counts = [(particle not in stopped) + sources.count(slot) for slot, particle in enumerate(slots)]
+    for particle, copy in zip(stopped, copies, strict=True):
+        slots[slots.index(particle)] = copy.target
+    return counts
+
+
+@pytest.mark.parametrize("resampling", ["systematic", "multinomial"])
+def test_offspring_over_many_seeds(resampling: Literal["systematic", "multinomial"]) -> None:
+    """Weights (.62, .28, .1) at two steps: a particle has N w offspring on average, N = 3, and the draws of one step
+    say nothing of the other's. Systematic counts are N w rounded up or down, multinomial ones vary by N w (1 - w).
+    """
+    weights, found = [0.62, 0.28, 0.1], list[list[list[int]]]()
+    for seed in range(SEEDS // 4):
+        driver, slots = SMC(3, seed=seed, threshold=1.0, resampling=resampling), [0, 1, 2]
+        driver.start()
+        found.append([offspring(driver, slots, step, weights) for step in range(2)])
+    counts = np.array(found)
+    for slot, weight in enumerate(weights):
+        first, second = counts[:, 0, slot], counts[:, 1, slot]
+        check(first, 3 * weight)
+        check(second, 3 * weight)
+        check((first - 3 * weight) * (second - 3 * weight), 0.0)
+        if resampling == "systematic":
+            assert set(first) <= {math.floor(3 * weight), math.ceil(3 * weight)}
+        else:
+            check((first - 3 * weight) ** 2, 3 * weight * (1 - weight))
 
 
 def check(values: np.ndarray, exact: float) -> None:
