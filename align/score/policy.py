@@ -20,6 +20,7 @@ from align.errors import AlignError
 from align.losses.logprobs import token_logps
 from align.losses.rows import Rows, answer_rows, pair_rows
 from align.losses.similarity import AnswerStates, ches, ches_ln, edit_similarity, last_inner
+from align.models.ends import end_tokens
 from align.models.scoring import attach_scoring, final_states, head_of, why_not_shared_prompt
 
 from .rows import ONE_TOKEN, ScoreRow
@@ -57,6 +58,7 @@ class PolicyScorer:
                 f"{policy.spec}: an adapter of learnt prompts, which is not supported: merge it, or use LoRA"
             )
         self.model = given.get_base_model() if hasattr(given, "get_base_model") else given
+        self.ends = end_tokens(self.model, policy.loaded.tokenizer)
         reason = why_not_shared_prompt(self.model)
         self.shared = reason is None
         words = set(self.columns.values())
@@ -138,20 +140,31 @@ class PolicyScorer:
         }
 
     def _content(self, ids: Sequence[int]) -> int:
-        """Tokens of an answer without its end token, which one that was cut has not."""
-        return len(ids) - int(ids[-1] == self.policy.loaded.tokenizer.eos_token_id)
+        """Tokens of an answer before what ends it: end tokens of text and of turns, and blanks between them."""
+        tokenizer, count = self.policy.loaded.tokenizer, len(ids)
+        for place in reversed(range(len(ids))):
+            if ids[place] in self.ends:
+                count = place
+            elif tokenizer.decode(ids[place]).strip():
+                break
+        return count
+
+    @property
+    def _pad(self) -> int:
+        """Asked once rows are tokenised, which needs an end token."""
+        tokenizer = self.policy.loaded.tokenizer
+        return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
     def _lay_out(self, rows: Sequence[ScoreRow]) -> _Laid | None:
         """The rows of one forward pass; None where no row has an answer."""
         tokenizer, limit = self.policy.loaded.tokenizer, self.policy.max_length
-        pad = int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
         if all("rejected" in row.answers for row in rows):
             pairs = [PairRow(r.row_id, "", n, r.prompt, r.each[0], r.each[1]) for n, r in enumerate(rows)]
             done = tokenize_pairs(pairs, tokenizer, limit)
             _raise_fault(done.faults)
             prompts = [pair.prompt_ids for pair in done.rows]
             chosen, rejected = [p.chosen_ids for p in done.rows], [p.rejected_ids for p in done.rows]
-            layout = pair_rows(prompts, chosen, rejected, pad_token_id=pad, shared_prompt=self.shared)
+            layout = pair_rows(prompts, chosen, rejected, pad_token_id=self._pad, shared_prompt=self.shared)
             cut = done.counts["truncated_chosen"] + done.counts["truncated_rejected"]
             order = [place + half * len(rows) for place in range(len(rows)) for half in (0, 1)]
             return _Laid(layout.to(self.model.device), order, done.rows, cut, done.counts["boundary_moved"])
@@ -166,7 +179,7 @@ class PolicyScorer:
         starts = [row.completion_mask.index(1) for row in single.rows]
         prompts = [row.input_ids[:start] for row, start in zip(single.rows, starts, strict=True)]
         answers = [row.input_ids[start:] for row, start in zip(single.rows, starts, strict=True)]
-        layout = answer_rows(prompts, answers, pad_token_id=pad).to(self.model.device)
+        layout = answer_rows(prompts, answers, pad_token_id=self._pad).to(self.model.device)
         counts = single.counts
         return _Laid(layout, list(range(len(each))), [], counts["truncated_completion"], counts["boundary_moved"])
 

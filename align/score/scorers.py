@@ -230,8 +230,15 @@ class Policy:
 
     @classmethod
     def of(cls, spec: str, loaded: LoadedModel, max_length: int | None, batch_size: int) -> Policy:
-        """A model that is loaded, with its own limit where none is given."""
-        limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+        """A model that is loaded, with its own limit where none is given.
+
+        Raises:
+            AlignError: it is no causal model of transformers.
+        """
+        config = getattr(loaded.model, "config", None)
+        if config is None or config.is_encoder_decoder:
+            raise AlignError(f"{spec}: a {type(loaded.model).__name__} is no causal model of transformers")
+        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
         return cls(spec, loaded, max_length or limit, batch_size)
 
     @property
