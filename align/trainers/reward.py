@@ -345,13 +345,14 @@ def reward_output(loss: Loss, found: RewardOutput, labels: Mapping[str, Tensor])
 
 
 def start_at_mean_ratings(model: RewardModel, dataset: Dataset) -> None:
-    """Let a new model of attributes begin at the mean of each: from 0, training would first have to climb there."""
+    """Let a new model of attributes say the mean of each at first, where a drawn head would have to be unlearnt."""
     labels = torch.tensor(dataset["ratings"])
     rated = labels != MASKED
     means = torch.where(rated, labels, 0.0).sum(0) / rated.sum(0).clamp(min=1)
     assert model.bias is not None
     with torch.no_grad():
         model.bias.copy_(means)
+        model.carrier.score.weight.zero_()
 
 
 def _fitting(given: str | LossFunction | Loss, model: RewardModel) -> tuple[Loss, bool]:

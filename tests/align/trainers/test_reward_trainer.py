@@ -17,12 +17,12 @@ from trl import RewardTrainer as TrlRewardTrainer
 from align.data.rewards import RewardRules
 from align.errors import AlignError
 from align.losses import Loss
-from align.losses.preference import bradley_terry, scaled_bradley_terry
+from align.losses.preference import MASKED, bradley_terry, scaled_bradley_terry
 from align.rewards.models import RewardModel
 from align.rewards.pal import PalA
 from align.rewards.pal_model import PalRewardModel
 from align.trainers.pal_backbone import PalTrainer
-from align.trainers.reward import TRAINED, RewardTrainer
+from align.trainers.reward import TRAINED, RewardTrainer, start_at_mean_ratings
 
 ROWS = [
     {"prompt": "the inner", "chosen": " thing is there", "rejected": " cat"},
@@ -179,6 +179,14 @@ def test_regression_reads_ratings_of_which_some_are_missing(tmp_path, tiny_model
     )
     assert {"ratings/mse_kind", "ratings/mse_long"} <= set(found[0])
     assert found[-1]["loss"] < 0.2 < found[0]["loss"]
+
+
+def test_a_new_model_of_attributes_says_the_mean_ratings(tiny_model_dir):
+    """Means of what is rated, (1 + 3)/2 and (4 + 0.5)/2, of any answer: states are far larger than ratings."""
+    made = model(tiny_model_dir, kind="attributes", attributes=["kind", "long"], ranking="kind")
+    ratings = [[1.0, MASKED], [3.0, 4.0], [MASKED, 0.5]]
+    start_at_mean_ratings(made, Dataset.from_dict({"ratings": ratings}))
+    assert made.score(["the", "an"], [" cat", " apple fell"]).tolist() == [[2.0, 2.25]] * 2
 
 
 @pytest.mark.parametrize(
