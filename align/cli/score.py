@@ -183,14 +183,14 @@ def _with_references(scorers: list[Scorer]) -> list[AnswerScorer]:
 def _show(outcome: Outcome) -> None:
     from align.data.report import fault_report
     from align.score.rows import ONE_TOKEN
+    from align.score.run import MOVED
 
     counts = outcome.counts
     cut = f" · {counts['cut']:,} answers cut to fit" if counts["cut"] else ""
-    moved = f" · {counts['moved']:,} whose prompt ends in other tokens before an answer" if counts["moved"] else ""
     left = f" · {counts['left_out']:,} reference answers without a reward left out" if counts["left_out"] else ""
-    print(
-        f"{counts['scored']:,} of {counts['rows']:,} rows scored · {counts['set_aside']:,} set aside{cut}{moved}{left}"
-    )
+    print(f"{counts['scored']:,} of {counts['rows']:,} rows scored · {counts['set_aside']:,} set aside{cut}{left}")
+    if counts["moved"]:
+        print(f"{counts['moved']:,} rows {MOVED}")
     if (flagged := outcome.columns.pop(ONE_TOKEN, None)) and (count := round(flagged["n"] * flagged["mean"])):
         print(f"{count:,} pairs whose answers are single tokens: CHES says little of them (column {ONE_TOKEN})")
     width = max((len(name) for name in outcome.columns), default=0)

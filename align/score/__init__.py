@@ -8,9 +8,9 @@
   or a regression on the prompt.
 - ``shards``      results on disk in pieces, so that an interrupted run goes on.
 - ``output``      the input's rows with their new columns, as JSONL or Parquet.
-- ``select``      which rows to keep by their scores: a share, thresholds, groups. Needs nothing else.
+- ``select``      what a rule keeps by the numbers of a column: a share, thresholds, groups.
 - ``run``         one pass over the data, from rows to the file.
-- ``filter``      rules on columns, and a verdict with its reason for every row (``align filter``).
+- ``filter``      rows by rules on columns, and a verdict with its reason for every row (``align filter``).
 - ``filtered``    what a filter writes: rows that stay and that go, reasons, a page.
 - ``training``    ``data.filter`` of a recipe: the rows that a run trains on, scored by its model where need be.
 - ``preflight``   a look at a sample before training (``align train --preflight``).

@@ -7,29 +7,34 @@ kept = filter_by(scored, "ches_ln", keep=0.5)
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
 from datasets import Dataset
+from pydantic import ValidationError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from align.config.explain import model_problems
+from align.config.schema import FilterRule
+from align.data.fields import FieldError
 from align.errors import AlignError
 from align.models.load import LoadedModel
 from align.tracking.progress import progress
 
 from .policy import OF_PAIRS, PolicyScorer
-from .run import each_warning_once, score_rows
+from .run import MOVED, no_warning_of_batches, score_rows
 from .scorers import Policy
-from .select import select
+from .select import finite_number, group_name, standing
 from .shards import Line
 
 logger = logging.getLogger(__name__)
 
 PART = 1024
 """Rows that are read at once, and sorted by length."""
+SHOWN = 10
+"""Rows whose reasons are told."""
 
 
 def ches_scores(
@@ -43,7 +48,8 @@ def ches_scores(
 ) -> Dataset:
     """The data set with ``row_id``, the columns, and ``one_token`` where CHES is asked for.
 
-    A row that cannot be scored stays, with null in the new columns; a warning names these rows and says why.
+    A row that cannot be scored stays, with null in the new columns; a warning names these rows and says why. So are
+    answers told that ``max_length`` cuts. ``row_id`` and ``one_token`` may be there of an earlier pass, and stay.
 
     Args:
         dataset: pairs, ``[prompt,] chosen, rejected``, as text or as messages.
@@ -54,18 +60,18 @@ def ches_scores(
         batch_size: pairs of one forward pass.
 
     Raises:
-        AlignError: no ``Dataset``, an unknown column, one that the data has, or no row that can be scored.
+        AlignError: no ``Dataset``, no causal model, an unknown column, one that the data has, or no row that can be
+            scored.
     """
     _check_dataset(dataset)
     if not isinstance(model, nn.Module) or not isinstance(tokenizer, PreTrainedTokenizerBase):
         given = f"model is a {type(model).__name__}, tokenizer a {type(tokenizer).__name__}"
         raise AlignError(f"{given}: load both first, as with from_pretrained of transformers")
     for name, limit in (("batch_size", batch_size), ("max_length", max_length)):
-        if limit is not None and limit < 1:
-            raise AlignError(f"{name} is {limit}: it must be 1 or more")
-    unknown = [name for name in columns if name not in OF_PAIRS]
-    if unknown or not columns:
-        raise AlignError(f"columns {list(columns)}: choose from {', '.join(OF_PAIRS)}")
+        if limit is not None and (not isinstance(limit, int) or limit < 1):
+            raise AlignError(f"{name} is {limit!r}: it must be a whole number, 1 or more")
+    if isinstance(columns, str) or not columns or not set(columns) <= set(OF_PAIRS):
+        raise AlignError(f"columns is {columns!r}: it must be a list of one or more of {', '.join(OF_PAIRS)}")
     for name in columns:
         if name in dataset.column_names:
             raise AlignError(
@@ -73,12 +79,12 @@ def ches_scores(
             )
     policy = Policy.of("the model", LoadedModel(model, tokenizer, ""), max_length, batch_size)
     scorer = PolicyScorer({name: name for name in columns}, policy)
-    rows = enumerate((("dataset", n, row) for n, row in enumerate(dataset.with_format(None), start=1)), start=1)
+    rows = ((place, ("dataset", place, row)) for place, row in enumerate(dataset.with_format(None)))
     lines: list[Line] = []
-    with progress("scoring", len(dataset)) as advance, each_warning_once():
+    with progress("scoring", len(dataset)) as advance, no_warning_of_batches():
         while part := list(islice(rows, PART)):
             lines += score_rows([scorer], part, batch_size, advance)
-    _tell_faults(lines)
+    _tell(lines)
     for name in ["row_id", *next(line["columns"] for line in lines if "columns" in line)]:
         values = [line.get("row_id") if name == "row_id" else line.get("columns", {}).get(name) for line in lines]
         if name in dataset.column_names:  # of an earlier pass, and equal where both are known
@@ -93,18 +99,25 @@ def _check_dataset(dataset: Any) -> None:
         raise AlignError(f"a {type(dataset).__name__} is no datasets.Dataset: name one split, and read it whole")
 
 
-def _tell_faults(lines: Sequence[Line]) -> None:
-    faults = [
-        f"row {line['row']}: {one['field']}: {one['reason'].replace('--max-length', 'max_length')}"
-        for line in lines
-        for one in line.get("faults", ())
-    ]
+def _tell(lines: Sequence[Line]) -> None:
+    """What became of all rows, once."""
+    faults = []
+    for line in lines:
+        named = f" (row_id {line['row_id']})" if "row_id" in line else ""
+        for one in line.get("faults", ()):
+            reason = one["reason"].replace("--max-length", "max_length")
+            faults.append(f"dataset[{line['row']}]{named}: {one['field']}: {reason}")
     if not any("columns" in line for line in lines):
         raise AlignError(f"no row can be scored; the first: {faults[0] if faults else 'there is none'}")
     if faults:
-        more = f"\n  and {len(faults) - 10:,} more" if len(faults) > 10 else ""
-        shown = "\n  ".join(faults[:10])
-        logger.warning("%d of %d rows have no score:\n  %s%s", len(faults), len(lines), shown, more)
+        without = sum("columns" not in line for line in lines)
+        more = f"\n  and {len(faults) - SHOWN:,} more" if len(faults) > SHOWN else ""
+        logger.warning("%d of %d rows have no score:\n  %s%s", without, len(lines), "\n  ".join(faults[:SHOWN]), more)
+    cut, moved = (sum(line.get(name, 0) for line in lines) for name in ("cut", "moved"))
+    if cut:
+        logger.warning("%d answers are too long for max_length: the beginning of each is scored", cut)
+    if moved:
+        logger.warning("%d of %d rows %s", moved, len(lines), MOVED)
 
 
 def filter_by(
@@ -112,46 +125,51 @@ def filter_by(
     column: str,
     *,
     keep: float | None = None,
+    window: tuple[float, float] | None = None,
     below: float | None = None,
     above: float | None = None,
-    groups: str | None = None,
+    group: str | None = None,
 ) -> Dataset:
-    """The rows whose score is lowest, or under and over thresholds, in the order of the data.
+    """The rows that a rule keeps, in the order of the data: as ``align filter``, whose options these are.
 
-    Rows without a score are never kept; a warning says how many.
+    Rows without a number are never kept; a warning says how many.
 
     Args:
-        column: numbers, or null or NaN where there is no score.
-        keep, below, above: as in ``select.select``.
-        groups: a column; ``keep`` is then a share of each of its groups.
+        column: numbers, or null where there is no score.
+        keep, window, below, above, group: as in ``align.config.schema.FilterRule``.
 
     Raises:
-        AlignError: no ``Dataset``, no such column, a value that is no number, no row with a score, or none is kept.
-        ValueError: as ``select.select``.
+        AlignError: no ``Dataset``, no such column, no rule or several, no row with a number, or none is kept.
     """
     _check_dataset(dataset)
-    for name in filter(None, (column, groups)):
+    given = {"keep": keep, "window": window and list(window), "below": below, "above": above, "group": group}
+    rule = _rule({name: value for name, value in given.items() if value is not None})
+    for name in filter(None, (column, group)):
         if name not in dataset.column_names:
             raise AlignError(f"no column {name}: there are {', '.join(dataset.column_names)}")
+    places, scores, without = list[int](), list[float](), list[str]()
     plain = dataset.with_format(None)
-    scores = list(plain[column])
-    for place, score in enumerate(scores):
-        if score is not None and (isinstance(score, bool) or not isinstance(score, int | float) or math.isinf(score)):
-            raise AlignError(f"column {column}, row {place + 1}: {str(score)[:40]!r} is not a finite number")
-    places = [place for place, score in enumerate(scores) if score is not None and not math.isnan(score)]
+    for place, value in enumerate(plain[column]):
+        try:
+            scores.append(finite_number(column, value))
+            places.append(place)
+        except FieldError as error:
+            without.append(f"dataset[{place}]: {error}")
     if not places:
-        raise AlignError(f"no row has a number in column {column}")
-    if len(places) < len(dataset):
-        logger.warning("%d of %d rows have no %s and are left out", len(dataset) - len(places), len(dataset), column)
-    named = None if groups is None else list(plain[groups])
-    found = select(
-        [scores[place] for place in places],
-        keep=keep,
-        below=below,
-        above=above,
-        groups=None if named is None else [str(named[place]) for place in places],
-    )
-    if not found.kept:
-        known = [scores[place] for place in places]
-        raise AlignError(f"no row is kept: {column} lies between {min(known):g} and {max(known):g}")
-    return dataset.select([places[position] for position in found.kept])
+        raise AlignError(f"no row has a number in column {column}; the first: {next(iter(without), 'there is none')}")
+    if without:
+        told = "%d of %d rows have no %s and are left out; the first: %s"
+        logger.warning(told, len(without), len(dataset), column, without[0])
+    groups = None if group is None else [group_name(value) for value in plain.select(places)[group]]
+    kept = [place for place, (stays, _) in zip(places, standing(column, scores, rule, groups), strict=True) if stays]
+    if not kept:
+        raise AlignError(f"no row is kept: {column} lies between {min(scores):g} and {max(scores):g}")
+    return dataset.select(kept)
+
+
+def _rule(given: dict[str, Any]) -> FilterRule:
+    try:
+        return FilterRule.model_validate(given)
+    except ValidationError as error:
+        problems = model_problems(error, FilterRule, given, {})
+        raise AlignError("; ".join(f"{name or 'filter_by'} {problem}" for name, problem in problems)) from None

@@ -6,12 +6,8 @@ What training would refuse, or what has no score, is set aside as a ``Fault``, a
 
 from __future__ import annotations
 
-import logging
-import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any
 
 from align.config.schema import FilterRule
@@ -22,9 +18,7 @@ from align.errors import AlignError
 from align.rewards.encoding import plain
 
 from .rows import ONE_TOKEN, ScoreRow, score_row
-from .select import keep_count, select
-
-logger = logging.getLogger(__name__)
+from .select import finite_number, group_name, places, rule_words, standing
 
 Rules = Mapping[str, FilterRule]
 """Rules by column."""
@@ -137,7 +131,7 @@ def _candidate(
     scores: dict[str, float] = {}
     for column in rules:
         try:
-            scores[column] = number_in(row, column)
+            scores[column] = finite_number(column, row.get(column))
         except FieldError as error:
             problems.append(error)
     if found is None or problems:
@@ -158,33 +152,7 @@ def labels_in(row: Mapping[str, Any], groups: Iterable[str]) -> dict[str, str]:
     """Short text in the row's columns, and the name of its group; rows without one are a group of their own."""
     labels = {name: value for name, value in row.items() if isinstance(value, str) and name not in NO_LABELS}
     labels = {name: value for name, value in labels.items() if len(value) <= LABEL}
-    return labels | {name: "(none)" if row.get(name) is None else str(row[name]) for name in groups}
-
-
-def number_in(row: Mapping[str, Any], column: str) -> float:
-    """The finite number in a column; as text, too, which is what becomes of the cells of a CSV file.
-
-    Raises:
-        FieldError: there is none.
-    """
-    value = row.get(column)
-    if value is None:
-        raise FieldError(column, "missing or null: score the row, or drop it")
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            raise FieldError(column, f"{value!r} is not a number") from None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise FieldError(column, f"{_short(value)} is not a number")
-    if not math.isfinite(value):
-        raise FieldError(column, f"{value} is not finite")
-    return float(value)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    return labels | {name: group_name(row.get(name)) for name in groups}
 
 
 def judge(candidates: Sequence[Candidate], rules: Rules) -> list[Verdict]:
@@ -209,65 +177,8 @@ def judge(candidates: Sequence[Candidate], rules: Rules) -> list[Verdict]:
 
 
 def _judge(candidates: Sequence[Candidate], column: str, rule: FilterRule) -> list[tuple[bool, str]]:
-    """Whether the rule keeps each row, and where the row stands."""
-    scores = [candidate.scores[column] for candidate in candidates]
-    if rule.below is not None or rule.above is not None:
-        kept = set(select(scores, below=rule.below, above=rule.above).kept)
-        words = rule_words(rule)
-        return [
-            (place in kept, f"{column} {score:.6g} is {'' if place in kept else 'not '}{words}")
-            for place, score in enumerate(scores)
-        ]
     groups = None if rule.group is None else [candidate.labels[rule.group] for candidate in candidates]
-    sizes = Counter(groups) if groups is not None else Counter({"": len(scores)})
-    if unknown := (rule.quotas or {}).keys() - sizes.keys():
-        raise AlignError(
-            f"quotas: no row has {rule.group} {min(unknown)!r}; there are {', '.join(map(repr, list(sizes)[:12]))}"
-        )
-    stays = {group: places(size, rule, group) for group, size in sizes.items()}
-    if rule.group is not None and rule.keep is not None:
-        shares = {group: Fraction(repr(float((rule.quotas or {}).get(group, rule.keep)))) for group in sizes}
-        wanted, stay = (
-            sum(shares[group] * size for group, size in sizes.items()),
-            sum(stop for _, stop in stays.values()),
-        )
-        if stay != math.floor(wanted):
-            logger.warning(
-                "%s: %s keeps %d of %d rows where %d were asked for: the share is rounded down in each of %d groups, "
-                "to one row at least",
-                *(column, rule_words(rule), stay, len(scores), math.floor(wanted), len(sizes)),
-            )
-    found = []
-    for place, rank in enumerate(select(scores, keep=1.0, groups=groups).ranks):
-        group = "" if groups is None else groups[place]
-        start, stop = stays[group]
-        where = f" of {rule.group} {group!r}" if rule.group is not None else ""
-        kept_places = f"{start + 1:,} to {stop:,} stay" if stop > start + 1 else f"{stop:,} stays"
-        reason = f"{column} {scores[place]:.6g} is number {rank + 1:,} of {sizes[group]:,}{where}; {kept_places}"
-        found.append((start <= rank < stop, reason))
-    return found
-
-
-def places(rows: int, rule: FilterRule, group: str = "") -> tuple[int, int]:
-    """Start and stop of the places, from the lowest, that a rule of shares keeps of ``rows``."""
-    if rule.window is not None:
-        start, stop = (math.floor(Fraction(repr(float(share))) * rows) for share in rule.window)
-        start = min(start, rows - 1)
-        return start, max(stop, start + 1)
-    assert rule.keep is not None  # the rule's own check
-    return 0, keep_count(rows, (rule.quotas or {}).get(group, rule.keep))
-
-
-def rule_words(rule: FilterRule) -> str:
-    """``the lowest 50 %``, ``below 2 and above 1``."""
-    within = f" of each {rule.group}" if rule.group is not None else ""
-    if rule.keep is not None:
-        quotas = ", ".join(f"{100 * share:g} % of {name}" for name, share in (rule.quotas or {}).items())
-        return f"the lowest {100 * rule.keep:g} %{within}{f' ({quotas})' if quotas else ''}"
-    if rule.window is not None:
-        return f"quantiles {rule.window[0]:g} to {rule.window[1]:g}{within}"
-    bounds = [f"{name} {value:g}" for name in ("below", "above") if (value := getattr(rule, name)) is not None]
-    return " and ".join(bounds)
+    return standing(column, [candidate.scores[column] for candidate in candidates], rule, groups)
 
 
 def describe(rules: Rules) -> str:

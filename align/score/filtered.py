@@ -20,9 +20,10 @@ from align.reports.record import group_faults
 from align.rewards.encoding import plain
 from align.tracking.files import make_room, write_json, write_text
 
-from .filter import ONE_WORD, SHORT, Candidate, Rules, Table, Verdict, cuts, describe, judge, rule_words
+from .filter import ONE_WORD, SHORT, Candidate, Rules, Table, Verdict, cuts, describe, judge
 from .output import Rows, write_rows
-from .rows import score_row
+from .rows import id_of, score_row
+from .select import rule_words
 
 SHOWN = 6
 """Examples from each end."""
@@ -149,8 +150,10 @@ def _id_of(content: Any) -> str | None:
     """The id of a row that was set aside; None where it cannot be read."""
     if not isinstance(content, dict):
         return None
-    found = None if "row_id" in content else score_row(content, [])
-    return found.row_id if found is not None else content.get("row_id")
+    if "row_id" in content:
+        return content["row_id"]
+    found = score_row(content, [])
+    return found.row_id if found is not None else id_of(content)
 
 
 def facts(filtered: Filtered) -> dict[str, Any]:

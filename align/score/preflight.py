@@ -15,8 +15,9 @@ from align.config.schema import FilterRule, Recipe
 from align.data.splits import Split
 from align.errors import ConfigError
 
-from .filter import EQUAL, SHORT, describe, places
+from .filter import EQUAL, SHORT, describe
 from .filtered import Filtered
+from .select import places
 from .shards import Line
 from .training import TrainingFilter, can_score, only, policy_scorer, score_pairs
 

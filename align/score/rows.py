@@ -80,6 +80,18 @@ def score_row(row: dict[str, Any], problems: list[FieldError]) -> ScoreRow | Non
     return ScoreRow(row_id(prompt, *every), prompt, answers, row)
 
 
+def id_of(row: Mapping[str, Any]) -> str | None:
+    """The id of a row that cannot be scored, by its prompt and answers as they stand; None where one is no text."""
+    pairs = [("chosen", "rejected"), ("response_1", "response_2")]
+    names = next((pair for pair in pairs if pair[0] in row), (answer_field(row),))
+    if "prompt" in row or names != pairs[0]:
+        names = ("prompt", *names)
+    try:
+        return row_id(*(content(name, row.get(name)) for name in names))
+    except FieldError:
+        return None
+
+
 def _answers(row: dict[str, Any], problems: list[FieldError]) -> tuple[Content, dict[str, list[Content]]]:
     if "messages" in row and "completion" not in row and LISTED not in row:
         talk = content("messages", required("messages", row, _WANTED))

@@ -35,12 +35,16 @@ from align.tracking.progress import progress
 
 from .output import check_suffix, write_rows
 from .policy import OF_PAIRS
-from .rows import ONE_TOKEN, ScoreRow, score_row
+from .rows import ONE_TOKEN, ScoreRow, id_of, score_row
 from .scorers import Columns, Scorer
 from .shards import Line, Shards, check_same
 
 SHARD_ROWS = 256
 _COUNTED = ("cut", "moved", "left_out")  # of Scored
+MOVED = (
+    "whose prompt ends in other tokens when an answer follows, which is then taken from where the tokens part: end "
+    "prompts without a blank, and begin answers with one"
+)
 
 
 @dataclass
@@ -146,7 +150,7 @@ def _score_shards(
     which = "" if state.num_processes == 1 else f" (process {state.process_index + 1} of {state.num_processes})"
     done = total - sum(sizes[number] for number in missing)
     ours = done + sum(sizes[number] for number in mine)
-    with progress(f"scoring{which}", ours, done) as advance, each_warning_once():
+    with progress(f"scoring{which}", ours, done) as advance, no_warning_of_batches():
         rows = enumerate(read_rows(source), start=1)
         for number in range(count):
             part = list(islice(rows, shard_rows))
@@ -183,7 +187,8 @@ def score_rows(
             rows[number] = found
             lines[number] = {"row": number, "row_id": found.row_id, "columns": {}, **dict.fromkeys(_COUNTED, 0)}
         else:
-            lines[number] = _set_aside(number, found)
+            own = id_of(row[2]) if isinstance(row[2], dict) else None
+            lines[number] = _set_aside(number, found) | ({} if own is None else {"row_id": own})
     advance(len(part) - len(rows))
     numbers = sorted(rows, key=lambda n: (-rows[n].size, n))
     for start in range(0, len(numbers), batch_size):
@@ -272,23 +277,20 @@ def _check_new(columns: Columns, others: Columns, row: ScoreRow) -> None:
 
 
 @contextmanager
-def each_warning_once() -> Iterator[None]:
-    """A warning of every batch is one warning: which rows it concerns is counted, or stands with the row."""
-    seen: set[str] = set()
+def no_warning_of_batches() -> Iterator[None]:
+    """What a batch cuts and moves is counted, and told of all rows together (``MOVED``)."""
 
-    def first(record: logging.LogRecord) -> bool:
-        known = record.msg in seen
-        seen.add(str(record.msg))
-        return not known
+    def refuse(_: logging.LogRecord) -> bool:
+        return False
 
     loggers = [logging.getLogger(name) for name in ("align.data.tokenize", "align.rewards.batches")]
     for logger in loggers:
-        logger.addFilter(first)
+        logger.addFilter(refuse)
     try:
         yield
     finally:
         for logger in loggers:
-            logger.removeFilter(first)
+            logger.removeFilter(refuse)
 
 
 def _write(source: str, shards: Shards, output: Path, about: Path, count: int) -> None:

@@ -1,4 +1,4 @@
-"""Which rows to keep by their scores: the lowest share, or those under or over a threshold.
+"""What a rule makes of the numbers of one column: which rows stay, and where each of them stands.
 
 One rule for ``align filter``, ``data.filter`` and ``filter_by``: scores in ascending order, equal ones in the order of
 the data, and of N rows the first ``floor(share * N)``, one at least (arXiv:2410.08847, section 6.3).
@@ -6,108 +6,140 @@ the data, and of N rows the first ``floor(share * N)``, one at least (arXiv:2410
 
 from __future__ import annotations
 
+import logging
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
+
+from align.config.schema import FilterRule
+from align.data.fields import FieldError
+from align.errors import AlignError
+
+logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Selection:
-    """What is kept of N rows.
+def finite_number(column: str, value: Any) -> float:
+    """The finite number in a cell; as text, too, which is what becomes of the cells of a CSV file.
 
-    Attributes:
-        kept: positions of the kept rows, in the order of the data.
-        ranks: of every row, how many rows of its group come before it: 0 is the lowest score.
-        cuts: of every group, the highest score that was kept; None where none was. Without groups, that of ``""``.
+    Raises:
+        FieldError: there is none.
     """
+    if value is None:
+        raise FieldError(column, "missing or null: score the row, or drop it")
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            raise FieldError(column, f"{_short(value)} is not a number") from None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise FieldError(column, f"{_short(value)} is not a number")
+    if not math.isfinite(value):
+        raise FieldError(column, f"{value} is not finite")
+    return float(value)
 
-    kept: list[int]
-    ranks: list[int]
-    cuts: dict[str, float | None]
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def select(
-    scores: Sequence[float],
-    *,
-    keep: float | None = None,
-    below: float | None = None,
-    above: float | None = None,
-    groups: Sequence[str] | None = None,
-) -> Selection:
-    """Keep the lowest share, or what is under ``below`` and over ``above``.
+def group_name(value: Any) -> str:
+    """Of a cell of the column that groups are named by; rows without one are a group of their own."""
+    return "(none)" if value is None else str(value)
+
+
+def standing(
+    column: str, scores: Sequence[float], rule: FilterRule, groups: Sequence[str] | None
+) -> list[tuple[bool, str]]:
+    """Of every row whether the rule keeps it, and where it stands.
 
     Args:
+        column: its name.
         scores: one finite number a row.
-        keep: the share to keep, in (0, 1]: of N rows ``floor(keep * N)``, one at least; of 100 rows, .29 is 29.
-        below, above: thresholds, themselves left out; both together keep what lies between.
-        groups: one name a row; ``keep`` is then a share of each group, so that their mixture stays as it is.
+        groups: the group of each row, where ``rule.group`` names a column.
 
     Raises:
-        ValueError: no score, one that is not finite, a share outside (0, 1], a share and a threshold together, neither
-            of them, thresholds that leave nothing between, groups with thresholds, or not one group a row.
+        AlignError: a quota is for a group that is not there.
     """
-    scores = [float(score) for score in scores]
-    _check(scores, keep, below, above, groups)
-    members: dict[str, list[int]] = {}
-    for position, group in enumerate([""] * len(scores) if groups is None else groups):
-        members.setdefault(group, []).append(position)
-    kept: list[int] = []
-    ranks = [0] * len(scores)
-    cuts: dict[str, float | None] = {}
-    for group, positions in members.items():
-        order = sorted(positions, key=lambda position: scores[position])  # sorted is stable
-        for rank, position in enumerate(order):
-            ranks[position] = rank
-        if keep is not None:
-            taken = order[: keep_count(len(order), keep)]
-        else:
-            low, high = -math.inf if above is None else above, math.inf if below is None else below
-            taken = [position for position in order if low < scores[position] < high]
-        kept += taken
-        cuts[group] = scores[taken[-1]] if taken else None
-    return Selection(sorted(kept), ranks, cuts)
+    if rule.below is not None or rule.above is not None:
+        low, high = (
+            -math.inf if rule.above is None else rule.above,
+            math.inf if rule.below is None else rule.below,
+        )
+        words = rule_words(rule)
+        return [
+            (kept, f"{column} {score:.6g} is {'' if kept else 'not '}{words}")
+            for kept, score in ((low < score < high, score) for score in scores)
+        ]
+    sizes = Counter([""] * len(scores) if groups is None else groups)
+    if unknown := (rule.quotas or {}).keys() - sizes.keys():
+        raise AlignError(
+            f"quotas: no row has {rule.group} {min(unknown)!r}; there are {', '.join(map(repr, list(sizes)[:12]))}"
+        )
+    _tell_rounding(rule, sizes)
+    stays = {group: places(size, rule, group) for group, size in sizes.items()}
+    found = []
+    for place, rank in enumerate(ranks(scores, groups)):
+        group = "" if groups is None else groups[place]
+        start, stop = stays[group]
+        where = f" of {rule.group} {group!r}" if rule.group is not None else ""
+        kept_places = f"{start + 1:,} to {stop:,} stay" if stop > start + 1 else f"{stop:,} stays"
+        reason = f"{column} {scores[place]:.6g} is number {rank + 1:,} of {sizes[group]:,}{where}; {kept_places}"
+        found.append((start <= rank < stop, reason))
+    return found
 
 
-def keep_count(rows: int, share: float) -> int:
-    """``floor(share * rows)``, one at least, with the share as it is written: .29 of 100 is 29 and not 28."""
-    return max(1, math.floor(Fraction(repr(float(share))) * rows))
+def ranks(scores: Sequence[float], groups: Sequence[str] | None = None) -> list[int]:
+    """Of every row how many rows of its group come before it: 0 is the lowest score."""
+    seen: Counter[str] = Counter()
+    found = [0] * len(scores)
+    for place in sorted(range(len(scores)), key=scores.__getitem__):  # sorted is stable
+        group = "" if groups is None else groups[place]
+        found[place] = seen[group]
+        seen[group] += 1
+    return found
 
 
-def window(rows: int, size: int, quantile: float) -> tuple[int, int]:
-    """Start and stop of ``size`` neighbouring places of ``rows`` sorted ones, around a quantile (section 5).
-
-    Raises:
-        ValueError: no rows, no size, or a quantile outside [0, 1].
-    """
-    if rows < 1 or size < 1 or not 0 <= quantile <= 1:
-        raise ValueError(f"{size} of {rows} rows around quantile {quantile}: wanted 1 or more, in [0, 1]")
-    stop = min(rows, max(0, round(quantile * (rows - 1)) - size // 2) + size)
-    return max(0, stop - size), stop
+def places(rows: int, rule: FilterRule, group: str = "") -> tuple[int, int]:
+    """Start and stop of the places, from the lowest, that a rule of shares keeps of ``rows``: one at least."""
+    low, high = rule.window if rule.window is not None else (0.0, _share(rule, group))
+    start = min(math.floor(_exact(low) * rows), rows - 1)
+    return start, max(math.floor(_exact(high) * rows), start + 1)
 
 
-def _check(
-    scores: Sequence[float],
-    keep: float | None,
-    below: float | None,
-    above: float | None,
-    groups: Sequence[str] | None,
-) -> None:
-    if not scores:
-        raise ValueError("scores is empty: there is nothing to keep")
-    for position, score in enumerate(scores):
-        if not math.isfinite(score):
-            raise ValueError(f"scores[{position}] is {score}: it must be finite")
-    limits = [limit for limit in (below, above) if limit is not None]
-    if (keep is None) == (not limits):
-        raise ValueError("give keep, or below and above: a share or thresholds, not both")
-    if keep is not None and not 0 < keep <= 1:
-        raise ValueError(f"keep is {keep}: it must be in (0, 1]")
-    if any(math.isnan(limit) for limit in limits):
-        raise ValueError("a threshold is not a number")
-    if below is not None and above is not None and below <= above:
-        raise ValueError(f"below is {below} and above is {above}: nothing lies between")
-    if groups is not None and len(groups) != len(scores):
-        raise ValueError(f"{len(groups)} groups for {len(scores)} scores: one a row")
-    if groups is not None and limits:
-        raise ValueError("groups go with keep, the share of each; a threshold is the same for all")
+def _share(rule: FilterRule, group: str) -> float:
+    assert rule.keep is not None  # the rule's own check
+    return (rule.quotas or {}).get(group, rule.keep)
+
+
+def _exact(share: float) -> Fraction:
+    """The share as it is written: .29 of 100 is 29, and 28.999999999999996 in binary."""
+    return Fraction(repr(float(share)))
+
+
+def _tell_rounding(rule: FilterRule, sizes: Counter[str]) -> None:
+    """A share is rounded down in each group, which adds up where groups are small."""
+    if rule.group is None or rule.keep is None:
+        return
+    wanted = math.floor(sum(_exact(_share(rule, group)) * size for group, size in sizes.items()))
+    stay = sum(places(size, rule, group)[1] for group, size in sizes.items())
+    if stay != wanted:
+        logger.warning(
+            "%s keeps %d of %d rows where %d were asked for: the share is rounded down in each of %d groups, to one "
+            "row at least",
+            *(rule_words(rule), stay, sizes.total(), wanted, len(sizes)),
+        )
+
+
+def rule_words(rule: FilterRule) -> str:
+    """``the lowest 50 %``, ``below 2 and above 1``."""
+    within = f" of each {rule.group}" if rule.group is not None else ""
+    if rule.keep is not None:
+        quotas = ", ".join(f"{100 * share:g} % of {name}" for name, share in (rule.quotas or {}).items())
+        return f"the lowest {100 * rule.keep:g} %{within}{f' ({quotas})' if quotas else ''}"
+    if rule.window is not None:
+        return f"quantiles {rule.window[0]:g} to {rule.window[1]:g}{within}"
+    bounds = [f"{name} {value:g}" for name in ("below", "above") if (value := getattr(rule, name)) is not None]
+    return " and ".join(bounds)

@@ -32,12 +32,13 @@ from align.errors import ConfigError
 from align.models.load import LoadedModel, load_policy
 from align.tracking.progress import progress
 
-from .filter import SHORT, Candidate, Rules, Table, labels_in, number_in, places, rule_words
+from .filter import SHORT, Candidate, Rules, Table, labels_in
 from .filtered import Filtered, facts, summary, write_filtered
 from .policy import OF_PAIRS, PolicyScorer
 from .rows import ONE_TOKEN
-from .run import SHARD_ROWS, each_warning_once, processes, score_rows
+from .run import SHARD_ROWS, no_warning_of_batches, processes, score_rows
 from .scorers import Policy
+from .select import finite_number, places, rule_words
 from .shards import Line, Shards
 
 FOLDER = "filter"
@@ -153,7 +154,7 @@ class TrainingFilter:
             for column in () if faults else self.rules:
                 try:
                     given = line["columns"] if column in scored else raw
-                    found[column] = number_in(given, column)
+                    found[column] = finite_number(column, given.get(column))
                 except FieldError as error:
                     faults.append(Fault(row.source, row.row, error.field, error.reason, shown))
             table.faults += faults
@@ -268,7 +269,7 @@ def score_pairs(
     starts = range(0, len(pairs), SHARD_ROWS)
     kept = {start: shards.read(start // SHARD_ROWS) for start in starts} if shards is not None else {}
     done = sum(len(lines) for lines in kept.values() if lines is not None)
-    with progress(f"scoring with {recipe.model.name}", len(pairs), done) as advance, each_warning_once():
+    with progress(f"scoring with {recipe.model.name}", len(pairs), done) as advance, no_warning_of_batches():
         for start in starts:
             part = pairs[start : start + SHARD_ROWS]
             lines = kept.get(start)

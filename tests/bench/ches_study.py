@@ -27,10 +27,10 @@ import torch
 from ches_no_never import SEEDS, one_prompt, warm_up
 from ches_tables import write_results
 from ches_train import Policy, adapted, load_policy, read_set, scores, totals, train
+from ches_windows import window
 from torch import Tensor
 
 from align.data.tokenize import TokenizedPair
-from align.score.select import window
 
 SETS = ("quickstart", "hh_harmless", "personas")
 RUNS = (0, 1, 2)

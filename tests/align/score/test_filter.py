@@ -135,6 +135,8 @@ def test_flags(align: Align, tmp_path: Path) -> None:
         7: ["one-word answers"],
         9: ["one-token answers"],
     }
+    told = {line["row"]: line["row_id"] for line in read(tmp_path / "kept" / "reasons.jsonl")}
+    assert told[6] == row_id("question 9", "a long answer 9", "a long answer 9")
     (fault,) = read(tmp_path / "kept" / "rejected_rows.jsonl")
     assert (fault["row"], fault["reason"]) == (6, "equal to rejected")
     assert "kept 4 · dropped 4 · set aside 1 of 9 rows" in result.stdout

@@ -116,11 +116,29 @@ def test_bad_rows_are_set_aside_with_their_reasons(tmp_path: Path) -> None:
     assert [(fault.row, fault.field) for fault in outcome.faults] == [(2, "letters"), (3, "prompt"), (4, "line")]
     assert outcome.faults[0].reason == "no number for bad"
     assert outcome.rejected == tmp_path / "out.jsonl.rejected_rows.jsonl"
-    own = {"row_id": row_id("q", "bad")}  # the row that could be read
+    own = {"row_id": row_id("q", "bad")}
     assert [fault.content for fault in outcome.faults] == [
         {"prompt": "q", "completion": "bad"} | own,
         {"completion": "y"},
         "{broken",
+    ]
+
+
+def test_rows_that_are_refused_have_an_id(tmp_path: Path) -> None:
+    """Of prompt and answers as they stand: empty answers and equal ones have one, a row without its answer none."""
+    rows = [
+        {"prompt": "p", "chosen": "", "rejected": "b"},
+        {"prompt": "p", "chosen": "a", "rejected": "a"},
+        {"prompt": "p", "chosen": "a"},
+        {"prompt": "p", "completion": ""},
+        {"prompt": "p", "completion": "x"},
+    ]
+    outcome = scored(write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl")
+    assert [fault.content.get("row_id") for fault in outcome.faults] == [
+        row_id("p", "", "b"),
+        row_id("p", "a", "a"),
+        None,
+        row_id("p", ""),
     ]
 
 

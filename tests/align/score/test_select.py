@@ -1,22 +1,30 @@
-"""Which rows are kept: shares, thresholds, groups, ties."""
+"""What a rule keeps of a column: shares, thresholds, groups, ties."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.score.select import keep_count, select, window
+from align.config.schema import FilterRule
+from align.data.fields import FieldError
+from align.score.select import finite_number, places, ranks, standing
+
+
+def kept(scores: Sequence[float], groups: Sequence[str] | None = None, **rule: Any) -> list[int]:
+    found = standing("q", [float(score) for score in scores], FilterRule(**rule), groups)
+    return [place for place, (stays, _) in enumerate(found) if stays]
 
 
 def test_lowest_first_with_stable_ties() -> None:
     """Of 5 rows, half is 2: the 0 and, of three ones, the first in the data."""
-    found = select([1.0, 3.0, 1.0, 0.0, 1.0], keep=0.5)
-    assert found.kept == [0, 3]
-    assert found.ranks == [1, 4, 2, 0, 3]
-    assert found.cuts == {"": 1.0}
+    scores = [1.0, 3.0, 1.0, 0.0, 1.0]
+    assert kept(scores, keep=0.5) == [0, 3]
+    assert ranks(scores) == [1, 4, 2, 0, 3]
 
 
 @pytest.mark.parametrize(
@@ -24,69 +32,54 @@ def test_lowest_first_with_stable_ties() -> None:
 )
 def test_floor_of_the_share_as_written(rows: int, share: float, count: int) -> None:
     """.29 * 100 is 28.999999999999996 in binary, and 29 as it is written; less than one row is one."""
-    assert keep_count(rows, share) == count
-    assert len(select(range(rows), keep=share).kept) == count
+    assert places(rows, FilterRule(keep=share)) == (0, count)
+    assert len(kept(range(rows), keep=share)) == count
+
+
+@pytest.mark.parametrize(
+    ("rows", "window", "expected"),
+    [(10, [0.5, 1.0], (5, 10)), (100, [0.29, 0.3], (29, 30)), (3, [0.9, 0.95], (2, 3)), (3, [0.0, 0.1], (0, 1))],
+)
+def test_windows(rows: int, window: list[float], expected: tuple[int, int]) -> None:
+    """Floors of both ends, and one row at least, the highest where the window lies over it."""
+    assert places(rows, FilterRule(window=window)) == expected
 
 
 def test_thresholds_leave_themselves_out() -> None:
     scores = [0.0, 1.0, 2.0, 3.0]
-    assert select(scores, below=2).kept == [0, 1]
-    assert select(scores, above=2).kept == [3]
-    assert select(scores, below=3, above=0).kept == [1, 2]
-    assert select(scores, below=0).cuts == {"": None}
+    assert kept(scores, below=2.0) == [0, 1]
+    assert kept(scores, above=2.0) == [3]
+    assert kept(scores, below=3.0, above=0.0) == [1, 2]
+    assert kept(scores, below=0.0) == []
 
 
 def test_each_group_keeps_its_share() -> None:
     """Half of a's four and of b's three, though every b is higher: 2 and 1."""
-    found = select([4, 9, 1, 8, 2, 7, 3], keep=0.5, groups=list("ababaab"))
-    assert found.kept == [2, 4, 6]
-    assert found.cuts == {"a": 2.0, "b": 3.0}
-    assert found.ranks == [2, 2, 0, 1, 1, 3, 0]
+    scores, groups = [4.0, 9.0, 1.0, 8.0, 2.0, 7.0, 3.0], list("ababaab")
+    assert kept(scores, groups, keep=0.5, group="g") == [2, 4, 6]
+    assert ranks(scores, groups) == [2, 2, 0, 1, 1, 3, 0]
 
 
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=40), st.floats(0.01, 1))
 def test_nothing_dropped_is_lower_than_what_is_kept(scores: list[int], share: float) -> None:
-    found = select(scores, keep=share)
-    dropped = set(range(len(scores))) - set(found.kept)
-    assert found.kept == sorted(found.kept)
-    assert all((scores[k], k) < (scores[d], d) for k in found.kept for d in dropped)
+    stay = kept(scores, keep=share)
+    dropped = set(range(len(scores))) - set(stay)
+    assert all((scores[k], k) < (scores[d], d) for k in stay for d in dropped)
 
 
 @pytest.mark.parametrize(
-    ("rows", "size", "quantile", "expected"),
+    ("cell", "message"),
     [
-        (10, 4, 0.0, (0, 4)),
-        (10, 4, 0.25, (0, 4)),
-        (10, 4, 0.5, (2, 6)),
-        (10, 4, 0.75, (5, 9)),
-        (10, 4, 1.0, (6, 10)),
-        (374, 19, 0.0, (0, 19)),
-        (3, 5, 0.5, (0, 3)),
+        (None, "q: missing or null"),
+        ("high", "q: 'high' is not a number"),
+        (True, "q: True is not a number"),
+        ([1.0], r"q: \[1.0\] is not a number"),
+        (math.nan, "q: nan is not finite"),
+        ("-inf", "q: -inf is not finite"),
     ],
 )
-def test_windows_of_the_paper(rows: int, size: int, quantile: float, expected: tuple[int, int]) -> None:
-    """``i = round(q (N - 1))``, ``[i - n // 2, i - n // 2 + n)``, moved into [0, N]."""
-    assert window(rows, size, quantile) == expected
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"scores": [], "keep": 0.5}, "nothing to keep"),
-        ({"scores": [0.0, math.nan], "keep": 0.5}, r"scores\[1\] is nan"),
-        ({"scores": [0.0], "keep": 0.0}, r"keep is 0.0: it must be in \(0, 1\]"),
-        ({"scores": [0.0], "keep": 1.5}, "keep is 1.5"),
-        ({"scores": [0.0], "keep": math.nan}, "keep is nan"),
-        ({"scores": [0.0]}, "a share or thresholds"),
-        ({"scores": [0.0], "keep": 0.5, "below": 1.0}, "a share or thresholds"),
-        ({"scores": [0.0], "below": math.nan}, "not a number"),
-        ({"scores": [0.0], "below": 1.0, "above": 1.0}, "nothing lies between"),
-        ({"scores": [0.0], "keep": 0.5, "groups": ["a", "b"]}, "2 groups for 1 scores"),
-        ({"scores": [0.0], "below": 0.5, "groups": ["a"]}, "groups go with keep"),
-    ],
-)
-def test_what_cannot_be_is_refused(arguments: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        select(**arguments)
-    with pytest.raises(ValueError, match="around quantile"):
-        window(10, 4, 1.5)
+def test_numbers(cell: object, message: str) -> None:
+    """Text of a number is one: a CSV file has nothing else."""
+    assert (finite_number("q", 2), finite_number("q", "1e0")) == (2.0, 1.0)
+    with pytest.raises(FieldError, match=message):
+        finite_number("q", cell)
