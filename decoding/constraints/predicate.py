@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from importlib import import_module
+from typing import Any
+from unicodedata import category
+
+import numpy as np
 
 from .protocol import ConstraintError, Vocabulary
 from .worker import Worker
 
+LEAST = {2: 0x80, 3: 0x800, 4: 0x10000}
+"""The first character of so many bytes; a smaller one is not written with as many."""
+
 Predicate = Callable[[str, bool], bool]
+Ask = Callable[[str, Sequence[str], bool], Iterator[Any]]  # the function's verdicts on a text with each of the ends
 State = tuple[str, bytes]  # the characters so far, and the first bytes of one that is not whole yet
 
 
@@ -18,8 +27,10 @@ class PythonPredicate:
     It is asked two questions: with ``complete=False``, may some continuation of ``text`` (or the text itself) be
     taken? With ``complete=True``, is ``text`` taken as it stands? Answering True to the first without knowing costs
     particles, answering False wrongly loses texts; without any idea of prefixes, return ``not complete or ...``.
-    The function sees whole characters alone: the first bytes of one wait until the rest has come, and bytes that are
-    no UTF-8 are never allowed. It must depend on its arguments alone.
+    The function sees whole characters alone, and bytes that are no UTF-8 are never allowed. A token may end inside a
+    character: it is allowed if one of the characters that it begins is, for which the function is asked about each of
+    them until it takes one: 64 or 4,096, and some 80,000 after the first of four bytes, where only those count that
+    Unicode has assigned. It must depend on its arguments alone.
 
     Args:
         function: the function, or its name as ``module:function``.
@@ -35,11 +46,13 @@ class PythonPredicate:
         self.vocabulary = vocabulary
         self.name = f"python:{function if isinstance(function, str) else getattr(function, '__qualname__', function)}"
         if timeout is None:
-            self._ask = load(function) if isinstance(function, str) else function
+            called = load(function) if isinstance(function, str) else function
+            self._ask: Ask = lambda text, ends, complete: (called(text + end, complete) for end in ends)
         elif isinstance(function, str):
             self._ask = Worker(function, timeout)
         else:
             raise ConstraintError(f"{self.name}: a timeout needs the function by name, as module:function")
+        self._rests = lru_cache(maxsize=4096)(self._takes_rest)
         if not self._verdict("", False):
             raise ConstraintError(f"{self.name}: nothing satisfies it: it says that no text can follow the empty one")
 
@@ -59,27 +72,57 @@ class PythonPredicate:
                 return None
             new, rest = said[: error.start].decode("utf-8"), said[error.start :]
         text += new
-        # A character that has only begun changes nothing that the function could see.
-        return (text, rest) if not new or self._verdict(text, False) else None
+        if (new and not self._verdict(text, False)) or (rest and not self._rests(text, rest)):
+            return None
+        return text, rest
 
     def may_end(self, state: State) -> bool:
         text, rest = state
         return not rest and self._verdict(text, True)
 
+    def _takes_rest(self, text: str, rest: bytes) -> bool:
+        """Whether the function takes one of the characters that begin with ``rest``, after ``text``."""
+        return self._takes_any(text, _characters(rest), False)
+
     def _verdict(self, text: str, complete: bool) -> bool:
-        try:
-            verdict = self._ask(text, complete)
-        except ConstraintError as error:
-            raise ConstraintError(f"{self.name}: {error}") from None
-        except Exception as error:
-            raise ConstraintError(
-                f"{self.name}: raised {type(error).__name__}: {error}; on {text!r}, complete={complete}"
-            ) from error
-        if not isinstance(verdict, bool):
-            raise ConstraintError(
-                f"{self.name}: returned {verdict!r}, which is no bool; on {text!r}, complete={complete}"
-            )
-        return verdict
+        return self._takes_any(text, ("",), complete)
+
+    def _takes_any(self, before: str, ends: Sequence[str], complete: bool) -> bool:
+        """Whether the function takes ``before`` with one of the ends: asked in order, until it takes one."""
+        verdicts = self._ask(before, ends, complete)
+        for end in ends:
+            text = before + end
+            try:
+                verdict = next(verdicts)
+            except ConstraintError as error:
+                raise ConstraintError(f"{self.name}: {error}") from None
+            except (Exception, SystemExit) as error:
+                raise ConstraintError(
+                    f"{self.name}: raised {type(error).__name__}: {error}; on {text!r}, complete={complete}"
+                ) from error
+            if not isinstance(verdict, bool | np.bool_):
+                raise ConstraintError(
+                    f"{self.name}: returned {verdict!r}, which is no bool; on {text!r}, complete={complete}"
+                )
+            if verdict:
+                return True
+        return False
+
+
+@lru_cache(maxsize=256)
+def _characters(rest: bytes) -> str:
+    """The characters whose UTF-8 begins with ``rest``, in their order; after one byte of four those with a meaning."""
+    length = 2 if rest[0] < 0xE0 else 3 if rest[0] < 0xF0 else 4
+    value = rest[0] & (0x7F >> length)
+    for byte in rest[1:]:
+        value = value << 6 | byte & 0x3F
+    missing = length - len(rest)
+    first, last = value << 6 * missing, (value + 1) << 6 * missing
+    last = min(
+        last, 0xD800 if rest[0] == 0xED else 0x110000
+    )  # after 0xD800 come surrogates, up to the next first byte
+    found = map(chr, range(max(first, LEAST[length]), last))
+    return "".join(found if missing < 3 else filter(lambda letter: category(letter) not in ("Cn", "Co"), found))
 
 
 def load(name: str) -> Predicate:
@@ -89,11 +132,13 @@ def load(name: str) -> Predicate:
         raise ConstraintError(f"python:{name}: not of the form python:module:function")
     try:
         found = getattr(import_module(module), function, None)
-    except Exception as error:
-        raise ConstraintError(
-            f"python:{name}: importing {module} failed: {type(error).__name__}: {error}; "
-            "its folder must be on the path (PYTHONPATH=.)"
-        ) from error
+    except (Exception, SystemExit) as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and f"{module}.".startswith(f"{missing}."):
+            raise ConstraintError(
+                f"python:{name}: there is no module {missing!r}; install it, or put its folder on PYTHONPATH"
+            ) from error
+        raise ConstraintError(f"python:{name}: importing {module} failed: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise ConstraintError(f"python:{name}: {module} has no function {function}")
     return found  # type: ignore[no-any-return]

@@ -1,6 +1,6 @@
 """A process that runs a user's predicate, so that a call which takes too long can be stopped.
 
-``python -m align.decoding.constraints.worker module:function`` answers lines of JSON on its standard input.
+It answers lines of JSON on its standard input. It ends with the process that started it, however that ends.
 """
 
 from __future__ import annotations
@@ -8,78 +8,102 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
 import weakref
+from collections.abc import Iterator, Sequence
+from threading import TIMEOUT_MAX
 from typing import Any
+
+import numpy as np
 
 from .protocol import ConstraintError
 
 START_SECONDS = 60.0  # importing the function's module, which may import much
+COMMAND = "import sys; from align.decoding.constraints import worker; worker.main(sys.argv[1], int(sys.argv[2]))"
 
 
 class Worker:
     """Calls ``module:function`` elsewhere, at most ``timeout`` seconds a call; killed and started anew after that."""
 
     def __init__(self, name: str, timeout: float) -> None:
-        if not timeout > 0:
-            raise ConstraintError(f"python:{name}: timeout is {timeout}; give seconds above zero")
+        if not 0 < timeout <= TIMEOUT_MAX:
+            raise ConstraintError(f"python:{name}: timeout is {timeout}; give seconds above zero, and not for ever")
         self.name, self.timeout = name, timeout
         self._process: subprocess.Popen[bytes] | None = None
+        self._unread, self._busy = b"", False
 
-    def __call__(self, text: str, complete: bool) -> Any:
-        process = self._process or self._start()
-        answer = self._exchange(process, {"text": text, "complete": complete}, self.timeout)
-        if answer is None:
-            code = process.poll()
+    def __call__(self, before: str, ends: Sequence[str], complete: bool) -> Iterator[Any]:
+        """What the function says of ``before`` with each of the ends, up to the first that it does not refuse."""
+        if self._busy:  # interrupted between a question and its answer
             self._stop()
-            reason = f"took over {self.timeout:g} s" if code is None else f"ended its process (exit code {code})"
-            raise ConstraintError(f"{reason} on {text!r}, complete={complete}")
-        if "error" in answer:
-            raise ConstraintError(f"raised {answer['error']}; on {text!r}, complete={complete}")
-        return answer["verdict"]
+        process = self._process or self._start()
+        self._busy = True
+        asked = self._write(process, {"text": before, "ends": ends, "complete": complete})
+        for number, end in enumerate(ends, start=1):
+            text = before + end
+            answer = self._read(process, self.timeout) if asked else None
+            if answer is None:
+                reason = self._stop() or f"took over {self.timeout:g} s"
+                raise ConstraintError(f"{reason} on {text!r}, complete={complete}")
+            self._busy = answer.get("verdict") is False and number < len(ends)
+            if "error" in answer:
+                raise ConstraintError(f"raised {answer['error']}; on {text!r}, complete={complete}")
+            yield answer["verdict"]
 
     def _start(self) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
-            [sys.executable, "-m", __name__, self.name],
+            [sys.executable, "-c", COMMAND, self.name, str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for the process that asks
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)},
         )
-        self._process = process
+        self._process, self._unread, self._busy = process, b"", False
         weakref.finalize(self, _kill, process)
-        ready = self._exchange(process, None, START_SECONDS)
+        ready = self._read(process, START_SECONDS)
         if ready is None or "error" in ready:
-            self._stop()
-            raise ConstraintError(ready["error"] if ready else f"did not start within {START_SECONDS:g} s")
+            ended = self._stop()
+            if ready is not None:
+                raise ConstraintError(ready["error"])
+            late = f"its module took over {START_SECONDS:g} s to be imported"
+            raise ConstraintError(f"{ended} while its module was imported" if ended else late)
         return process
 
-    def _exchange(self, process: subprocess.Popen[bytes], request: Any, seconds: float) -> dict[str, Any] | None:
-        """The answer, or None where none came in time."""
+    def _write(self, process: subprocess.Popen[bytes], request: dict[str, Any]) -> bool:
         assert process.stdin is not None
-        assert process.stdout is not None
         try:
-            if request is not None:
-                process.stdin.write(json.dumps(request).encode() + b"\n")
-                process.stdin.flush()
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.flush()
         except BrokenPipeError:
-            return None
-        end, answer = time.monotonic() + seconds, b""
-        while not answer.endswith(b"\n"):
+            process.wait()
+            return False
+        return True
+
+    def _read(self, process: subprocess.Popen[bytes], seconds: float) -> dict[str, Any] | None:
+        """The next answer, or None where none came in time."""
+        assert process.stdout is not None
+        end = time.monotonic() + seconds
+        while b"\n" not in self._unread:
             if not select.select([process.stdout], [], [], max(0.0, end - time.monotonic()))[0]:
                 return None
             part = os.read(process.stdout.fileno(), 65536)
             if not part:
                 process.wait()
                 return None
-            answer += part
+            self._unread += part
+        answer, _, self._unread = self._unread.partition(b"\n")
         return dict(json.loads(answer))
 
-    def _stop(self) -> None:
-        if self._process is not None:
-            _kill(self._process)
-        self._process = None
+    def _stop(self) -> str:
+        """End the process; how it had ended by itself, if it had."""
+        process, self._process = self._process, None
+        code = process.poll() if process is not None else None
+        if process is not None:
+            _kill(process)
+        return f"ended its process (exit code {code})" if code is not None else ""
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
@@ -90,13 +114,15 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
             stream.close()
 
 
-def main(name: str) -> None:
-    """Answer questions until the input ends."""
+def main(name: str, parent: int) -> None:
+    """Answer the questions of the process ``parent`` until it ends them."""
     from .predicate import load
 
-    # What the function prints must not get among the answers.
-    answers = os.fdopen(os.dup(1), "w")
+    # What the function prints or reads must not get among the answers and the questions.
+    questions, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
+    _end_with(parent)
 
     def say(answer: dict[str, Any]) -> None:
         print(json.dumps(answer), file=answers, flush=True)
@@ -104,17 +130,29 @@ def main(name: str) -> None:
     try:
         function = load(name)
     except ConstraintError as error:
-        say({"error": str(error)})
+        say({"error": str(error).removeprefix(f"python:{name}: ")})
         return
     say({"ready": True})
-    for line in sys.stdin:
+    for line in questions:
         request = json.loads(line)
-        try:
-            verdict: Any = function(request["text"], request["complete"])
-            say({"verdict": verdict if isinstance(verdict, bool) else repr(verdict)})
-        except Exception as error:
-            say({"error": f"{type(error).__name__}: {error}"})
+        for end in request["ends"]:
+            try:
+                verdict: Any = function(request["text"] + end, request["complete"])
+            except (Exception, SystemExit) as error:
+                say({"error": f"{type(error).__name__}: {error}"})
+                break
+            refused = isinstance(verdict, bool | np.bool_) and not verdict
+            say({"verdict": bool(verdict) if isinstance(verdict, bool | np.bool_) else repr(verdict)})
+            if not refused:
+                break
 
 
-if __name__ == "__main__":
-    main(sys.argv[1])
+def _end_with(parent: int) -> None:
+    """Look every second whether ``parent`` is still there: where it was killed, a call would go on without end."""
+
+    def look(*_: Any) -> None:
+        if os.getppid() != parent:
+            os._exit(1)
+
+    signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)

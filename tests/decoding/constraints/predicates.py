@@ -1,6 +1,7 @@
 """Predicates for the worker, which imports them by name."""
 
 import os
+import sys
 import time
 
 
@@ -21,6 +22,18 @@ def quits(text: str, complete: bool) -> bool:
     """Takes its process down."""
     if text:
         os._exit(3)
+    return True
+
+
+def reads(text: str, complete: bool) -> bool:
+    """Wants more than its arguments."""
+    return sys.stdin.read() == ""
+
+
+def exits(text: str, complete: bool) -> bool:
+    """Ends the program, as scripts do."""
+    if text:
+        sys.exit(0)
     return True
 
 

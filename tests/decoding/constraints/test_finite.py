@@ -175,7 +175,7 @@ def test_specs(letters: Vocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("sql:bad.json", "sql: bad.json: schema 1: not a schema"),
         ("sql:t.json#no", "sql:t.json#no: no schema 'no' in t.json"),
         ("python:f", "python:f: not of the form python:module:function"),
-        ("python:absent_module:f", "python:absent_module:f: importing absent_module failed: ModuleNotFoundError"),
+        ("python:absent_module:f", "python:absent_module:f: there is no module 'absent_module'; install it"),
     ],
 )
 def test_bad_specs(
