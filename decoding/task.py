@@ -55,7 +55,7 @@ class Task:
             work()
         except ConstraintError as error:
             self._fail(str(error))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._fail(f"{type(error).__name__}: {error}")
 
     def check(self) -> None:
@@ -105,7 +105,7 @@ class Task:
             draw, state = self._draw(particle, logq, Draws(self.request.seed, step, number))
         except ConstraintError:
             raise
-        except Exception as error:  # a constraint is anyone's code
+        except (Exception, SystemExit) as error:  # a constraint is anyone's code
             raise ConstraintError(
                 "; ".join([self._raised(error, particle), *getattr(error, "__notes__", [])])
             ) from error
@@ -248,7 +248,7 @@ class Task:
         if self._cut:
             why += (
                 f"; {self._cut} could not end at the limit of {self.request.max_new_tokens:,} tokens: raise "
-                "max_new_tokens, or bound the length in the constraint"
+                "max_new_tokens, or bound the length in the constraint, if any finite text satisfies it at all"
             )
         return why + self._stuck
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -218,6 +219,13 @@ class Endless(Broken):
         return state + 1
 
 
+class Exits(Broken):
+    """Ends the program, as scripts do."""
+
+    def may_end(self, state: int) -> bool:
+        sys.exit(0)
+
+
 class NotPrefixClosed(Broken):
     """Takes a token after which nothing may follow."""
 
@@ -249,7 +257,15 @@ def none_at_all(text: str, complete: bool) -> bool:
             lambda: Request(PROMPT, Broken()),
             r"Broken raised RuntimeError: no more; after '\w+'; the constraint was asked about token \d",
         ),
-        (lambda: Request(PROMPT, Endless(), max_new_tokens=7), "could not end at the limit of 7 tokens: raise"),
+        (lambda: Request(PROMPT, Exits()), "Exits raised SystemExit: 0"),
+        (
+            lambda: Request(PROMPT, WORDS, potential=lambda sequences: sys.exit("no")),
+            "SystemExit: no",
+        ),
+        (
+            lambda: Request(PROMPT, Endless(), max_new_tokens=7),
+            "could not end at the limit of 7 tokens: raise .* if any finite text satisfies it",
+        ),
         (lambda: Request(PROMPT, NotPrefixClosed()), "or it is not prefix-closed"),
         (lambda: Request(PROMPT, PythonPredicate(none_at_all, VOCABULARY)), "no token may follow ''"),
         (lambda: Request(PROMPT, Forgetful()), "does not depend on the text alone"),
@@ -287,7 +303,7 @@ def test_logits_that_are_no_numbers_end_their_request_alone(model: Any) -> None:
     class Poisoned(TransformersEngine):
         """The first sequence has no logits at the first step."""
 
-        poison = True
+        poison = False
 
         def next_logits(self, handles: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
             logits, rows = super().next_logits(handles)
@@ -296,7 +312,9 @@ def test_logits_that_are_no_numbers_end_their_request_alone(model: Any) -> None:
                 self.poison = False
             return logits, rows
 
-    bad, good = generate(Poisoned(model), [Request([3], WORDS), Request(PROMPT, WORDS)], VOCABULARY)
+    engine = Poisoned(model)
+    engine.poison = True
+    bad, good = generate(engine, [Request([3], WORDS), Request(PROMPT, WORDS)], VOCABULARY)
     assert "NaN" in bad.reason
     assert good.valid
 
