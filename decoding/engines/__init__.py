@@ -1,7 +1,7 @@
 """Engines: what gives the next token's logits of many sequences at once.
 
 - ``protocol``      the few methods that the decoders ask for.
-- ``transformers``  any causal model whose cache transformers keeps as keys and values.
+- ``transformers``  any causal model whose cache transformers keeps as keys and values, or as recurrent states.
 """
 
 from .protocol import Engine

@@ -9,12 +9,20 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BartConfig,
+    BloomConfig,
+    FalconH1Config,
     Gemma3TextConfig,
     GPT2Config,
+    Lfm2Config,
     LlamaConfig,
-    MambaConfig,
+    Mamba2Config,
     MistralConfig,
+    OpenAIGPTConfig,
     Qwen2Config,
+    RecurrentGemmaConfig,
+    RobertaConfig,
+    RwkvConfig,
 )
 
 from align.decoding.engines import TransformersEngine
@@ -37,6 +45,29 @@ FAMILIES = {
         **SIZES, head_dim=8, sliding_window=5, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
     ),
     "gpt2": GPT2Config(vocab_size=50, n_embd=32, n_layer=3, n_head=4, n_positions=128, initializer_range=0.3),
+    "bloom, ALiBi from the mask": BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=4),
+    "mamba2, recurrent": Mamba2Config(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_heads=4,
+        head_dim=16,
+        n_groups=1,
+        state_size=8,
+        chunk_size=8,
+    ),
+    "lfm2, convolutions and attention": Lfm2Config(
+        **SIZES, layer_types=["conv", "full_attention", "conv"], conv_L_cache=3, block_multiple_of=8
+    ),
+    "falcon-h1, both in each layer": FalconH1Config(
+        **{**SIZES, "num_hidden_layers": 1},
+        mamba_d_ssm=32,
+        mamba_n_heads=4,
+        mamba_d_head=8,
+        mamba_n_groups=1,
+        mamba_d_state=8,
+        mamba_chunk_size=8,
+    ),
 }
 
 
@@ -119,11 +150,55 @@ def test_what_a_sequence_cannot_be_asked(model: Any) -> None:
         engine.extend(handle, 3)
 
 
-def test_a_recurrent_model_is_refused() -> None:
-    model = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2))
-    with pytest.raises(ValueError, match="full or sliding-window attention"):
-        TransformersEngine(model)
+BART: dict[str, Any] = {
+    "vocab_size": 50,
+    "d_model": 32,
+    "decoder_layers": 2,
+    "decoder_ffn_dim": 48,
+    "decoder_attention_heads": 4,
+    "encoder_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "is_decoder": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (BartConfig(**BART, encoder_layers=2), "BartForCausalLM gives a short row another law beside a longer one"),
+        (BartConfig(**BART, encoder_layers=1), "BartForCausalLM cannot be run .* IndexError"),  # a cache of one layer
+        (
+            RobertaConfig(
+                vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                max_position_embeddings=64, is_decoder=True
+            ),
+            "RobertaForCausalLM gives a short row another law beside a longer one",
+        ),
+        (RwkvConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2), "RwkvForCausalLM takes no cache"),
+        (OpenAIGPTConfig(vocab_size=50, n_embd=32, n_layer=2, n_head=4), "OpenAIGPTLMHeadModel takes no cache"),
+        (
+            RecurrentGemmaConfig(
+                vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+                lru_width=32,
+            ),
+            "RecurrentGemmaForCausalLM gives no cache back",
+        ),
+    ],
+)  # fmt: skip
+def test_models_that_would_be_wrong_are_refused_by_name(config: Any, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        TransformersEngine(AutoModelForCausalLM.from_config(config).eval())
+
+
+def test_half_precision_is_no_reason() -> None:
+    model = AutoModelForCausalLM.from_config(FAMILIES["llama"]).eval()
+    assert TransformersEngine(model.to(torch.bfloat16)).context == 128
+
+
+def test_a_model_in_training_mode_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel is in training mode.*call model.eval\(\) first"):
+        TransformersEngine(AutoModelForCausalLM.from_config(FAMILIES["gpt2"]))
 
 
 def test_the_context_is_the_models() -> None:
-    assert TransformersEngine(AutoModelForCausalLM.from_config(FAMILIES["gpt2"])).context == 128
+    assert TransformersEngine(AutoModelForCausalLM.from_config(FAMILIES["gpt2"]).eval()).context == 128
