@@ -27,8 +27,8 @@ TAIL = 1.6449 / 0.6745
 """From the median to where 5 % of a normal spread lie over, in distances of the median from the quartile."""
 
 THUMB = [
-    "(a rule of thumb: a spread does not tell how far answers will fall. In the study of docs/results/ches.md they fell",
-    "in the tenth of highest CHES; a smaller share is safer and leaves less to learn, and the paper kept 5 %)",
+    "(a rule of thumb: a spread does not tell how far answers will fall. In the study of docs/results/ches.md they",
+    "fell in the tenth of highest CHES; a smaller share is safer and leaves less to learn, and the paper kept 5 %)",
 ]
 
 
