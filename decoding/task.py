@@ -122,7 +122,7 @@ class Task:
         weight = draw.log_weight + self.request.law.log_correction(logits, draw.token)
         return Extended(number, step, draw.token, weight, ended)
 
-    def _raised(self, error: Exception, particle: _Particle) -> str:
+    def _raised(self, error: BaseException, particle: _Particle) -> str:
         constraint = self.request.constraint
         name = type(constraint.constraint if isinstance(constraint, Memo) else constraint).__name__
         return f"{name} raised {type(error).__name__}: {error}; after {self.vocabulary.text(particle.tokens)!r}"
