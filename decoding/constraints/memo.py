@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .protocol import Constraint, Masking
+from .protocol import Constraint, ConstraintError, Masking
 
 
 @dataclass(slots=True, eq=False)
@@ -22,39 +22,48 @@ class _Node:
 class Memo:
     """Another constraint, with verdicts kept for each prefix of tokens, accepted and refused ones alike.
 
-    Particles and requests that share a prefix share its verdicts, also across calls. Past ``capacity`` verdicts new
-    answers start from an empty memo; particles under way keep theirs until they end.
+    Particles and requests that share a prefix share its verdicts, also across calls. A state may be large (that of a
+    compiled constraint some 5 kB): past ``capacity`` states, or ten times as many verdicts, new answers start from an
+    empty memo; particles under way keep theirs until they end.
 
     Attributes:
         evaluations: verdicts that the constraint was really asked for.
     """
 
-    def __init__(self, constraint: Constraint, *, capacity: int = 200_000) -> None:
+    def __init__(self, constraint: Constraint, *, capacity: int = 20_000) -> None:
         self.constraint = constraint
         self.evaluations = 0
         self._capacity = capacity
         self._root: _Node | None = None
-        self._kept = 0
+        self._states = self._verdicts = 0
 
     def start(self) -> _Node:
-        if self._root is None or self._kept >= self._capacity:
-            self._root, self._kept = _Node(self.constraint.start()), 0
+        if self._root is None or max(self._states, self._verdicts / 10) >= self._capacity:
+            self._root, self._states, self._verdicts = _Node(self.constraint.start()), 0, 0
         return self._root
 
     def advance(self, state: _Node, token: int) -> _Node | None:
         if token not in state.next:
             self.evaluations += 1
-            self._kept += 1
             after = self.constraint.advance(state.state, token)
+            self._verdicts += 1
+            self._states += after is not None
             state.next[token] = None if after is None else _Node(after)
         return state.next[token]
 
     def may_end(self, state: _Node) -> bool:
         if state.may_end is None:
             self.evaluations += 1
-            state.may_end = self.constraint.may_end(state.state)
+            verdict = self.constraint.may_end(state.state)
+            if not isinstance(verdict, bool):
+                name = type(self.constraint).__name__
+                raise ConstraintError(f"{name}: may_end gave {verdict!r}, which is no bool")
+            state.may_end = verdict
         return state.may_end
 
     def allowed(self, state: _Node) -> np.ndarray | None:
         """The constraint's mask, if it has one; not kept, and not counted."""
-        return self.constraint.allowed(state.state) if isinstance(self.constraint, Masking) else None
+        mask = self.constraint.allowed(state.state) if isinstance(self.constraint, Masking) else None
+        if mask is not None and mask.dtype != bool:
+            raise ConstraintError(f"{type(self.constraint).__name__}: allowed gave {mask.dtype}; it must give bools")
+        return mask

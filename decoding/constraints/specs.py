@@ -81,7 +81,7 @@ def file_of(spec: str) -> Path | None:
 
 def _read(spec: str, path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConstraintError(f"{spec}: cannot read {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:

@@ -29,6 +29,8 @@ class Words:
     """
 
     def __init__(self, words: Iterable[str], vocabulary: Vocabulary) -> None:
+        if isinstance(words, str):
+            raise ConstraintError(f"words: {words[:40]!r} is one text; give a list of them")
         self.vocabulary = vocabulary
         self._root = _Node()
         count = 0

@@ -70,6 +70,8 @@ def test_empty_lists_and_words(letters: Vocabulary) -> None:
         Words([], letters)
     with pytest.raises(ConstraintError, match=r"words: the 2\. is empty"):
         Words(["a", ""], letters)
+    with pytest.raises(ConstraintError, match="words: 'abc' is one text; give a list of them"):
+        Words("abc", letters)
 
 
 def test_and_or_are_those_of_sets(letters: Vocabulary) -> None:
@@ -121,6 +123,32 @@ def test_memo_over_capacity_starts_anew_and_agrees(letters: Vocabulary) -> None:
     assert memo.advance(state, ord("x")) is None
 
 
+def test_memo_counts_states_and_verdicts(letters: Vocabulary) -> None:
+    """Two states, or 20 verdicts: a new answer starts anew, which asks again."""
+    inner = Counted(["the", "then", "in"], letters)
+    for asked, fresh in (((b"t",), False), ((b"t", b"i"), True), (range(19), False), (range(20), True)):
+        memo = Memo(inner, capacity=2)
+        root = memo.start()
+        for said in asked:
+            memo.advance(root, letters.tokens.index(said) if isinstance(said, bytes) else said)
+        assert (memo.start() is not root) == fresh
+
+
+def test_memo_takes_bools_alone(letters: Vocabulary) -> None:
+    class Odd(Words):
+        def may_end(self, state: Any) -> bool:
+            return "x"  # type: ignore[return-value]
+
+        def allowed(self, state: Any) -> np.ndarray:
+            return np.ones(self.vocabulary.size)
+
+    memo = Memo(Odd(["the"], letters))
+    with pytest.raises(ConstraintError, match="Odd: may_end gave 'x', which is no bool"):
+        memo.may_end(memo.start())
+    with pytest.raises(ConstraintError, match="Odd: allowed gave float64; it must give bools"):
+        memo.allowed(memo.start())
+
+
 def test_masks_of_joins_and_of_the_memo(letters: Vocabulary) -> None:
     words, digits = Words(["the", "12"], letters), regex("[0-9]+|her", letters)
     plain = PythonPredicate(lambda text, complete: True, letters)
@@ -138,7 +166,7 @@ def test_masks_of_joins_and_of_the_memo(letters: Vocabulary) -> None:
 def test_specs(letters: Vocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "s.json").write_text('{"enum": ["the"]}')
     (tmp_path / "g.lark").write_text('start: "the"')
-    (tmp_path / "w.txt").write_text("the\n\nthen\n")
+    (tmp_path / "w.txt").write_text("the\n\nthen\n", encoding="utf-8-sig")
     (tmp_path / "t.json").write_text('{"singer": ["name"]}')
     rows = [
         {"db_id": name, "table_names_original": ["t"], "column_names_original": [[-1, "*"], [0, "c"]]} for name in "xy"
@@ -159,6 +187,7 @@ def test_specs(letters: Vocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for spec, kind in kinds.items():
         assert isinstance(parse(spec, letters), kind)
     assert isinstance(parse("python:mine:f", letters, timeout=30.0), PythonPredicate)
+    assert answers(parse("words:w.txt", letters), letters, 5) == {b"the", b"then"}, "the file's mark is no part of it"
 
 
 @pytest.mark.parametrize(
