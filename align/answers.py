@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from align.data.rows import Fault
 from align.errors import AlignError
 
 
@@ -90,6 +91,15 @@ def sort_rows(output: Path) -> None:
         partial = output.with_name(f".{output.name}.tmp")
         partial.write_text("".join(f"{line}\n" for line in ordered), "utf-8")
         partial.replace(output)
+
+
+def invalid_rows(output: Path) -> tuple[int, list[Fault]]:
+    """How many rows there are, and those without a valid answer, with the reason."""
+    rows = [json.loads(line) for line in output.read_bytes().split(b"\n")[:-1]]
+    faults = [
+        Fault(str(output), row["row"], "answer", row["reason"], row) for row in rows if not row.get("valid", True)
+    ]
+    return len(rows), faults
 
 
 def _line(row: Mapping[str, Any] | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,17 +13,25 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from align.data.rows import Content
-from align.decoding.constraints import Constraint, ConstraintError, Memo, Vocabulary, file_of, parse
+from align.decoding.constraints import Constraint, ConstraintError, Memo, Vocabulary, file_of, parse, read_schemas
 from align.decoding.engines import TransformersEngine
 from align.decoding.generate import generate
 from align.decoding.law import Law
-from align.decoding.request import Answer, Method, Potential, Request
-from align.errors import AlignError
+from align.decoding.request import Answer, Method, Potential, Request, satisfies
+from align.errors import AlignError, ConfigError
 from align.rewards.encoding import as_answer
 from align.rewards.scorers import Scorer, asked_columns, load_scorer
 
 if TYPE_CHECKING:
     from align.generate import Answerer
+
+
+ROWS = 512
+"""Rows whose constraints are held at a time."""
+KEPT = 64
+"""Constraints of rows that are kept for rows to come."""
+BYTES = Vocabulary([*(bytes([byte]) for byte in range(256)), None], frozenset({256}))
+"""A vocabulary to try constraints on before there is a model."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +42,11 @@ class Control:
         constraint: as ``align.decoding.constraints.parse`` reads it; None for any text.
         constraint_field: column with each row's own constraint; with a constraint ``sql:FILE``, the name of the
             row's schema in that file.
-        constraint_timeout: seconds for one call of a Python predicate.
+        constraint_timeout: seconds for one call of a Python predicate, of the rows that have one.
         method: see ``align.decoding.request.Request``.
         particles: sequences a prompt.
         top_k, top_p: what the law is cut to, see ``align.decoding.law.Law``.
+        max_draws: questions about one token after which it is a dead end; None for no limit.
         take: the answer is ``drawn`` by weight, or the ``best``, the text of most weight.
         reward: rule or reward model; the target is multiplied by ``exp(reward_strength * reward)``.
         reward_strength: nats a unit of reward.
@@ -51,10 +60,34 @@ class Control:
     particles: int = 8
     top_k: int | None = None
     top_p: float | None = None
+    max_draws: int | None = None
     take: Literal["drawn", "best"] = "drawn"
     reward: str | None = None
     reward_strength: float = 1.0
     reward_every: int = 0
+
+
+def check(control: Control, temperature: float) -> list[tuple[str, str]]:
+    """What is wrong with settings by themselves, without a model: ``(option, what)`` for each."""
+    problems = []
+    try:
+        Law(temperature, control.top_k, control.top_p)
+    except ValueError as error:
+        name, _, _ = str(error).partition(" ")
+        problems.append((_option(name), str(error)))
+    spec, field = control.constraint, control.constraint_field
+    try:
+        if spec is not None and field is not None:
+            path = file_of(spec)
+            if not spec.startswith("sql:") or "#" in spec:
+                problems.append(("--constraint", f"{spec}: with --constraint-field, write sql:FILE alone, or nothing"))
+            elif path is not None:
+                read_schemas(path)
+        elif spec is not None and not (spec.startswith("python:") and control.constraint_timeout is not None):
+            parse(spec, BYTES, timeout=control.constraint_timeout)
+    except ConstraintError as error:
+        problems.append(("--constraint", str(error)))
+    return problems
 
 
 class Controller:
@@ -79,12 +112,14 @@ class Controller:
             self.vocabulary = Vocabulary.of(answerer.tokenizer, size=columns, ends=answerer.eos_ids)
         except ValueError as error:
             raise AlignError(f"{answerer.settings.model}: {error}") from error
-        self._constraints: dict[str, Constraint | ConstraintError] = {}
         self.scorer = _load_reward(control.reward) if control.reward else None
+        self._parsed = lru_cache(maxsize=KEPT)(self._parse)
+        self._shared: Memo | None = None
         if control.constraint and control.constraint_field is None:
-            found = self._parsed(control.constraint)
+            found = self._parse(control.constraint)
             if isinstance(found, ConstraintError):
                 raise AlignError(str(found)) from found
+            self._shared = Memo(found)
 
     def answer(
         self,
@@ -99,18 +134,28 @@ class Controller:
             rows: the rows, with their columns.
             write: takes the columns that a row gains. Where a row fails, they say why.
         """
+        numbers = list(encoded)
+        for start in range(0, len(numbers), ROWS):
+            self._answer({number: encoded[number] for number in numbers[start : start + ROWS]}, rows, write)
+
+    def _answer(
+        self,
+        encoded: Mapping[int, Sequence[int]],
+        rows: Mapping[int, Mapping[str, Any]],
+        write: Callable[[Mapping[int, dict[str, Any]]], None],
+    ) -> None:
         numbers, requests = list[int](), list[Request]()
         for number, ids in encoded.items():
             try:
                 requests.append(self._request(number, ids, rows[number]))
                 numbers.append(number)
             except ConstraintError as error:
-                write({number: self._columns(Answer(None, (), False, str(error)))})
+                write({number: self._columns(Answer(None, (), False, str(error)), None)})
         generate(
             self.engine,
             requests,
             self.vocabulary,
-            on_answer=lambda place, answer: write({numbers[place]: self._columns(answer)}),
+            on_answer=lambda place, answer: write({numbers[place]: self._columns(answer, requests[place].constraint)}),
         )
 
     def _request(self, number: int, ids: Sequence[int], row: Mapping[str, Any]) -> Request:
@@ -123,28 +168,29 @@ class Controller:
             law=self.law,
             seed=settings.seed * 1_000_003 + number,
             max_new_tokens=settings.max_new_tokens,
+            max_draws=control.max_draws,
             potential=self._potential(row) if self.scorer is not None else None,
             potential_every=control.reward_every,
         )
 
     def _constraint(self, row: Mapping[str, Any]) -> Constraint | None:
-        spec = spec_of(self.control, row)
-        if spec is None:
-            return None
-        found = self._parsed(spec)
+        if self.control.constraint_field is None:
+            return self._shared
+        found = self._parsed(spec_of(self.control, row) or "")
         if isinstance(found, ConstraintError):
             raise found
         return found
 
-    def _parsed(self, spec: str) -> Constraint | ConstraintError:
-        """The constraint of a text, made once, with a memo that all its rows share."""
-        if spec not in self._constraints:
-            try:
-                made = parse(spec, self.vocabulary, timeout=self.control.constraint_timeout)
-                self._constraints[spec] = Memo(made)
-            except ConstraintError as error:
-                self._constraints[spec] = error
-        return self._constraints[spec]
+    def _parse(self, spec: str) -> Constraint | ConstraintError:
+        timeout = self.control.constraint_timeout
+        if self.control.constraint_field is not None and not spec.startswith("python:"):
+            timeout = None  # it is for the rows that can use it
+        try:
+            return parse(spec, self.vocabulary, timeout=timeout)
+        except ConstraintError as error:
+            return error
+        except Exception as error:  # whatever a row's file holds, the others go on
+            return ConstraintError(f"{spec}: {type(error).__name__}: {error}")
 
     def _potential(self, row: Mapping[str, Any]) -> Potential:
         prompt: Content = row["prompt"]
@@ -162,19 +208,24 @@ class Controller:
 
         return potential
 
-    def _columns(self, answer: Answer) -> dict[str, Any]:
-        result = answer.result
-        taken = None if result is None else result.best if self.control.take == "best" else result.drawn
+    def _columns(self, answer: Answer, constraint: Constraint | None) -> dict[str, Any]:
+        result, valid, reason = answer.result, answer.valid, answer.reason
+        taken = result.drawn if result is not None else None
+        if result is not None and taken is not None and self.control.take == "best":
+            taken = result.best
+            valid = satisfies(constraint, taken.tokens, self.vocabulary)
+            reason = "" if valid else reason or "the constraint refuses it when it is asked again from the start"
         weighted = self.control.method != "rejection"
         return {
             "completion": self.vocabulary.text(taken.tokens) if taken is not None else None,
             "tokens": len(taken.tokens) if taken is not None else 0,
             "finished": taken is not None and taken.tokens[-1] in self.vocabulary.ends,
-            "valid": answer.valid,
-            "reason": answer.reason,
+            "valid": valid,
+            "reason": reason,
             "log_normaliser": _number(result.log_normaliser) if result is not None and weighted else None,
             "ess": result.ess if result is not None else None,
             "calls_per_token": float(np.mean(answer.evaluations)) if answer.evaluations else None,
+            "masks": answer.masks,
             "dead_ends": result.dead_ends if result is not None else None,
             "resamplings": result.resamplings if result is not None else None,
             "samples": [
@@ -232,6 +283,21 @@ def spec_of(control: Control, row: Mapping[str, Any]) -> str | None:
     if not isinstance(own, str) or not own:
         raise ConstraintError(f"column {column}: the row has {own!r}; write the constraint there as text")
     return own if spec is None else f"{spec}#{own}"
+
+
+def check_columns(control: Control, source: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """The column of the constraints is one that rows have.
+
+    Raises:
+        ConfigError: no row has it.
+    """
+    wanted, columns = control.constraint_field, set[str]().union(*rows)
+    if wanted is not None and columns and wanted not in columns:
+        raise ConfigError(source, [(wanted, f"no row has this column; there are {', '.join(sorted(columns))}")])
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _digest(spec: str) -> str | None:

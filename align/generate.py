@@ -26,8 +26,8 @@ from align.evals.sampling import Sample, sample
 from align.models.ends import end_tokens
 from align.models.load import LoadedModel, load_run
 
-from .answers import make_place, read_done, sort_rows, write_rows
-from .controlled import Control, Controller, Inputs
+from .answers import invalid_rows, make_place, read_done, sort_rows, write_rows
+from .controlled import Control, Controller, Inputs, check_columns
 
 BATCH = 8
 
@@ -56,11 +56,15 @@ class Answered:
     """What became of a file of prompts.
 
     Args:
-        faults: the rows that could not be used.
+        rows: that the output has.
+        faults: rows of the input that could not be used.
+        invalid: rows of the output whose answer is not valid under the control, or missing.
         again: rows that had failed in an earlier call, and were made again.
     """
 
+    rows: int
     faults: list[Fault]
+    invalid: list[Fault]
     again: int
 
 
@@ -188,6 +192,8 @@ def answer_file(
     rows, faults = _read_prompts(source)
     prompts: dict[int, Content] = {number: row["prompt"] for number, row in rows.items()}
     kept = asdict(settings) | (asdict(control) if control is not None else {})
+    if control is not None:
+        check_columns(control, source, rows.values())
     inputs = Inputs(control) if control is not None else None
     wanted = {
         row: {"prompt": prompts[row], "settings": kept, **({"inputs": inputs.of(rows[row])} if inputs else {})}
@@ -217,7 +223,8 @@ def answer_file(
         first = faults[0]
         raise AlignError(f"{source}: no prompt can be used; row {first.row}: {first.field}: {first.reason}")
     sort_rows(output)
-    return Answered(faults, again=len(failed & done))
+    count, invalid = invalid_rows(output)
+    return Answered(count, faults, invalid, again=len(failed & done))
 
 
 def _turn(answerer: Answerer, history: list[dict[str, str]], line: str) -> list[dict[str, str]]:

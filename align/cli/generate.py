@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from align.errors import AlignError, ConfigError
 
 from .disk import writing_to
+
+if TYPE_CHECKING:
+    from align.generate import Answered
 
 CONTROL = "Under a constraint or a reward"
 
@@ -38,7 +43,7 @@ def generate(
         str | None,
         typer.Option(
             help="What an answer must be: json:schema.json, regex:PATTERN, grammar:file.lark, python:module:function, "
-            "sql:schema.json[#name] or words:file.txt.",
+            "sql:schema.json\\[#name] or words:file.txt.",
             rich_help_panel=CONTROL,
         ),
     ] = None,
@@ -66,6 +71,10 @@ def generate(
     top_p: Annotated[
         float | None,
         typer.Option(help="Draw from the fewest tokens that hold this share of the mass.", rich_help_panel=CONTROL),
+    ] = None,
+    max_draws: Annotated[
+        int | None,
+        typer.Option(min=1, help="Questions about one token after which it is a dead end.", rich_help_panel=CONTROL),
     ] = None,
     take: Annotated[
         str | None,
@@ -96,6 +105,7 @@ def generate(
         "particles": particles,
         "top_k": top_k,
         "top_p": top_p,
+        "max_draws": max_draws,
         "take": take,
         "reward": reward,
         "reward_strength": reward_strength,
@@ -103,7 +113,7 @@ def generate(
     }
     given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     _check_control(given, temperature, source, chat)
-    from align.controlled import Control
+    from align.controlled import Control, check
     from align.generate import Settings, answer_controlled, answer_file, answer_prompt
     from align.generate import chat as talk
 
@@ -111,23 +121,19 @@ def generate(
     settings = Settings(
         model, max_new_tokens, temperature if temperature is not None else 1.0 if control else 0.7, seed, raw
     )
+    if control is not None and (problems := check(control, settings.temperature)):
+        raise ConfigError("align generate", problems)
     if prompt is not None and control is not None:
         _show_answer(answer_controlled(settings, control, prompt))
     elif prompt is not None:
         answer_prompt(settings, prompt)
     elif source is not None and output is not None:
         try:
-            with writing_to(output):
-                answered = answer_file(settings, source, output, _show_progress, control)
+            with writing_to(output), closing(_Progress()) as progress:
+                answered = answer_file(settings, source, output, progress, control)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted: {output} keeps what is done; the same command goes on") from None
-        print(output)
-        if answered.again:
-            print(f"made again: {answered.again:,} row{'s' if answered.again > 1 else ''} that had failed")
-        if answered.faults:
-            from align.data.report import fault_report
-
-            print(fault_report(answered.faults, sum(1 for _ in output.open()) + len(answered.faults)))
+        _report(output, answered)
     else:
         talk(settings, lambda: input("> " if sys.stdin.isatty() else ""))
 
@@ -152,12 +158,14 @@ def _check_control(given: dict[str, Any], temperature: float | None, source: str
             refuse(name, "goes with --constraint, --constraint-field or --reward")
     if given and chat:
         refuse("chat", "has no constraints; use --prompt or --input")
+    if temperature is not None and not math.isfinite(temperature):
+        refuse("temperature", f"{temperature} is no finite number")
     if given and temperature == 0:
         refuse("temperature", "is over 0 under a constraint; --top-k 1 takes the likeliest token")
     if "constraint_field" in given and source is None:
         refuse("constraint_field", "is a column of the rows of --input")
-    if "constraint_field" in given and not given.get("constraint", "sql:").startswith("sql:"):
-        refuse("constraint_field", "goes with --constraint sql:FILE, or alone")
+    if "max_draws" in given and given.get("method") == "mask":
+        refuse("max_draws", "goes with the other methods; mask asks about all tokens")
     for name in given.keys() & {"reward_strength", "reward_every"}:
         if "reward" not in given:
             refuse(name, "goes with --reward")
@@ -178,5 +186,34 @@ def _show_answer(row: dict[str, Any]) -> None:
     print(f"{said} · {len(row['samples'])} particles", file=sys.stderr)
 
 
-def _show_progress(done: int, total: int) -> None:
-    print(f"\r{done:,}/{total:,} answers", end="\n" if done == total else "", file=sys.stderr, flush=True)
+def _report(output: Path, answered: Answered) -> None:
+    """What was written, what could not be used, and what is not valid."""
+    from align.data.report import fault_lines, fault_report
+
+    print(output)
+    if answered.again:
+        print(f"made again: {answered.again:,} row{'s' if answered.again > 1 else ''} that had failed")
+    if answered.faults:
+        print(fault_report(answered.faults, answered.rows + len(answered.faults)))
+    if answered.invalid:
+        valid = answered.rows - len(answered.invalid)
+        said = f"{output}: {valid:,} of {answered.rows:,} answers are valid"
+        text = "\n".join([said, *fault_lines(answered.invalid)])
+        if not valid:
+            raise AlignError(text)
+        print(text)
+
+
+class _Progress:
+    """A line that is written over, and ended whatever happens."""
+
+    def __init__(self) -> None:
+        self._begun = False
+
+    def __call__(self, done: int, total: int) -> None:
+        print(f"\r{done:,}/{total:,} answers", end="", file=sys.stderr, flush=True)
+        self._begun = True
+
+    def close(self) -> None:
+        if self._begun:
+            print(file=sys.stderr)

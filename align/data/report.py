@@ -43,16 +43,19 @@ def fault_report(faults: Sequence[Fault], total: int, kept_in: str | Path | None
         total: rows read, with the bad ones.
         kept_in: the file that ``write_rejected`` wrote, if it did.
     """
-    source = _source(faults)
     where = f" (set aside in {kept_in})" if kept_in is not None else ""
-    lines = [f"{source}: {bad_rows(faults):,} of {total:,} rows cannot be used{where}"]
-    groups = _grouped(faults)
+    heading = f"{_source(faults)}: {bad_rows(faults):,} of {total:,} rows cannot be used{where}"
+    return "\n".join([heading, *fault_lines(faults)])
+
+
+def fault_lines(faults: Sequence[Fault]) -> list[str]:
+    """A line for the faults of one file, field and reason."""
+    source, groups = _source(faults), _grouped(faults)
     table = [(_rows_of(group, source), group[0].field, group[0].reason) for group in groups[:_KINDS_SHOWN]]
     rows, fields = (max((len(line[column]) for line in table), default=0) for column in (0, 1))
-    lines += [f"  {row:<{rows}}  {field:<{fields}}  {reason}" for row, field, reason in table]
-    if len(groups) > _KINDS_SHOWN:
-        lines.append(f"  and {len(groups) - _KINDS_SHOWN} more kinds of fault")
-    return "\n".join(lines)
+    lines = [f"  {row:<{rows}}  {field:<{fields}}  {reason}" for row, field, reason in table]
+    more = len(groups) - _KINDS_SHOWN
+    return [*lines, f"  and {more} more kinds of fault"] if more > 0 else lines
 
 
 def _source(faults: Sequence[Fault]) -> str:

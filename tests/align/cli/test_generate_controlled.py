@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import Result
+
+from align.controlled import Control, Controller
+from align.decoding import smc
+from align.decoding.constraints import parse
+from align.decoding.request import Answer
+from align.decoding.smc import Sample
+from align.generate import Answerer, Settings
 
 Align = Callable[..., Result]
 
@@ -166,6 +174,80 @@ def test_a_constraint_a_row_and_a_bad_one_among_them(align: Align, tiny_model_di
     assert rows[1]["completion"] is None
     assert "regex 'x{2'" in rows[1]["reason"]
     assert "column must: the row has None" in rows[2]["reason"]
+    assert "out.jsonl: 2 of 4 answers are valid\n  row 2  answer  regex 'x{2': " in result.stdout
+    assert "row 3  answer  column must" in result.stdout
+
+
+def test_a_column_that_no_row_has(align: Align, tmp_path: Path) -> None:
+    """Before the model is loaded, which is not there."""
+    source = write(tmp_path / "prompts.jsonl", [{"prompt": "a", "must": "regex:x"}])
+    result = align(*options(tmp_path, "-i", source, "-o", tmp_path / "o.jsonl", "--constraint-field", "mst"))
+    assert result.exit_code == 2, result.output
+    assert "mst  no row has this column; there are must, prompt" in result.stderr
+
+
+def test_a_timeout_is_for_the_rows_that_can_use_it(
+    align: Align, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_predicate.py").write_text("def xs(text, complete):\n    return 'xx'.startswith(text)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = [{"prompt": "a", "must": "python:own_predicate:xs"}, {"prompt": "b", "must": "regex:y"}]
+    source, output = write(tmp_path / "prompts.jsonl", rows), tmp_path / "out.jsonl"
+    command = options(tiny_model_dir, "-i", source, "-o", output, "--constraint-field", "must")
+    result = align(*command, "--constraint-timeout", 20)
+    assert result.exit_code == 0, result.stderr
+    assert [row["valid"] for row in rows_of(output)] == [True, True], result.stdout
+
+
+def test_the_best_answer_is_judged_itself(tiny_model_dir: Path) -> None:
+    """The drawn one is valid and the best one, which is written, is not."""
+    controller = Controller(
+        Answerer(Settings(str(tiny_model_dir), 4, 1.0, 0, False)), Control(constraint="regex:a", take="best")
+    )
+    (end,) = controller.vocabulary.ends
+    drawn, best = (
+        Sample((controller.vocabulary.tokens.index(said), end), weight)
+        for said, weight in ((b"a", -2.0), (b"b", -1.0))
+    )
+    result = smc.Result((drawn, best), 0.0, 1.5, drawn, best, 0, 0, "")
+    row = controller._columns(Answer(result, (1,), True, ""), controller._constraint({}))
+    assert (row["completion"], row["valid"]) == ("b", False)
+    assert "refuses it" in row["reason"]
+
+
+def test_constraints_of_rows_are_not_kept(
+    align: Align, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 12 rows with one each, those of two rows and of the one before are there at a time."""
+    made: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    def counted(*args: Any, **named: Any) -> Any:
+        made.append(weakref.ref(found := parse(*args, **named)))
+        alive.append(sum(one() is not None for one in made))
+        return found
+
+    for name, value in {"ROWS": 2, "KEPT": 1, "parse": counted}.items():
+        monkeypatch.setattr(f"align.controlled.{name}", value)
+    rows = [{"prompt": "a", "must": f"regex:x{{{count}}}"} for count in range(1, 13)]
+    source, output = write(tmp_path / "prompts.jsonl", rows), tmp_path / "out.jsonl"
+    result = align(*options(tiny_model_dir, "-i", source, "-o", output, "--constraint-field", "must"))
+    assert result.exit_code == 0, result.stderr
+    assert len(alive) == 12
+    assert max(alive) <= 4
+
+
+def test_an_interruption_is_said_on_a_line_of_its_own(
+    align: Align, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(settings: Any, source: Any, output: Any, progress: Callable[[int, int], None], *_: Any) -> None:
+        progress(4, 200)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("align.generate.answer_file", interrupted)
+    result = align(*options(tmp_path, "-i", "in.jsonl", "-o", tmp_path / "o.jsonl", "--constraint", "regex:a"))
+    assert result.exit_code == 130
+    assert result.stderr.startswith("\r4/200 answers\ninterrupted: ")
 
 
 def test_the_schema_of_each_rows_database(align: Align, tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -178,7 +260,8 @@ def test_the_schema_of_each_rows_database(align: Align, tiny_model_dir: Path, tm
     output = tmp_path / "out.jsonl"
     command = options(tiny_model_dir, "-i", source, "-o", output, "--constraint", f"sql:{tmp_path / 'schemas.jsonl'}")
     result = align(*command, "--constraint-field", "db", "--max-new-tokens", 40)
-    assert result.exit_code == 0, result.stderr
+    assert result.exit_code == 1, "a tiny random model writes no query"
+    assert "out.jsonl: 0 of 2 answers are valid\n  row 1  answer" in result.stderr
     first, second = rows_of(output)
     assert first["samples"]
     assert all("dogs" not in sample["completion"].lower() for sample in first["samples"])
@@ -201,19 +284,43 @@ def test_a_reward_pulls(align: Align, tiny_model_dir: Path, tmp_path: Path, monk
     assert all(row["log_normaliser"] > 30 for row in rows)
 
 
-def test_what_cannot_be_used_is_said_at_once(align: Align, tiny_model_dir: Path, tmp_path: Path) -> None:
-    def error(*more: object, code: int) -> str:
-        result = align(*options(tiny_model_dir, "-p", "the hat", *more))
-        assert result.exit_code == code, result.output
+def test_what_cannot_be_used_is_said_before_the_model_is_loaded(align: Align, tmp_path: Path) -> None:
+    """There is none."""
+    (tmp_path / "schema.json").write_text('{"type": "objekt"}')
+
+    def error(*more: object, source: bool = False) -> str:
+        asked = ("-i", tmp_path / "in.jsonl", "-o", tmp_path / "o.jsonl") if source else ("-p", "the hat")
+        result = align(*options(tmp_path / "no-model", *asked, *more))
+        assert result.exit_code == 2, result.output
         return result.stderr
 
-    assert "--particles  goes with --constraint" in error(code=2)
-    assert "regex '[a': unclosed character class" in error("--constraint", "regex:[a", code=1)
-    assert "--top-k 1 takes the likeliest" in error("--constraint", "regex:a", "--temperature", 0, code=2)
-    assert "'best' is none of" in error("--constraint", "regex:a", "--method", "best", code=2)
-    assert "is a column of the rows of --input" in error("--constraint-field", "must", code=2)
-    assert "no valid answer" in error("--constraint", "regex:a{300}", code=1)
-    assert "top_p is 2.0" in error("--constraint", "regex:a", "--top-p", 2, code=1)
-    assert "there is no module 'nothing'" in error("--reward", "nothing:here", code=1)
-    (tmp_path / "schema.json").write_text('{"type": "objekt"}')
-    assert "schema.json" in error("--constraint", f"json:{tmp_path / 'schema.json'}", code=1)
+    regex, field = ("--constraint", "regex:a"), ("--constraint-field", "must")
+    assert "--particles  goes with --constraint" in error()
+    assert "regex '[a': unclosed character class" in error("--constraint", "regex:[a")
+    assert "'regx' is no kind of constraint" in error("--constraint", "regx:a")
+    assert "a timeout is for python" in error(*regex, "--constraint-timeout", 5)
+    assert "--top-k 1 takes the likeliest" in error(*regex, "--temperature", 0)
+    assert "inf is no finite number" in error(*regex, "--temperature", "inf")
+    assert "'best' is none of" in error(*regex, "--method", "best")
+    assert "mask asks about all tokens" in error(*regex, "--method", "mask", "--max-draws", 3)
+    assert "--top-p  top_p is 2.0" in error(*regex, "--top-p", 2)
+    assert "schema.json" in error("--constraint", f"json:{tmp_path / 'schema.json'}")
+    assert "is a column of the rows of --input" in error(*field)
+    assert "write sql:FILE alone, or nothing" in error(*regex, *field, source=True)
+    assert "write sql:FILE alone" in error("--constraint", "sql:f.json#one", *field, source=True)
+    assert "absent.json: No such file" in error("--constraint", "sql:absent.json", *field, source=True)
+
+
+def test_what_the_model_shows_to_be_unusable(align: Align, tiny_model_dir: Path) -> None:
+    def error(*more: object) -> str:
+        result = align(*options(tiny_model_dir, "-p", "the hat", *more))
+        assert result.exit_code == 1, result.output
+        return result.stderr
+
+    assert "no valid answer" in error("--constraint", "regex:a{300}")
+    assert "there is no module 'nothing'" in error("--reward", "nothing:here")
+    assert "among the 1 of max_draws: raise it" in error("--constraint", "regex:aaaa", "--max-draws", 1)
+
+
+def test_help_names_the_schema_of_a_file(align: Align) -> None:
+    assert "sql:schema.json[#name]" in align("generate", "--help").stdout.replace("\n", "")
