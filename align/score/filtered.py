@@ -150,10 +150,8 @@ def _id_of(content: Any) -> str | None:
     """The id of a row that was set aside; None where it cannot be read."""
     if not isinstance(content, dict):
         return None
-    if "row_id" in content:
-        return content["row_id"]
-    found = score_row(content, [])
-    return found.row_id if found is not None else id_of(content)
+    found = None if "row_id" in content else score_row(content, [])
+    return found.row_id if found is not None else content.get("row_id", id_of(content))
 
 
 def facts(filtered: Filtered) -> dict[str, Any]:
