@@ -3,12 +3,13 @@
 It walks at random through what the constraint allows and asks, at every step:
 
 - *prefix-closed*: a token is allowed whenever a longer token that begins with its bytes is; a text that may be ended
-  is never reached through a refused prefix, however it is cut into tokens; and no text is left without any next token
-  or end (a *dead end*), unless the constraint says that it has some.
+  is never reached through a refused prefix, however it is cut into tokens, nor is one that ``complete`` wants; and no
+  text is left without any next token or end (a *dead end*), unless the constraint says that it has some.
 - *incremental as from scratch*: the same tokens from ``start()`` give the same verdicts, whatever was asked between.
 - *one text, one verdict*: another way to cut the same bytes into tokens changes nothing.
 - *forks*: what is done with one state, and with those after it, leaves every other as it was.
-- *ends*: ``may_end`` is a bool, false within a character, and says what ``complete`` says where one is given.
+- *ends*: ``may_end`` is a bool, false within a character, and says what ``complete`` says where one is given; some
+  text may end.
 - *special tokens* are refused, nothing raises, and the mask of ``allowed`` is what ``advance`` says.
 
 A finite number of walks finds no proof: what it finds is broken, what it does not find was not there to be seen.
@@ -25,6 +26,7 @@ import numpy as np
 from .protocol import Constraint, ConstraintError, Masking, Vocabulary
 
 SHOWN = 2  # problems of each law in one message
+REFUSED = 64  # refused tokens at one state that `complete` is asked about
 
 
 @dataclass
@@ -53,22 +55,31 @@ def check(
 
     Args:
         texts: answers that it must allow, each in several ways to cut it into tokens; give some that are typical.
-        complete: whether a text is wanted, judged in another way (``re.fullmatch``, a parser).
+        complete: whether a text, any text, is wanted, judged in another way (``re.fullmatch``, a parser). With it,
+            refusals are judged too: of what follows a refused token, some is tried.
         dead_ends: the constraint may keep texts that nothing completes, as predicates and ANDs do.
         walks, length: random walks through allowed texts, and their most tokens.
         tokens: tokens asked about at every state, besides the next bytes of ``texts``; all, where there are fewer.
         seed: of the walks.
 
     Raises:
-        ConstraintError: with the laws that it broke, each with a text that shows it.
+        ConstraintError: with the laws that it broke, each with a text that shows it; or one of ``texts`` is none that
+            the vocabulary could spell.
     """
     trial = _Trial(constraint, vocabulary, complete, dead_ends, tokens, np.random.default_rng(seed))
     try:
         for text in texts:
-            for cut in trial.cuts(text.encode()):
+            cuts = trial.cuts(text.encode())
+            if not cuts:
+                raise ConstraintError(f"texts: no tokens of the vocabulary spell {text!r}, so it says nothing here")
+            for cut in cuts:
                 trial.follow(cut)
         for _ in range(walks):
             trial.walk(length)
+        if not trial.found.ends:
+            trial.found.problems.append(
+                f"ends: no text that may end was met in {walks} walks of {length} tokens: give one in `texts`"
+            )
     except _RaisedError as error:
         trial.found.problems.append(str(error))
     if trial.found.problems:
@@ -110,6 +121,7 @@ class _Trial:
             index for index, said in enumerate(vocabulary.tokens) if said is None and index not in vocabulary.ends
         ]
         self.silent = silent[:4]
+        self.taken: list[int] = []  # tokens of texts that were allowed
 
     # What is asked of the constraint, with what it raises named.
 
@@ -153,6 +165,7 @@ class _Trial:
                 self.problem("forks", [*path, token], "a token that was allowed is refused when asked again")
                 return
             state, path = after, [*path, token]
+            self.taken.append(token)
         else:
             seen.append((state, list(path), self.look(state, path)))
         for old, before, verdicts in seen:
@@ -166,6 +179,7 @@ class _Trial:
 
     def follow(self, path: list[int]) -> None:
         """A text that must be allowed."""
+        self.taken += path
         state = self.start()
         for rank, token in enumerate(path):
             after = self.advance(state, path[:rank], token)
@@ -201,8 +215,28 @@ class _Trial:
             self.found.dead_ends += 1
             if not self.dead_ends:
                 self.problem("prefix-closed", path, "is a dead end: no token may follow, and it may not end")
+        self.judge_refusals(path, [token for token, allowed in verdicts.items() if not allowed])
         self.compare_mask(state, path, verdicts)
         return verdicts, end
+
+    def judge_refusals(self, path: list[int], refused: list[int]) -> None:
+        """Nothing that ``complete`` wants begins with what is refused: by itself, or with tokens that were taken."""
+        tokens = [token for token in refused if self.vocabulary.tokens[token] is not None]
+        if self.complete is None or not tokens:
+            return
+        some = self.generator.permutation(tokens)[:REFUSED].tolist()
+        tails = [self.generator.choice(self.taken, count).tolist() for count in (1, 2, 3)] if self.taken else []
+        for token in some:
+            for tail in ([], *tails):
+                try:
+                    text = self.vocabulary.bytes([*path, token, *tail]).decode()
+                except UnicodeDecodeError:
+                    continue
+                if self.complete(text):
+                    self.problem(
+                        "prefix-closed", [*path, token], f"is refused, and yet begins {text!r}, which is wanted"
+                    )
+                    return
 
     def compare_mask(self, state: Any, path: list[int], verdicts: dict[int, bool]) -> None:
         if not isinstance(self.constraint, Masking):

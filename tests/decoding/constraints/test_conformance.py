@@ -38,17 +38,16 @@ QUERY = 'select T1.name, max(age) from singer as T1 join stadium as t2 on t1.nam
 
 
 def is_json(text: str) -> bool:
-    """Whether ``text`` is of SCHEMA, by Python."""
+    """Whether ``text`` is of SCHEMA, by Python: keys once and in order, nothing around it, characters as they are."""
     try:
-        read = json.loads(text)
+        pairs = json.loads(text, object_pairs_hook=list)
     except ValueError:
         return False
-    return (
-        isinstance(read, dict)
-        and type(read.get("a")) is int
-        and read.keys() <= {"a", "b"}
-        and (read.get("b", "é") in ("é", "the"))
-    )
+    if not (text.startswith("{") and text.endswith("}")) or "\\" in text:
+        return False
+    read = dict(pairs)
+    keys = [key for key, _ in pairs]
+    return keys in (["a"], ["a", "b"]) and type(read["a"]) is int and read.get("b", "é") in ("é", "the")
 
 
 def short(text: str, complete: bool) -> bool:
@@ -173,6 +172,26 @@ class NeverEnds(Text):
         return False
 
 
+class NeverStops(NeverEnds):
+    """Has no end and no dead end either."""
+
+    def advance(self, state: Any, token: int) -> Any | None:
+        return state if self.vocabulary.tokens[token] in (b"a", b"b", b"ab", b"abb") else None
+
+
+class Nothing(NeverEnds):
+    def advance(self, state: Any, token: int) -> Any | None:
+        return None
+
+
+class LosesTexts(Text):
+    """Refuses every text that begins with b."""
+
+    def advance(self, state: Any, token: int) -> Any | None:
+        after = super().advance(state, token)
+        return None if after is not None and after.startswith(b"b") else after
+
+
 class AlwaysEnds(Text):
     def may_end(self, state: Any) -> bool:
         return True
@@ -249,5 +268,31 @@ def test_texts_that_are_wanted_must_be_allowed(small: Vocabulary) -> None:
         check(Text(small), small, texts=["a"])
 
 
+def test_a_refusal_of_what_is_wanted_is_seen_where_complete_says_what_is(small: Vocabulary) -> None:
+    wanted = re.compile("[ab]{2,4}").fullmatch
+    assert check(LosesTexts(small), small).ends > 0, "nothing else shows it"
+    message = r"prefix-closed: text 'b+' .* is refused, and yet begins 'b[ab]+', which is wanted"
+    with pytest.raises(ConstraintError, match=message):
+        check(LosesTexts(small), small, complete=lambda text: bool(wanted(text)))
+
+
+def test_texts_that_no_tokens_spell_are_said_to_be_none(small: Vocabulary) -> None:
+    with pytest.raises(ConstraintError, match="texts: no tokens of the vocabulary spell 'zzz'"):
+        check(Text(small), small, texts=["ab", "zzz"])
+
+
+@pytest.mark.parametrize("broken", [NeverStops, Nothing])
+def test_without_any_end_nothing_was_shown(broken: type[Text], small: Vocabulary) -> None:
+    with pytest.raises(ConstraintError, match="ends: no text that may end was met in 12 walks of 24 tokens"):
+        check(broken(small), small, dead_ends=True)
+
+
+class EndsAtTwo(Text):
+    """Goes on after its only end, to nothing."""
+
+    def may_end(self, state: Any) -> bool:
+        return len(state) == 2
+
+
 def test_dead_ends_are_counted_where_they_are_declared(small: Vocabulary) -> None:
-    assert check(NeverEnds(small), small, dead_ends=True).dead_ends > 0
+    assert check(EndsAtTwo(small), small, dead_ends=True).dead_ends > 0
