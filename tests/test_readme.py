@@ -32,7 +32,8 @@ def test_python_runs(code, tmp_path, monkeypatch, tiny_tokenizer, make_tiny_mode
     page = {"model": make_tiny_model(), "tokenizer": tiny_tokenizer}
     page |= {"dataset": Dataset.from_list(rows), "thumbs": Dataset.from_list(thumbs)}
     exec(code, page)
-    assert len(blocks("python")) == 6
+    assert len(blocks("python")) == 7
+    assert "answer" not in page or page["answer"].valid
     assert "trainer" not in page or page["trainer"].state.global_step == 2
 
 
