@@ -211,7 +211,7 @@ class Controller:
     def _columns(self, answer: Answer, constraint: Constraint | None) -> dict[str, Any]:
         result, valid, reason = answer.result, answer.valid, answer.reason
         taken = result.drawn if result is not None else None
-        if result is not None and taken is not None and self.control.take == "best":
+        if result is not None and result.best is not None and self.control.take == "best":
             taken = result.best
             valid = satisfies(constraint, taken.tokens, self.vocabulary)
             reason = "" if valid else reason or "the constraint refuses it when it is asked again from the start"
