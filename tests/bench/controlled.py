@@ -235,6 +235,7 @@ class Bench:
             "judged": item.gold is not None,
             "tokens": len(tokens),
             "evaluations": list(answer.evaluations),
+            "masks": answer.masks,
             "ess": answer.result.ess if answer.result is not None else None,
             "reason": answer.reason,
         }
@@ -316,13 +317,14 @@ def task_table(task: str, answers: dict[str, list[dict[str, Any]]], size: int) -
     """Validity, matches, questions and time of one task, over what every way has answered."""
     common = set.intersection(*({row["item"] for row in rows} for rows in answers.values()))
     seconds = {
-        name: sum(r["seconds"] for r in rows) / sum(r["tokens"] for r in rows) for name, rows in answers.items()
+        name: sum(r["seconds"] for r in rows) / max(1, sum(r["tokens"] for r in rows))
+        for name, rows in answers.items()
     }
     lines = [
         f"### {task}, {len(common)} questions", "",
-        "| way | valid | right | constraint calls a token: median, mean, p99 | median of the vocabulary "
+        "| way | valid | right | questions a token: median, mean, p99 | median of the vocabulary | tokens by a mask "
         "| mean ESS | CPU ms a token of the answer |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
     for name, kept in answers.items():
         rows = [row for row in kept if row["item"] in common]
@@ -330,10 +332,11 @@ def task_table(task: str, answers: dict[str, list[dict[str, Any]]], size: int) -
         asked = not WAYS[name].free and len(calls) > 0
         numbers = f"{np.median(calls):.0f}, {calls.mean():.1f}, {np.percentile(calls, 99):.0f}" if asked else ""
         part = f"{100 * np.median(calls) / size:.4f} %" if asked else ""
+        masks = f"{100 * sum(row['masks'] for row in rows) / len(calls):.1f} %" if asked else ""
         ess = [row["ess"] or 0.0 for row in rows] if name.startswith("AWRS-SMC") else []
         lines.append(
             f"| {name} | {share([row['valid'] for row in rows])} | {share([r['right'] for r in rows if r['judged']])} "
-            f"| {numbers} | {part} | {f'{np.mean(ess):.1f}' if ess else ''} | {1e3 * seconds[name]:.0f} |"
+            f"| {numbers} | {part} | {masks} | {f'{np.mean(ess):.1f}' if ess else ''} | {1e3 * seconds[name]:.0f} |"
         )
     return [*lines, ""]
 
