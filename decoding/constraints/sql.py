@@ -155,6 +155,8 @@ def read_schemas(path: str | Path) -> dict[str, Schema]:
         except ValueError as error:
             raise ConstraintError(f"sql: {path}: schema {number}: {error}") from None
         schemas[name] = schema
+    if not schemas:
+        raise ConstraintError(f"sql: {path}: there is no schema in it")
     return schemas
 
 

@@ -135,6 +135,7 @@ def spider(tables: object, columns: object) -> str:
     [
         ("{", "not JSON: Expecting property name"),
         ("[" * 100_000, "not JSON: maximum recursion depth"),
+        ("[]", "there is no schema in it"),
         ("[1]", "schema 1: not a schema: write"),
         ('{"singer": [1, 2]}', "table 'singer': 1 is no name; write text"),
         ('{"singer": [["name", "text"]]}', "table 'singer': ['name', 'text'] is no name"),
