@@ -1,19 +1,21 @@
 """Losses: preference objectives as pure tensor functions, and the log-probs that they stand on. Torch alone.
 
 - ``types``      the carriers: ``SequenceLogps``, ``PairLogps``, ``UnpairedLogps``, ``LossOutput``.
-- ``pairwise``   on pairs, with soft labels: DPO and its kin (length-normalised, robust and positive DPO, R-DPO), IPO
-  (the paper's and the per-token form), SLiC, SLiC-HF, SimPO, CPO, ORPO, and the SFT term.
+- ``pairwise``   on pairs, with soft labels: IPO (the paper's and the per-token form), SLiC, SLiC-HF, SimPO, CPO, ORPO,
+  and the SFT term; ``dpo_family`` DPO and its kin (length-normalised, robust and positive DPO, R-DPO);
+  ``soft_labels`` what a loss is under a soft label, ``complement`` ``log(1 - P)``.
 - ``listwise``   Plackett-Luce on rankings.
 - ``binary``     BCO and KTO on single answers with a thumb up or down; BCO's reward shift, a module with a state.
-- ``selfplay``   on answers that the policy gave: Nash-MD-PG, GPO, SPPO, MDPO; pairs, labels and mixtures for online
-  IPO, DPO, SLiC and IPO-MD.
-- ``preference`` what trains reward models: Bradley-Terry and its kin, regression, GPM, PAL.
+- ``selfplay``   on answers that the policy gave: Nash-MD-PG, GPO, SPPO; labels and mixtures for online IPO, DPO, SLiC
+  and IPO-MD; ``groups`` their pairs, ``mirror_descent`` MDPO.
+- ``preference`` what trains reward models: Bradley-Terry and its kin, regression; ``general_preference`` GPM; ``pal``.
 - ``logic``      losses from logical formulas: ``LogicLoss``.
 - ``catalogue``  the table of losses, fed by a decorator beside each: does it need a reference, its default beta, its
   paper, its formula. Recipes, ``align recipes methods`` and the trainer read it.
 - ``laws``       what a loss may obey, and how each declares where it stands.
 - ``combine``    weighted sums of losses.
 - ``rows``       token ids of pairs as tensors: one row a pair with a shared prompt, or one row an answer.
+- ``checks``     what is refused, by name: NaN, empty answers, settings out of range.
 - ``similarity`` CHES, its length-normalised form and their baselines: how alike a model sees the answers of a pair.
 - ``logprobs``   log-probs of completion tokens from hidden states and the head's weight, without the logits of every
   position, with their own backward.

@@ -4,7 +4,7 @@
   ``doctor``, ``verify``: the commands; what they do is elsewhere (``align.run``, ``align.data``, ``align.generate``,
   ``align.score``, ``align.models``, ``align.config``, ``align.reports``, ``align.doctor``, ``align.evals.exact``,
   ``align.compare``).
-- ``disk``: a full disk, however a library says it.
+- ``logic``: ``align recipes logic``; ``disk``: a full disk, however a library says it.
 
 Exit codes: 0; 1 the run failed, or the data is not good enough; 2 usage or configuration; 130 interrupted. How a
 command ends is decided here, in one place, by ``CommandLine``.

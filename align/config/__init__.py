@@ -5,6 +5,7 @@
 - ``load``      ``load_recipe``: file or shipped recipe, ``base:``, overrides, every check, all problems at once.
 - ``losses``    ``method``, ``losses`` and ``loss`` against the table of losses.
 - ``training``  the ``training:`` section against the fields of TRL's configs.
+- ``reward``, ``pal``  these sections, and what they ask of the others.
 - ``paths``     files and folders that a recipe names.
 - ``explain``   what is wrong, in words, with 'did you mean'.
 - ``json_schema``  the JSON Schema that editors complete recipes from.

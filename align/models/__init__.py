@@ -5,6 +5,9 @@
 - ``hardware``     the dtype of ``dtype: auto`` and its reason, in words.
 - ``scoring``      a causal model whose forward pass can return the log-probs of given tokens; which families take a
   pair in one row.
+- ``ends``         which tokens end an answer.
+- ``embeddings``   of answers by a frozen backbone, computed once and kept.
+- ``expo``         on from the initial weights through the aligned ones: ``align models expo``.
 - ``memory``       freed memory back to the system.
 - ``fingerprint``  SHA-256 of weights, for the manifest.
 """

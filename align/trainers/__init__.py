@@ -5,11 +5,15 @@
 - ``thumbs``     ``ThumbsTrainer``: TRL's ``KTOTrainer`` with BCO or KTO, their state and their metrics.
 - ``grpo``       ``GroupTrainer``: TRL's ``GRPOTrainer`` on any reward or combination; references made before.
 - ``references`` what answers have to beat, by the starting policy; ``align score`` makes its columns so, too.
-- ``host``       what both do alike: the reference, its check, the clock, resuming.
+- ``reward``     ``RewardTrainer``: TRL's, with the heads of ``align.rewards.models`` and any reward loss.
+- ``pal``        PAL on embeddings that were made once; ``pal_backbone`` together with its backbone.
+- ``host``       what they do alike: the reference, its check, the clock, resuming.
+- ``given``      a data set from Python: what it may be, and what is said of rows that cannot be used.
 - ``matching``   BCO's weights of prompts; ``thumbs_collate`` the batches, and KTO's mismatched answers;
-  ``thumbs_metrics`` what is logged of them.
+  ``thumbs_loss`` a loss with its state; ``thumbs_metrics`` what is logged of it.
 - ``collate``    tokenised pairs to the tensors of one forward pass.
-- ``build``      model, adapter, reference and arguments from a recipe, with the facts that the manifest states.
+- ``build``      model, adapter, reference and arguments from a recipe, with the facts that the manifest states;
+  ``build_reward`` and ``build_pal`` for these methods.
 - ``plan``       steps and memory of a run that is not run: ``align train --dry-run``.
 - ``memory``     freed memory back to the system every few steps.
 - ``interrupt``  Ctrl-C and SIGTERM: save after the step in hand, then stop.

@@ -13,5 +13,6 @@ Samplers are run in every way that they can go.
 - ``decoding_targets``  the same for samplers under a constraint, on ``chances``: a procedure run once for every branch
   that its randomness can take. ``weighted`` has the published estimators that are not shipped.
 - ``verify``     all of them against the truth, on a device and in a dtype: ``align verify``.
-- ``laws``       what holds for all inputs, checked on drawn ones.
+- ``laws``       what holds for all inputs, checked on drawn ones; ``law_checks`` has a function for each.
+- ``rows``       what is reported of each.
 """
