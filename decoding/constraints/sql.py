@@ -2,10 +2,11 @@
 
 Two parts. A grammar made from the schema says, token by token, what may follow: keywords, functions, literals, and of
 names only tables and columns that exist, ``table.column`` only for the table's own columns. What no context-free
-grammar can say is left to SQLite itself, which prepares a statement that wants to end on an empty database with this
-schema: that a column belongs to a table of FROM, that an alias is declared, that a name is not ambiguous. So a text
-may be kept that nothing completes (``SELECT name FROM flights WHERE ...`` where only airports have names): it can go
-on and never end.
+grammar can say is left to SQLite itself, which prepares a statement on an empty database with this schema: that a
+column belongs to a table of FROM, that an alias is declared, that a name is not ambiguous. It is asked where a
+statement wants to end, and as soon as WHERE, GROUP, ORDER, LIMIT, a set operator or a semicolon closes a part of it,
+since what follows cannot mend that part. Within a part a text may be kept that nothing completes (``SELECT name FROM
+flights`` where only airports have names can only join): it can go on and never end.
 
 Known: joins of every kind, sub-queries, aggregates, GROUP BY, HAVING, ORDER BY, LIMIT, UNION, INTERSECT, EXCEPT, CASE,
 CAST and common functions; keywords and names in any case. Table aliases are a letter and up to two digits (``T1``).
@@ -77,6 +78,11 @@ NUMBER: /-?[0-9]{1,15}(\.[0-9]{1,15})?/
 TEXT: /'([^'\n]|'')*'|"([^"\n]|"")*"/
 """
 
+CLAUSES = ("where", "group", "order", "limit", "union", "intersect", "except")
+_PART = re.compile(r"""'[^']*'?|"[^"]*"?|`[^`]*`?|\[[^\]]*\]?|[();]|\w+(?=\s)""")
+_CLOSES = re.compile(rf";|\b(?:{'|'.join(CLAUSES)})\s".encode(), re.IGNORECASE)  # within a token
+_ENDS_WORD = re.compile(rb"\w*\s")
+
 
 class Sql:
     """The answer is one SELECT statement that SQLite can run on a database with this schema.
@@ -93,18 +99,32 @@ class Sql:
         self.vocabulary = vocabulary
         self._database = _database(schema)
         self._grammar: Compiled = grammar(lark(schema), vocabulary, name="sql")
+        self._spaced = np.array([re.search(rb"[\s;]", token or b"") is not None for token in vocabulary.tokens])
+        self._closes = np.array([_CLOSES.search(token or b"") is not None for token in vocabulary.tokens])
+        self._ends_word = np.array([_ENDS_WORD.match(token or b"") is not None for token in vocabulary.tokens])
 
     def start(self) -> Any:
         return self._grammar.start()
 
     def advance(self, state: Any, token: int) -> Any | None:
-        return self._grammar.advance(state, token)
+        after = self._grammar.advance(state, token)
+        if after is None or not self._spaced[token]:
+            return after
+        closed = _closed(self._grammar.text(after))
+        new = closed is not None and closed != _closed(self._grammar.text(state))
+        return None if new and self.refusal(str(closed)) is not None else after
 
     def may_end(self, state: Any) -> bool:
         return self._grammar.may_end(state) and self.refusal(self._grammar.text(state)) is None
 
     def allowed(self, state: Any) -> np.ndarray:
-        return self._grammar.allowed(state)
+        mask = self._grammar.allowed(state)
+        word = re.search(r"\w*$", self._grammar.text(state))
+        may_close = word is not None and word[0] and any(name.startswith(word[0].lower()) for name in CLAUSES)
+        asked = mask & (self._closes | self._ends_word) if may_close else mask & self._closes
+        for token in np.flatnonzero(asked).tolist():
+            mask[token] = self.advance(state, token) is not None
+        return mask
 
     def refusal(self, statement: str) -> str | None:
         """Why SQLite does not prepare a statement, or None. The statement is not run."""
@@ -113,6 +133,18 @@ class Sql:
         except sqlite3.Error as error:
             return str(error)
         return None
+
+
+def _closed(text: str) -> str | None:
+    """The part of a statement that what follows cannot change: what stands before its last clause or semicolon."""
+    depth, has_sources, stop = 0, False, None
+    for part in _PART.finditer(text):
+        word = part[0].lower()
+        depth += (word == "(") - (word == ")")
+        has_sources |= not depth and word == "from"
+        if not depth and (word == ";" or (has_sources and word in CLAUSES)):
+            stop = part.start()
+    return None if stop is None else text[:stop]
 
 
 def lark(schema: Schema) -> str:

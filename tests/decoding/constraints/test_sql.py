@@ -98,6 +98,44 @@ def test_may_not_end_where_sqlite_refuses(query: str, reason: str, sql: Sql) -> 
     assert reason in (sql.refusal(query) or "")
 
 
+@pytest.mark.parametrize(
+    ("query", "read"),
+    [
+        ("SELECT year FROM singer WHERE age = 3", "SELECT year FROM singer WHERE"),
+        ("SELECT year FROM singer;", "SELECT year FROM singer"),
+        ("SELECT 1 FROM singer WHERE max(age) = 3 ORDER BY name", "SELECT 1 FROM singer WHERE max(age) = 3 ORDER"),
+        ("SELECT name FROM singer GROUP BY year LIMIT 3", "SELECT name FROM singer GROUP BY year LIMIT"),
+        ("SELECT 1, 2 FROM singer UNION SELECT 1 FROM singer;", "SELECT 1, 2 FROM singer UNION SELECT 1 FROM singer"),
+    ],
+)
+def test_what_is_closed_is_judged_at_once(query: str, read: str, sql: Sql) -> None:
+    """No later clause makes it right: without this a text ran on to the limit and could never end."""
+    assert refused(sql, query) == read
+
+
+def test_what_may_still_be_mended_is_kept(sql: Sql) -> None:
+    """Clauses of a sub-query, words within quotes and names that begin as clauses do close nothing."""
+    query = (
+        "SELECT ' FROM x WHERE ;', (SELECT max(age) FROM singer WHERE age < concert.year ), \"order\" "
+        "FROM concert JOIN singer ON name = \"where ;\" WHERE name = 'a; LIMIT 3' AND year = 2014"
+    )
+    assert refused(sql, query) is None
+
+
+def test_the_mask_agrees_where_a_part_is_closed() -> None:
+    """Tokens of several letters that close a part are asked about; the others are the grammar's."""
+    pieces = [b"SELECT year FROM singer", b" WH", b"ERE", b"ERE ", b" ", b"\n", b";", b", concert", b"; ", b"E", b"x"]
+    vocabulary = Vocabulary([*pieces, None], frozenset({len(pieces)}))
+    words = Sql(SCHEMA, vocabulary)
+    begun = words.advance(words.start(), 0)
+    where = words.advance(begun, 1)
+    whole = words.advance(where, 2)
+    mended = words.advance(words.advance(words.advance(begun, 7), 1), 2)
+    for state, expected in ((begun, {1, 4, 5, 7}), (where, {2, 9}), (whole, set()), (mended, {4, 5})):
+        allowed = {token for token in range(len(pieces)) if words.advance(state, token) is not None}
+        assert allowed == set(words.allowed(state).nonzero()[0]) == expected
+
+
 def test_a_column_of_no_table_yet_may_come_by_a_join(sql: Sql) -> None:
     assert refused(sql, "SELECT name, year FROM singer") == "SELECT name, year FROM singer"
     assert refused(sql, "SELECT name, year FROM singer JOIN concert") is None
