@@ -316,14 +316,14 @@ def share(values: Sequence[bool]) -> str:
 def task_table(task: str, answers: dict[str, list[dict[str, Any]]], size: int) -> list[str]:
     """Validity, matches, questions and time of one task, over what every way has answered."""
     common = set.intersection(*({row["item"] for row in rows} for rows in answers.values()))
-    seconds = {
-        name: sum(r["seconds"] for r in rows) / max(1, sum(r["tokens"] for r in rows))
-        for name, rows in answers.items()
+    steps = {
+        name: sum(len(row["evaluations"]) for row in rows) / WAYS[name].particles for name, rows in answers.items()
     }
+    seconds = {name: sum(row["seconds"] for row in rows) / max(1, steps[name]) for name, rows in answers.items()}
     lines = [
         f"### {task}, {len(common)} questions", "",
         "| way | valid | right | questions a token: median, mean, p99 | median of the vocabulary | tokens by a mask "
-        "| mean ESS | CPU ms a token of the answer |",
+        "| mean ESS | CPU ms a step |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
     for name, kept in answers.items():
