@@ -87,10 +87,13 @@ class Compiled:
         """What has been said so far."""
         return self.vocabulary.text(list(_tokens(state.path))[::-1])
 
+    def next_bytes(self, state: _State) -> list[int]:
+        """The bytes that may follow."""
+        return [byte for byte, possible in enumerate(self._first_bytes(self._at(state))) if possible]
+
     def allowed(self, state: _State) -> np.ndarray:
         """The mask of llguidance where the next byte is open; where it is forced, its tokens are asked one by one."""
-        here = self._at(state)
-        first = [byte for byte, possible in enumerate(self._first_bytes(here)) if possible]
+        here, first = self._at(state), self.next_bytes(state)
         if len(first) > 1:
             matcher = self._masker.deep_copy()
             path = list(_tokens(state.path))[::-1]

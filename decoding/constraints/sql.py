@@ -79,9 +79,13 @@ TEXT: /'([^'\n]|'')*'|"([^"\n]|"")*"/
 """
 
 CLAUSES = ("where", "group", "order", "limit", "union", "intersect", "except")
+_NAMES = "|".join(CLAUSES)
 _PART = re.compile(r"""'[^']*'?|"[^"]*"?|`[^`]*`?|\[[^\]]*\]?|[();]|\w+(?=\s)""")
-_CLOSES = re.compile(rf";|\b(?:{'|'.join(CLAUSES)})\s".encode(), re.IGNORECASE)  # within a token
-_ENDS_WORD = re.compile(rb"\w*\s")
+_OUTSIDE_QUOTES = re.compile(r"""([^'"`\[]|'[^']*'|"[^"]*"|`[^`]*`|\[[^\]]*\])*""")
+# Of tokens: what may close a part by itself; what may end a word that was begun; and what can do neither.
+_CLOSES = re.compile(rf";|\b({_NAMES})(\s|$)".encode(), re.IGNORECASE)
+_ENDS_WORD = re.compile(rb"\w+(\s|$)|\s")
+_MAY_CLOSE = re.compile(rf"[\s;]|[{''.join({name[-1] for name in CLAUSES})}]$".encode(), re.IGNORECASE)
 
 
 class Sql:
@@ -99,29 +103,39 @@ class Sql:
         self.vocabulary = vocabulary
         self._database = _database(schema)
         self._grammar: Compiled = grammar(lark(schema), vocabulary, name="sql")
-        self._spaced = np.array([re.search(rb"[\s;]", token or b"") is not None for token in vocabulary.tokens])
-        self._closes = np.array([_CLOSES.search(token or b"") is not None for token in vocabulary.tokens])
-        self._ends_word = np.array([_ENDS_WORD.match(token or b"") is not None for token in vocabulary.tokens])
+        self._may_close, self._closes, self._ends_word = (
+            np.array([found(token or b"") is not None for token in vocabulary.tokens])
+            for found in (_MAY_CLOSE.search, _CLOSES.search, _ENDS_WORD.match)
+        )
 
     def start(self) -> Any:
         return self._grammar.start()
 
     def advance(self, state: Any, token: int) -> Any | None:
         after = self._grammar.advance(state, token)
-        if after is None or not self._spaced[token]:
+        if after is None or not self._may_close[token]:
             return after
-        closed = _closed(self._grammar.text(after))
-        new = closed is not None and closed != _closed(self._grammar.text(state))
+        closed = self._closed(after)
+        new = closed is not None and closed != self._closed(state)
         return None if new and self.refusal(str(closed)) is not None else after
+
+    def _closed(self, state: Any) -> str | None:
+        """The part that nothing can mend; a clause's name is one as soon as no other word can come of it."""
+        text = self._grammar.text(state)
+        word = re.search(r"\w*$", text)
+        is_name = word is not None and word[0].lower() in CLAUSES
+        return _closed(f"{text} " if is_name and set(self._grammar.next_bytes(state)) <= set(b" \t\r\n") else text)
 
     def may_end(self, state: Any) -> bool:
         return self._grammar.may_end(state) and self.refusal(self._grammar.text(state)) is None
 
     def allowed(self, state: Any) -> np.ndarray:
-        mask = self._grammar.allowed(state)
-        word = re.search(r"\w*$", self._grammar.text(state))
-        may_close = word is not None and word[0] and any(name.startswith(word[0].lower()) for name in CLAUSES)
-        asked = mask & (self._closes | self._ends_word) if may_close else mask & self._closes
+        mask, text = self._grammar.allowed(state), self._grammar.text(state)
+        asked = mask & self._closes
+        word = re.search(r"\w*$", text)
+        begun = word is not None and word[0] and any(name.startswith(word[0].lower()) for name in CLAUSES)
+        if begun and _OUTSIDE_QUOTES.fullmatch(text):
+            asked |= mask & self._ends_word
         for token in np.flatnonzero(asked).tolist():
             mask[token] = self.advance(state, token) is not None
         return mask
