@@ -159,7 +159,7 @@ class TrainingFilter:
                     faults.append(Fault(row.source, row.row, error.field, error.reason, shown))
             table.faults += faults
             if not faults:
-                short = SHORT if line.get("columns", {}).get(ONE_TOKEN) else ""
+                short = SHORT if (raw | line.get("columns", {})).get(ONE_TOKEN) is True else ""
                 labels = labels_in(raw, groups)
                 table.candidates.append(
                     Candidate(row.source, row.row, row.row_id, found, labels, _lengths(ids), short)

@@ -45,7 +45,7 @@ def write_recipe(tmp_path: Path, tiny_model_dir: Path) -> Callable[..., Path]:
     return write
 
 
-def test_what_is_said_and_the_filter_that_is_recommended(align: Align, write_recipe, tmp_path: Path) -> None:
+def test_what_is_said_and_the_filter_to_paste(align: Align, write_recipe, tmp_path: Path) -> None:
     path = write_recipe()
     before = sorted(tmp_path.iterdir())
     result = align("train", path, "--preflight", "--preflight-rows", 30)
@@ -59,8 +59,8 @@ def test_what_is_said_and_the_filter_that_is_recommended(align: Align, write_rec
 
     pasted = yaml.safe_load("\n".join(re.findall(r"^  (data:|  filter: .*)$", result.stdout, re.MULTILINE)))
     share = pasted["data"]["filter"]["ches_ln"]["keep"]
-    assert 0.5 <= share < 1
-    assert f"it keeps {max(1, int(40 * share + 1e-9))} of 40 pairs" in result.stdout
+    assert share == 0.9
+    assert "it keeps 36 of 40 pairs" in result.stdout
     recipe = yaml.safe_load(path.read_text())
     recipe["data"] |= pasted["data"]
     path.write_text(yaml.safe_dump(recipe))
@@ -86,40 +86,69 @@ def test_repeats_equal_answers_and_short_ones_are_counted(align: Align, write_re
     assert "no filter is recommended: most answers are single tokens" in result.stdout
 
 
+def scored(scores: list[float], **columns: Any) -> list[dict[str, Any]]:
+    return [
+        {"prompt": f"p {n}", "chosen": f"a {n}", "rejected": "b c", "ches_ln": score, **columns}
+        for n, score in enumerate(scores)
+    ]
+
+
 def test_a_column_of_the_data_is_taken_as_it_is(align: Align, write_recipe) -> None:
-    rows = [{"prompt": f"p {n}", "chosen": f"a {n}", "rejected": "b c", "ches_ln": n - 7.5} for n in range(10)]
-    result = align("train", write_recipe(rows), "--preflight")
+    result = align("train", write_recipe(scored([n - 74.5 for n in range(100)])), "--preflight")
     assert "from its column ches_ln" in result.stdout
-    # Over the median, -3, lie .5 to 4.5; the highest is counted as the next, 3.5: 7 of 11.5 in the highest fifth.
-    assert "the highest fifth of the pairs has 61 %" in result.stdout
-    # The quartile is -5.25; -3 + 2.44 * 2.25 = 2.49 is over all.
+    # Over the median, -25, lie .5 to 49.5; the highest five are counted as the next, 44.5: 785 of 1,235 in the highest
+    # fifth.
+    assert "the highest fifth of the pairs has 64 %" in result.stdout
+    # The quartile is -49.75; -25 + 2.4387 * 24.75 = 35.36 is over all.
     assert "no tail stands out" in result.stdout
-    assert "over 2.487 lie 0 % of the pairs" in result.stdout
+    assert "over 35.36 lie 0 % of the pairs" in result.stdout
+
+
+def test_answers_that_the_data_flags_are_counted(align: Align, write_recipe) -> None:
+    """With CHES from the data, what it says of single tokens counts as well."""
+    rows = [*scored([float(n) for n in range(3)], one_token=True), *scored([9.0, 8.0])[1:]]
+    found = align("train", write_recipe(rows), "--preflight").stdout
+    assert "one-token answers 3" in found
+    assert "no filter is recommended: most answers are single tokens" in found
+    assert "keep:" not in found
 
 
 NORMAL = [NormalDist().inv_cdf((n + 0.5) / 99) for n in range(99)]
+CHOICE = (
+    "a choice and no recommendation, to paste in the recipe: without the highest 10 %|keep: 0.9}|it keeps 90 of 100"
+)
+NONE = f"no filter is recommended: no tail stands out|{CHOICE}"
 
 
 @pytest.mark.parametrize(
     ("scores", "said"),
     [
-        ([-9.0] * 5 + [-8.0] * 2 + [-1.0, -1.1, -1.2], "over -7.281 lie 30 %|keep: 0.7}"),  # a clump, all under 0
+        # a clump, all under 0
+        ([-9.0] * 50 + [-8.0] * 20 + [-1 - n / 100 for n in range(30)], "over -7.281 lie 30 %|keep: 0.7}|keeps 70 of"),
         ([-log(1 - (n + 0.5) / 100) for n in range(100)], "lie 19 %|keep: 0.81}"),  # over ln 2 + 2.44 ln 1.5
-        ([*NORMAL, 1000.0], "fifth of the pairs has 69 %|no tail stands out|over 1.65 lie 6 %"),  # one far off
-        ([3 * score - 1000 for score in NORMAL], "fifth of the pairs has 69 %|no tail stands out|over -995.1 lie 5 %"),
-        ([log((n + 0.5) / 100) for n in range(100)], "no tail stands out"),
-        ([1.0, 2.0, 3.0] + [4.0] * 7, "no tail stands out"),
-        ([0.1] * 10, "no tail stands out"),
+        ([*NORMAL, 1000.0], f"fifth of the pairs has 69 %|over 1.65 lie 6 %|{NONE}"),  # one far off
+        ([3 * score - 1000 for score in [*NORMAL, 0.0]], f"fifth of the pairs has 69 %|lie 5 %|{NONE}"),
+        ([log((n + 0.5) / 100) for n in range(100)], NONE),
+        ([1.0, 2.0, 3.0] + [4.0] * 97, NONE),
+        ([0.1] * 100, NONE),
+        ([0.0] * 80 + [1.0] * 40, "over 0 lie 33 %|keep: 0.667}|it keeps 80 of 120"),  # 0.66 would keep one less
+        (
+            [0.0] * 60 + [1.0] * 39,
+            "under 100 pairs, a tail that stands out is often chance\n|keep: 0.9}|keeps 89 of 99",
+        ),
     ],
 )
 def test_the_recommendation_follows_the_spread(align: Align, write_recipe, scores: list[float], said: str) -> None:
     """A tail that is heavier than a normal one is left out; one pair, or where the scores lie, changes nothing."""
-    rows = [
-        {"prompt": f"p {n}", "chosen": f"a {n}", "rejected": "b c", "ches_ln": score} for n, score in enumerate(scores)
-    ]
-    found = align("train", write_recipe(rows), "--preflight").stdout
+    found = align("train", write_recipe(scored(scores)), "--preflight").stdout
     for words in said.split("|"):
         assert words in found
+    assert ("no filter is recommended" in found) is ("keep: 0.9}" in found)
+
+
+def test_a_small_sample_of_large_data_can_be_larger(align: Align, write_recipe) -> None:
+    found = align("train", write_recipe(scored([0.0] * 60 + [1.0] * 40)), "--preflight", "--preflight-rows", 50).stdout
+    assert "is often chance; --preflight-rows scores more" in found
 
 
 def test_what_it_is_not_for(align: Align, write_recipe) -> None:
