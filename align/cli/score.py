@@ -83,7 +83,7 @@ def score(
         align score pairs.jsonl --with ches,ches_ln,logps --model smollm2-135m-instruct -o scored.jsonl
     """
     _check_options(source, output, dtype, quantile, canned, regression)
-    from align.score.run import check_columns, processes, score_data
+    from align.score.run import check_columns, identity_at, processes, score_data
     from align.score.scorers import OF_THE_MODEL, Policy, named_specs
     from align.tracking.files import make_room
 
@@ -95,6 +95,7 @@ def score(
         raise ConfigError("align score", [("--model", f"is missing: {needy[0]} needs it")])
     check_columns(source, named)
     make_room(output)
+    identity_at(output)  # refuses a file that is none of ours
     policy = None
     if model is not None and needy:
         device = processes().device
@@ -183,7 +184,7 @@ def _with_references(scorers: list[Scorer]) -> list[AnswerScorer]:
 def _show(outcome: Outcome) -> None:
     from align.data.report import fault_report
     from align.score.rows import ONE_TOKEN
-    from align.score.run import MOVED
+    from align.score.run import MOVED, OTHER_FLAGS
 
     counts = outcome.counts
     cut = f" · {counts['cut']:,} answers cut to fit" if counts["cut"] else ""
@@ -193,6 +194,8 @@ def _show(outcome: Outcome) -> None:
         print(f"{counts['moved']:,} rows {MOVED}")
     if (flagged := outcome.columns.pop(ONE_TOKEN, None)) and (count := round(flagged["n"] * flagged["mean"])):
         print(f"{count:,} pairs whose answers are single tokens: CHES says little of them (column {ONE_TOKEN})")
+    if counts["other_flags"]:
+        print(f"{counts['other_flags']:,} pairs {OTHER_FLAGS}")
     width = max((len(name) for name in outcome.columns), default=0)
     for name, found in outcome.columns.items():
         nulls = f"{found['null']:,} without a number" if found["null"] else ""

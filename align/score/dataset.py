@@ -24,7 +24,7 @@ from align.models.load import LoadedModel
 from align.tracking.progress import progress
 
 from .policy import OF_PAIRS, PolicyScorer
-from .run import MOVED, no_warning_of_batches, score_rows
+from .run import MOVED, OTHER_FLAGS, no_warning_of_batches, score_rows
 from .scorers import Policy
 from .select import finite_number, group_name, standing
 from .shards import Line
@@ -49,7 +49,8 @@ def ches_scores(
     """The data set with ``row_id``, the columns, and ``one_token`` where CHES is asked for.
 
     A row that cannot be scored stays, with null in the new columns; a warning names these rows and says why. So are
-    answers told that ``max_length`` cuts. ``row_id`` and ``one_token`` may be there of an earlier pass, and stay.
+    answers told that ``max_length`` cuts. ``row_id`` and ``one_token`` may be there of an earlier pass, and stay; a
+    warning says how many ``one_token`` would be others.
 
     Args:
         dataset: pairs, ``[prompt,] chosen, rejected``, as text or as messages.
@@ -68,10 +69,12 @@ def ches_scores(
         given = f"model is a {type(model).__name__}, tokenizer a {type(tokenizer).__name__}"
         raise AlignError(f"{given}: load both first, as with from_pretrained of transformers")
     for name, limit in (("batch_size", batch_size), ("max_length", max_length)):
-        if limit is not None and (not isinstance(limit, int) or limit < 1):
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
             raise AlignError(f"{name} is {limit!r}: it must be a whole number, 1 or more")
     if isinstance(columns, str) or not columns or not set(columns) <= set(OF_PAIRS):
         raise AlignError(f"columns is {columns!r}: it must be a list of one or more of {', '.join(OF_PAIRS)}")
+    if len(set(columns)) < len(columns):
+        raise AlignError(f"columns is {columns!r}: name each once")
     for name in columns:
         if name in dataset.column_names:
             raise AlignError(
@@ -87,8 +90,13 @@ def ches_scores(
     _tell(lines)
     for name in ["row_id", *next(line["columns"] for line in lines if "columns" in line)]:
         values = [line.get("row_id") if name == "row_id" else line.get("columns", {}).get(name) for line in lines]
-        if name in dataset.column_names:  # of an earlier pass, and equal where both are known
-            values = [old if new is None else new for old, new in zip(dataset[name], values, strict=True)]
+        if name in dataset.column_names:  # of an earlier pass; a row_id is equal where both are known
+            both = list(zip(dataset[name], values, strict=True))
+            if differ := sum(None not in (old, new) and old != new for old, new in both):
+                logger.warning("%d of %d pairs %s", differ, len(both), OTHER_FLAGS)
+            if not all(old is None or isinstance(old, type(new)) for old, new in both if new is not None):
+                continue  # a one_token that is not of true and false takes no values of ours
+            values = [new if old is None else old for old, new in both]
             dataset = dataset.remove_columns(name)
         dataset = dataset.add_column(name, values)
     return dataset
@@ -142,7 +150,8 @@ def filter_by(
         AlignError: no ``Dataset``, no such column, no rule or several, no row with a number, or none is kept.
     """
     _check_dataset(dataset)
-    given = {"keep": keep, "window": window and list(window), "below": below, "above": above, "group": group}
+    ends: Any = list(window) if isinstance(window, tuple) else window
+    given = {"keep": keep, "window": ends, "below": below, "above": above, "group": group}
     rule = _rule({name: value for name, value in given.items() if value is not None})
     for name in filter(None, (column, group)):
         if name not in dataset.column_names:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -45,6 +45,7 @@ MOVED = (
     "whose prompt ends in other tokens when an answer follows, which is then taken from where the tokens part: end "
     "prompts without a blank, and begin answers with one"
 )
+OTHER_FLAGS = f"keep the {ONE_TOKEN} that the data has, which would be another by the tokens of this model"
 
 
 @dataclass
@@ -53,9 +54,10 @@ class Outcome:
 
     Attributes:
         output: the file.
-        counts: ``rows`` (read), ``scored``, ``set_aside``, ``cut`` (answers that were too long for a scorer) and
-            ``moved`` (rows whose prompt ends in other tokens when an answer follows) and ``left_out`` (of the answers
-            drawn for references, those without a reward).
+        counts: ``rows`` (read), ``scored``, ``set_aside``, ``cut`` (answers that were too long for a scorer),
+            ``moved`` (rows whose prompt ends in other tokens when an answer follows), ``left_out`` (of the answers
+            drawn for references, those without a reward) and ``other_flags`` (rows whose ``one_token`` is of an
+            earlier pass, and would be another by this one).
         columns: of each new column of numbers: ``n``, ``null``, ``mean``, ``min``, ``max``; of lists, over entries.
         faults: why rows were set aside, of a file that holds them.
         rejected: that file; None where there are no faults.
@@ -101,8 +103,8 @@ def score_data(
     total, content = _content_of(source)
     identity: dict[str, Any] = {"source": source, "data": content, "scorers": made_by}
     identity |= {"batch_size": batch_size, "shard_rows": shard_rows}
-    about = output.with_name(f"{output.name}.score.json")
-    done = _finished(output, about, identity)
+    about = _about(output)
+    done = _finished(output, identity)
     if not done:
         with state.main_process_first():
             shards = Shards(output, identity)
@@ -122,19 +124,35 @@ def _content_of(source: str) -> tuple[int, str]:
     return total, digest.hexdigest()
 
 
-def _finished(output: Path, about: Path, identity: Mapping[str, Any]) -> bool:
+def _about(output: Path) -> Path:
+    return output.with_name(f"{output.name}.score.json")
+
+
+def identity_at(output: Path) -> dict[str, Any] | None:
+    """The identity of the run that made the output; None where there is no output.
+
+    Raises:
+        AlignError: it is there, and none of ours.
+    """
+    if not output.exists():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(_about(output).read_text(encoding="utf-8"))["identity"]
+    except (FileNotFoundError, ValueError, KeyError):
+        raise AlignError(f"{output} is there already and was not made by align score; name another output") from None
+    return found
+
+
+def _finished(output: Path, identity: Mapping[str, Any]) -> bool:
     """Whether the output is there and is what this run would make.
 
     Raises:
         AlignError: it is something else.
     """
-    if not output.exists():
+    found = identity_at(output)
+    if found is None:
         return False
-    try:
-        found = json.loads(about.read_text(encoding="utf-8"))
-        check_same(output, found["identity"], identity)
-    except (FileNotFoundError, ValueError, KeyError):
-        raise AlignError(f"{output} is there already and was not made by align score; name another output") from None
+    check_same(output, found, identity)
     return True
 
 
@@ -212,7 +230,7 @@ def _score_through(scorers: Sequence[Scorer], rows: Mapping[int, ScoreRow], line
                 known = {name: lines[number][name] for name in ("row_id", *_COUNTED)}
                 lines[number] = _set_aside(number, [columns]) | known
             else:
-                _check_new(columns, lines[number]["columns"], rows[number])
+                _check_new(columns.keys() - {ONE_TOKEN}, lines[number]["columns"], rows[number])
                 lines[number]["columns"] |= columns
 
 
@@ -245,7 +263,7 @@ def _score_batch(scorer: Scorer, rows: Sequence[ScoreRow]) -> tuple[list[Columns
 
 
 def check_columns(source: str, named: Mapping[str, str]) -> None:
-    """Stop, before a model is loaded, where the data has a column already that is to be made.
+    """Stop, before a model is loaded, where the data has a column already that is to be made, or other row ids.
 
     Looks at the first row that can be scored; what only others have is found when they are.
 
@@ -253,27 +271,20 @@ def check_columns(source: str, named: Mapping[str, str]) -> None:
         named: specs by the name of their column, as ``scorers.named_specs`` gives them.
 
     Raises:
-        AlignError: there is such a column.
+        AlignError: there is such a column, or a ``row_id`` of the data's own.
     """
-    first = next((row for row in map(_read, read_rows(source)) if isinstance(row, ScoreRow)), None)
-    if first is None:
-        return
-    for name, spec in named.items():
-        made = [name] if spec in OF_PAIRS else [f"{name}_{field}" for field in first.answers]
-        _check_new(dict.fromkeys(made), {}, first)
+    for row in read_rows(source):
+        if isinstance(first := _read(row), ScoreRow):
+            _check_id(first, row)
+            for name, spec in named.items():
+                _check_new([name] if spec in OF_PAIRS else [f"{name}_{field}" for field in first.answers], {}, first)
+            return
 
 
-def _check_new(columns: Columns, others: Columns, row: ScoreRow) -> None:
-    """Columns of the data are not written over; which answers are single tokens may be known of another pass."""
-    known = {**row.fields, **others, "row_id": row.row_id}
-    for name in sorted(columns.keys() & known.keys()):
-        if name != ONE_TOKEN:
-            raise AlignError(f"there is a column {name} already: give the new one another name, --with NAME=SPEC")
-        if known[name] not in (None, columns[name]):
-            raise AlignError(
-                f"row_id {row.row_id}: the data has {name} {known[name]}, and by the tokens of this model it is "
-                f"{columns[name]}: rename the column of the data"
-            )
+def _check_new(names: Iterable[str], others: Columns, row: ScoreRow) -> None:
+    """Columns of the data are not written over."""
+    if taken := sorted({*row.fields, *others, "row_id"}.intersection(names)):
+        raise AlignError(f"there is a column {taken[0]} already: give the new one another name, --with NAME=SPEC")
 
 
 @contextmanager
@@ -296,14 +307,16 @@ def no_warning_of_batches() -> Iterator[None]:
 def _write(source: str, shards: Shards, output: Path, about: Path, count: int) -> None:
     faults: list[Fault] = []
     statistics: dict[str, list[float]] = {}
-    counts = dict.fromkeys(("rows", "scored", "set_aside", *_COUNTED), 0)
+    counts = dict.fromkeys(("rows", "scored", "set_aside", *_COUNTED, "other_flags"), 0)
     for line, (file, row, content) in zip(shards.lines(count), read_rows(source), strict=True):
         counts["rows"] += 1
         for name in _COUNTED:
             counts[name] += line.get(name, 0)
-        if "columns" in line:
+        if "columns" in line and not isinstance(content, Fault):
             counts["scored"] += 1
-            _collect(statistics, line["columns"])
+            columns = _beside(content, line["columns"])
+            counts["other_flags"] += columns != line["columns"]
+            _collect(statistics, columns)
             continue
         counts["set_aside"] += 1
         shown = content.content if isinstance(content, Fault) else content
@@ -324,13 +337,19 @@ def _write(source: str, shards: Shards, output: Path, about: Path, count: int) -
     def rows() -> Iterator[dict[str, Any]]:
         for line, (_, _, content) in zip(shards.lines(count), read_rows(source), strict=True):
             if "columns" in line and not isinstance(content, Fault):
-                yield {**content, "row_id": line["row_id"], **line["columns"]}
+                yield {**content, "row_id": line["row_id"], **_beside(content, line["columns"])}
 
-    columns = {name: _summary(values) for name, values in statistics.items()}
+    summaries = {name: _summary(values) for name, values in statistics.items()}
     # Before the output: where the output is, so is what made it, whenever a kill comes.
-    write_json(about, {"identity": shards.identity, "counts": counts, "columns": columns})
+    write_json(about, {"identity": shards.identity, "counts": counts, "columns": summaries})
     write_rows(output, rows)
     shards.remove()
+
+
+def _beside(content: Mapping[str, Any], columns: Columns) -> Columns:
+    """The new columns of a row, with the ``one_token`` of an earlier pass where there is one: it only informs."""
+    known = content.get(ONE_TOKEN)
+    return columns if known is None or ONE_TOKEN not in columns else {**columns, ONE_TOKEN: known}
 
 
 def _collect(statistics: dict[str, list[float]], columns: Mapping[str, Any]) -> None:

@@ -236,7 +236,8 @@ class Policy:
             AlignError: it is no causal model of transformers.
         """
         config = getattr(loaded.model, "config", None)
-        if config is None or config.is_encoder_decoder:
+        generates = getattr(loaded.model, "generation_config", None) is not None
+        if config is None or config.is_encoder_decoder or not generates:
             raise AlignError(f"{spec}: a {type(loaded.model).__name__} is no causal model of transformers")
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)
         return cls(spec, loaded, max_length or limit, batch_size)

@@ -312,7 +312,7 @@ def test_a_data_set_that_cannot_be_scored(policy: Policy) -> None:
         filter_by(scored, "ches", keep="0.5")  # type: ignore[arg-type]
 
 
-def test_a_data_set_that_has_been_scored(policy: Policy) -> None:
+def test_a_data_set_that_has_been_scored(policy: Policy, caplog: pytest.LogCaptureFixture) -> None:
     """Its row_id and one_token stay; null in them is filled in; another row_id is refused."""
     data, model, tokenizer = Dataset.from_list(pairs(3)[1:]), policy.loaded.model, policy.loaded.tokenizer
     once = ches_scores(data, model, tokenizer, columns=["ches"])
@@ -321,6 +321,11 @@ def test_a_data_set_that_has_been_scored(policy: Policy) -> None:
     assert set(twice.column_names) == {*once.column_names, "ches_ln"}
     for name in once.column_names:
         assert twice[name] == once[name]
+    other = data.add_column("one_token", [True, False])  # of a model with other tokens
+    assert ches_scores(other, model, tokenizer)["one_token"] == [True, False]
+    assert "1 of 2 pairs keep the one_token that the data has" in caplog.text
+    theirs = data.add_column("one_token", ["no", None])
+    assert ches_scores(theirs, model, tokenizer)["one_token"] == ["no", None]
     with pytest.raises(AlignError, match="row_id of its own"):
         ches_scores(data.add_column("row_id", ["a", "b"]), model, tokenizer)
 
@@ -332,11 +337,15 @@ def test_what_a_script_gets_wrong(policy: Policy, caplog: pytest.LogCaptureFixtu
         ches_scores(data, "name", tokenizer)
     with pytest.raises(AlignError, match="tokenizer a NoneType"):
         ches_scores(data, model, None)
-    for name, value in (("batch_size", 0), ("batch_size", "4"), ("batch_size", 1.5), ("max_length", 0)):
+    for name, value in (("batch_size", 0), ("batch_size", "4"), ("batch_size", True), ("max_length", 0)):
         with pytest.raises(AlignError, match=f"{name} is {value!r}: it must be a whole number, 1 or more"):
             ches_scores(data, model, tokenizer, **{name: value})
+    with pytest.raises(AlignError, match="name each once"):
+        ches_scores(data, model, tokenizer, columns=["ches", "ches"])
     with pytest.raises(AlignError, match="a Linear is no causal model"):
         ches_scores(data, torch.nn.Linear(1, 1), tokenizer)
+    with pytest.raises(AlignError, match="a LlamaModel is no causal model"):  # what AutoModel loads
+        ches_scores(data, model.model, tokenizer)
     sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": len(tokenizer)}
     with pytest.raises(AlignError, match="a T5ForConditionalGeneration is no causal model"):
         ches_scores(data, T5ForConditionalGeneration(T5Config(**sizes)), tokenizer)
@@ -353,6 +362,8 @@ def test_what_a_script_gets_wrong(policy: Policy, caplog: pytest.LogCaptureFixtu
         filter_by(scored, "text", keep=0.5)
     assert filter_by(scored, "far", keep=1.0)["text"] == ["a", "c"]
     assert "1 of 3 rows have no far and are left out; the first: dataset[1]: far: inf is not finite" in caplog.text
+    with pytest.raises(AlignError, match=r"window .*0\.5.* is not"):
+        filter_by(scored, "ches", window=0.5)  # type: ignore[arg-type]
     with pytest.raises(AlignError, match="no row is kept: ches lies between 1 and 3"):
         filter_by(scored, "ches", below=-1e9)
     assert filter_by(scored, "ches", keep=1.0)["text"] == ["a", "c"]
@@ -383,7 +394,9 @@ def test_the_command(align: Callable[..., Any], source: Path, tiny_model_dir: Pa
 
 
 def test_a_second_pass(align: Callable[..., Any], source: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
-    """CHES again under another name, one_token kept; a name that is taken is told before any model is looked for."""
+    """CHES again under another name, one_token kept whatever this model says; a name that is taken is told before any
+    model is looked for.
+    """
 
     def score(data: Path, words: str, output: str, model: str = str(tiny_model_dir)) -> Any:
         return align("score", data, "--with", words, "--model", model, "-o", tmp_path / output)
@@ -401,10 +414,27 @@ def test_a_second_pass(align: Callable[..., Any], source: Path, tiny_model_dir: 
         assert taken.exit_code == 1
         assert f"there is a column {words}" in taken.stderr
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-    one.write_text(one.read_text().replace('"one_token": false', '"one_token": true'))
+    flagged = one.read_text().replace('"one_token": false', '"one_token": true', 7)
+    one.write_text(flagged)
     otherwise = score(one, "ches", "three.jsonl")
-    assert otherwise.exit_code == 1
-    assert "has one_token True, and by the tokens of this model it is False: rename" in otherwise.stderr
+    assert otherwise.exit_code == 0, otherwise.output
+    assert "7 pairs keep the one_token that the data has, which would be another" in otherwise.stdout
+    assert "7 pairs whose answers are single tokens" in otherwise.stdout
+    third = [json.loads(row) for row in (tmp_path / "three.jsonl").read_text().splitlines()]
+    assert [row["one_token"] for row in third] == [True] * 7 + [False] * 23
+
+
+def test_what_needs_no_model_is_told_before_one_is_looked_for(
+    align: Callable[..., Any], source: Path, tmp_path: Path
+) -> None:
+    """An output that is none of ours, and a row_id of the data's own."""
+    output = tmp_path / "out.jsonl"
+    output.write_text("precious\n")
+    words = ("--with", "ches", "--model", "nowhere", "-o", output)
+    assert "out.jsonl is there already and was not made by align score" in align("score", source, *words).stderr
+    output.unlink()
+    source.write_text(json.dumps({**pairs(1)[0], "row_id": 7}) + "\n")
+    assert "pairs.jsonl: row 1: the data has a column row_id of its own (7)" in align("score", source, *words).stderr
 
 
 def test_two_processes_write_the_file_of_one(

@@ -66,7 +66,15 @@ def test_rows_keep_their_order_and_fields(data: Path, tmp_path: Path) -> None:
     for was, now in zip(before, after, strict=True):
         own = {"row_id": row_id(was["prompt"], was["completion"])}
         assert now == {**was, **own, "letters_completion": float(len(was["completion"]))}
-    assert outcome.counts == {"rows": 11, "scored": 11, "set_aside": 0, "cut": 0, "moved": 0, "left_out": 0}
+    assert outcome.counts == {
+        "rows": 11,
+        "scored": 11,
+        "set_aside": 0,
+        "cut": 0,
+        "moved": 0,
+        "left_out": 0,
+        "other_flags": 0,
+    }
     numbers = [len(row["completion"]) for row in before]
     assert outcome.columns["letters_completion"]["mean"] == pytest.approx(sum(numbers) / 11)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "out.jsonl", "out.jsonl.score.json"]
@@ -112,7 +120,15 @@ def test_bad_rows_are_set_aside_with_their_reasons(tmp_path: Path) -> None:
         file.write("{broken\n" + json.dumps(good) + "\n")
     outcome = scored(source, tmp_path / "out.jsonl")
     assert [row["letters_completion"] for row in read(outcome.output)] == [1.0, 1.0]
-    assert outcome.counts == {"rows": 5, "scored": 2, "set_aside": 3, "cut": 0, "moved": 0, "left_out": 0}
+    assert outcome.counts == {
+        "rows": 5,
+        "scored": 2,
+        "set_aside": 3,
+        "cut": 0,
+        "moved": 0,
+        "left_out": 0,
+        "other_flags": 0,
+    }
     assert [(fault.row, fault.field) for fault in outcome.faults] == [(2, "letters"), (3, "prompt"), (4, "line")]
     assert outcome.faults[0].reason == "no number for bad"
     assert outcome.rejected == tmp_path / "out.jsonl.rejected_rows.jsonl"
