@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from align.config.schema import Recipe
+from align.data.prompts import unpacked
 from align.data.splits import Split
 from align.data.tokenize import encode_prompt
 from align.errors import AlignError
@@ -44,7 +45,7 @@ from align.rewards.named import load_reward
 from align.tracking.files import write_json, write_text
 from align.tracking.progress import progress
 from align.tracking.run_folder import REFERENCES
-from align.trainers.build import Built, losses_of
+from align.trainers.build import Built, goal_prompts, losses_of
 from align.trainers.grpo import with_references
 from align.trainers.reward import RewardTrainer
 from align.trainers.thumbs import ThumbsTrainer
@@ -293,26 +294,28 @@ def _goals(
 ) -> dict[str, Any]:
     """Each reward of ``grpo.rewards`` on answers of both models to the first held-out prompts, at temperature 1.
 
-    The two answers to a prompt are scored side by side: a preference model then says by how much one is better.
+    The two answers to a prompt are scored side by side: a preference model then says by how much one is better. Which
+    rewards judge an answer is told by that answer alone.
     """
     assert recipe.grpo is not None
     spec, reward, pad = recipe.grpo, built.trainer.reward, int(tokenizer.pad_token_id)
-    data = held_out.tokenized.dataset().select(range(min(recipe.generation.prompts, len(held_out.tokenized.rows))))
-    ids = [encode_prompt(prompt, tokenizer) for prompt in data["prompt"]]
-    answers = _Answers(run / "eval" / "answers.jsonl", tokenizer, ids, recipe)
     model, longest = built.trainer.model, spec.max_completion_length
-    after = answers.of("trained, for the goals", model, 1.0, longest)
     with built.untrained() as untrained:
-        before = answers.of("untrained, for the goals", untrained, 1.0, longest)
         data = with_references(
-            data,
+            goal_prompts(recipe, held_out.tokenized.dataset()),
             reward,
             untrained,
             tokenizer,
             run / REFERENCES,
             max_new_tokens=longest,
             seed=int(built.trainer.args.seed),
+            max_bad_fraction=recipe.data.max_bad_fraction,
         )
+    ids = [encode_prompt(prompt, tokenizer) for prompt in data["prompt"]]
+    answers = _Answers(run / "eval" / "answers.jsonl", tokenizer, ids, recipe)
+    after = answers.of("trained, for the goals", model, 1.0, longest)
+    with built.untrained() as untrained:
+        before = answers.of("untrained, for the goals", untrained, 1.0, longest)
     kl = _kl(ids, after, built, pad)
     prompts = [prompt for prompt in data["prompt"] for _ in range(2)]
     texts = [
@@ -320,18 +323,22 @@ def _goals(
         for prompt, *both in zip(data["prompt"], before, after, strict=True)
         for answer in both
     ]
-    given = {name: [value for value in data[name] for _ in range(2)] for name in data.column_names}
-    columns = reward.columns(prompts, texts, given)
+    rows = [unpacked(row) for row in data]
+    given = {name: [row[name] for row in rows] for name in rows[0]}
+    both = {name: [value for value in values for _ in range(2)] for name, values in given.items()}
+    columns = reward.columns(prompts, texts, both)
     rewards = {part.name: columns[part.name] for part in reward.expression.parts}
+    # What an answer counts for does not hang on the other model's: each is judged as the only one to its prompt.
+    good = [
+        reward.good(data["prompt"], {name: values[side::2] for name, values in columns.items()}, given)
+        for side in (0, 1)
+    ]
     return goals_suite(
         [plain(prompt, "user") for prompt in data["prompt"]],
         before,
         after,
         {name: (values[::2].numpy(), values[1::2].numpy()) for name, values in rewards.items()},
-        {
-            name: (values[::2].numpy(), values[1::2].numpy())
-            for name, values in reward.good(prompts, columns, given).items()
-        },
+        {name: (good[0][name].numpy(), good[1][name].numpy()) for name in good[0]},
         kl=kl,
         settings={**spec.model_dump(), "prompts": len(ids), "temperature": 1.0},
     )

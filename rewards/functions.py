@@ -114,7 +114,9 @@ class RewardFunction:
     ) -> dict[str, Tensor]:
         """Each part's rewards, and the references that stand in columns, (N,) in float64 by name.
 
-        NaN is where a rule gave None: no reward, and no reference where there is no reward.
+        NaN is where a rule gave None: no reward, and no reference where there is no reward. A made reference that is
+        missing, since the rule gave None for the answers that it is made of, says that the rule does not judge the
+        prompt: no answer to it has that reward.
         """
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts and {len(completions)} completions: one completion a prompt")
@@ -123,6 +125,8 @@ class RewardFunction:
         for part in self.expression.parts:
             if (column := part.reference_column) is not None:
                 values = self._references(part, column, prompts, given)
+                if part.is_made and values.shape == found[part.name].shape:
+                    found[part.name] = found[part.name].masked_fill(values.isnan(), math.nan)
                 _check_references(part, column, values, found[part.name])
                 found[column] = values
         return found

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _WANTED = "prompt; or [prompt,] chosen, rejected"
 _NO_COLUMNS: Mapping[str, str | None] = MappingProxyType({})
+_PACKED = "columns of the data"
 
 
 @dataclass(frozen=True)
@@ -83,14 +85,25 @@ class TokenizedPrompts(TokenizedCompletions):
     """Prompts that leave room for an answer. ``counts``: ``prompts``, ``set_aside``."""
 
     def dataset(self) -> Dataset:
-        """Columns prompt, row_id, the references, and what rules ask for; null where a row does not have it."""
+        """Columns prompt, row_id, and one with the references and what rules ask for, which ``unpacked`` reads.
+
+        There a value is None where a row does not have it. It is no column of Arrow's, which refuses numbers beside
+        text and gives all mappings the same keys: rules get what the rows say.
+        """
         from datasets import Dataset
 
         rows = [row for row in self.rows if isinstance(row, TokenizedPrompt)]
         names = dict.fromkeys(name for row in rows for name in row.columns)
-        found = {name: [row.columns.get(name) for row in rows] for name in names}
-        own = {"prompt": [row.prompt for row in rows], "row_id": [row.row_id for row in rows]}
-        return Dataset.from_dict({**found, **own})
+        found = {"prompt": [row.prompt for row in rows], "row_id": [row.row_id for row in rows]}
+        if names:
+            found[_PACKED] = [pickle.dumps({name: row.columns.get(name) for name in names}) for row in rows]
+        return Dataset.from_dict(found)
+
+
+def unpacked(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of ``TokenizedPrompts.dataset``, and of what was made of it, with each value under its own name."""
+    own = {name: value for name, value in row.items() if name != _PACKED}
+    return {**pickle.loads(row[_PACKED]), **own} if _PACKED in row else own
 
 
 def read_prompts(

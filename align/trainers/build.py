@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,23 +147,30 @@ def _encoder(name: str | None) -> Encoder | None:
 def _group_trainer(recipe: Recipe, common: dict[str, Any], output: Path) -> GroupTrainer:
     assert recipe.grpo is not None  # the recipe's check: method grpo has its section
     reward, arguments, model = reward_function(recipe.grpo.rewards), common["args"], common["model"]
+    of_goals = common["eval_dataset"] and goal_prompts(recipe, common["eval_dataset"])
     if arguments.eval_strategy == "no":
         common = {**common, "eval_dataset": None}
     model.to(arguments.device)
-    prompts = {
-        name: common[name]
-        and with_references(
-            common[name],
-            reward,
-            model,
-            common["processing_class"],
-            output / REFERENCES,
-            max_new_tokens=recipe.grpo.max_completion_length,
-            seed=arguments.seed,
-        )
-        for name in DATASETS
-    }
+    referenced = partial(
+        with_references,
+        reward=reward,
+        model=model,
+        tokenizer=common["processing_class"],
+        path=output / REFERENCES,
+        max_new_tokens=recipe.grpo.max_completion_length,
+        seed=arguments.seed,
+        max_bad_fraction=recipe.data.max_bad_fraction,
+    )
+    prompts = {name: common[name] and referenced(common[name]) for name in DATASETS}
+    check_prompts(len(prompts["train_dataset"]), arguments, recipe.data.train)
+    if of_goals and "goals" in recipe.evals:
+        referenced(of_goals)  # what they lack is told before training, and not after it
     return GroupTrainer(reward=reward, **{**common, **prompts})
+
+
+def goal_prompts(recipe: Recipe, held_out: Dataset) -> Dataset:
+    """The held-out prompts that the goals suite has answered."""
+    return held_out.select(range(min(recipe.generation.prompts, len(held_out))))
 
 
 def training_arguments(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,15 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 
+from align.data.prompts import unpacked
 from align.errors import AlignError, ConfigError
 from align.losses.logprobs import TokenLogps
 from align.models.memory import release_freed
-from align.rewards.encoding import plain
-from align.rewards.expression import PredictedReference, SampledReference
+from align.rewards.encoding import as_answer, plain
+from align.rewards.expression import CannedReference, Part, PredictedReference, SampledReference
 from align.rewards.functions import RewardFunction
 from align.rewards.references import sampled_reference
-from align.rewards.scorers import RewardError, Scorer
+from align.rewards.scorers import RewardError, RuleReward, Scorer
 from align.tracking.progress import progress
 
 from .host import Hosted
@@ -49,6 +50,8 @@ class GroupTrainer(Hosted, GRPOTrainer):  # type: ignore[misc]
 
     def __init__(self, model: Any, reward: RewardFunction, args: GRPOConfig | None = None, **kwargs: Any) -> None:
         self.reward = reward
+        if args is not None:
+            _check_share(reward, args)
         super().__init__(model=model, reward_funcs=reward, args=args, **kwargs)
         self.aux_loss_enabled = getattr(self, "aux_loss_enabled", False)
         self._attach_scoring()
@@ -58,11 +61,11 @@ class GroupTrainer(Hosted, GRPOTrainer):  # type: ignore[misc]
         self._total_train_tokens = int(self.state.num_input_tokens_seen)
         return loss
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _calculate_rewards(self, inputs: list[dict[str, Any]], *args: Any, **kwargs: Any) -> torch.Tensor:
         theirs = logging.getLogger(GRPOTrainer.__module__)
         theirs.addFilter(_is_not_of_none)
         try:
-            found: torch.Tensor = super()._calculate_rewards(*args, **kwargs)
+            found: torch.Tensor = super()._calculate_rewards([unpacked(row) for row in inputs], *args, **kwargs)
         except RewardError as error:
             raise AlignError(f"grpo.rewards: {error}") from error
         finally:
@@ -130,6 +133,21 @@ def _is_not_of_none(record: logging.LogRecord) -> bool:
     return "All reward functions returned None" not in str(record.msg)
 
 
+def _check_share(reward: RewardFunction, args: GRPOConfig) -> None:
+    """Raise a ValueError where processes share the answers to a prompt, and a rule may give some of them None.
+
+    Which rewards judge a prompt is told by all the answers to it, and a process sees its own.
+    """
+    share = int(args.generation_batch_size) // args.world_size
+    rules = [name for name, scorer in reward.scorers.items() if isinstance(scorer, RuleReward)]
+    if len(reward.expression.parts) > 1 and rules and share % args.num_generations:
+        raise ValueError(
+            f"a process has {share} answers at once, which is no multiple of num_generations {args.num_generations}: "
+            f"where a rule ({rules[0]}) gives None, which rewards judge a prompt is told by all answers to it; make "
+            "per_device_train_batch_size (times steps_per_generation) a multiple"
+        )
+
+
 def images_given(images: dict[str, Any]) -> bool:
     """Whether TRL gave anything of images."""
     return any(value is not None for value in images.values())
@@ -144,19 +162,24 @@ def with_references(
     *,
     max_new_tokens: int,
     seed: int,
+    max_bad_fraction: float,
 ) -> Dataset:
-    """The prompts with the references that are made.
+    """The prompts with the references that are made, without those of which none can be made.
 
     Of these, a canned answer's is scored with the answers; the others are columns, made here once. The
     rewards of sampled answers are kept in ``path`` as they come, so that an interrupted run goes on where it stopped,
     with the same references.
 
+    Where a rule gives none of the sampled answers, or not the canned one, a reward, it does not judge the prompt. A
+    prompt that no reward judges is set aside, and so is one where a single sampled answer has a reward.
+
     Args:
-        prompts: columns prompt, row_id, and what the reward reads of the data.
+        prompts: as ``TokenizedPrompts.dataset`` gives them.
         model: the starting policy.
+        max_bad_fraction: of the prompts that may be set aside.
 
     Raises:
-        AlignError: a reward cannot be had, or a quantile or regression has too little to go by.
+        AlignError: a reward cannot be had, too many prompts are set aside, or a regression has too little to go by.
     """
     parts = reward.expression.parts
     sampled = [(part, part.reference) for part in parts if isinstance(part.reference, SampledReference)]
@@ -164,20 +187,25 @@ def with_references(
         scorers = {part.reward: reward.scorers[part.reward] for part, _ in sampled}
         draws = Draws(max(reference.samples for _, reference in sampled), max_new_tokens, seed)
         kept = _drawn(prompts, scorers, model, tokenizer, draws, path)
+    made: dict[str, list[float | None]] = {}
+    problems: dict[int, str] = {}
     for part, reference in sampled:
         rewards = [kept[name][part.reward][: reference.samples] for name in prompts["row_id"]]
-        column: list[float | None] = []
-        for prompt, own in zip(prompts["prompt"], rewards, strict=True):
+        column = made[str(part.reference_column)] = [None] * len(rewards)
+        for place, own in enumerate(rewards):
             try:
-                column.append(sampled_reference(own, reference.quantile))
+                column[place] = sampled_reference(own, reference.quantile)
             except ValueError as error:
-                raise AlignError(
-                    f"{part.reference_column} of prompt {plain(prompt, 'user')[:60]!r}: {error}"
-                ) from error
+                problems[place] = f"{part.reference_column}: {error}"
         if without := sum(one is None for own in rewards for one in own):
             total = sum(map(len, rewards))
             logger.warning("%s: %d of %d answers have no reward and are left out", part.name, without, total)
-        prompts = prompts.add_column(str(part.reference_column), column)
+    canned = _canned(prompts, reward)
+    _check_judged(parts, {**made, **canned}, problems)
+    prompts = _without(prompts, problems, max_bad_fraction)
+    for name, column in made.items():
+        there = [one for place, one in enumerate(column) if place not in problems]
+        prompts = prompts.add_column(name, there)
     for part in parts:
         if isinstance(part.reference, PredictedReference):
             fitted = fitted_reference(part.reference.source, str(part.reference_column), model, tokenizer)
@@ -196,13 +224,71 @@ def check_prompts(count: int, arguments: GRPOConfig, source: str) -> None:
     answers, of_one = int(arguments.generation_batch_size), arguments.num_generations
     if count >= answers // of_one:
         return
+    several = "gradient_accumulation_steps"
+    if arguments.steps_per_generation != arguments.gradient_accumulation_steps:
+        several = "steps_per_generation"
     what = (
-        f"{count:,} prompts, and a step takes {answers // of_one:,}: {answers:,} answers "
+        f"{count:,} prompt{'s' * (count != 1)}, and a step takes {answers // of_one:,}: {answers:,} answers "
         f"(training.per_device_train_batch_size {arguments.per_device_train_batch_size:,}, "
-        f"gradient_accumulation_steps {arguments.gradient_accumulation_steps:,}), {of_one} to a prompt "
+        f"{several} {getattr(arguments, several):,}), {of_one} to a prompt "
         f"(grpo.num_generations); give more prompts, or set these to {count * of_one:,} answers or fewer"
     )
     raise ConfigError(source, [("data.train", what)])
+
+
+def _canned(prompts: Dataset, reward: RewardFunction) -> dict[str, list[float | None]]:
+    """References by canned answers, by column: of rules, since a reward model gives every answer a reward."""
+    found = {}
+    for part in reward.expression.parts:
+        rule = reward.scorers[part.reward]
+        if isinstance(part.reference, CannedReference) and isinstance(rule, RuleReward):
+            rows = [unpacked(row) for row in prompts]
+            answers = [as_answer(row["prompt"], part.reference.answer) for row in rows]
+            columns = {name: [row[name] for row in rows] for name in rows[0]}
+            try:
+                found[str(part.reference_column)] = rule(columns["prompt"], answers, columns)
+            except RewardError as error:
+                raise AlignError(f"grpo.rewards: {part.reward}: the canned answer: {error}") from error
+    return found
+
+
+def _check_judged(parts: Sequence[Part], made: Mapping[str, list[float | None]], problems: dict[int, str]) -> None:
+    """Say which rewards do not judge which prompts, and add to ``problems`` the prompts that none judges."""
+    lacking = {name: {row for row, one in enumerate(column) if one is None} for name, column in made.items()}
+    if all(part.reference_column in made for part in parts):
+        for row in set.intersection(*lacking.values()) - problems.keys():
+            problems[row] = f"{', '.join(made)}: no answer that it is made of has a reward"
+    for part in parts:
+        name = str(part.reference_column)
+        if rows := lacking.get(name, set()) - problems.keys():
+            logger.warning(
+                "%s: %d of %d prompts have no %s, since no answer that it is made of has a reward: the other rewards "
+                "judge them",
+                part.name,
+                len(rows),
+                len(made[name]),
+                name,
+            )
+
+
+def _without(prompts: Dataset, problems: Mapping[int, str], max_bad_fraction: float) -> Dataset:
+    """The prompts without those of which no reference can be made.
+
+    Raises:
+        AlignError: none is left, or they are more than ``max_bad_fraction`` of all.
+    """
+    if not problems:
+        return prompts
+    first, bad, count = min(problems), len(problems), len(prompts)
+    what = (
+        f"grpo.rewards: no reference can be made for {bad:,} of {count:,} prompts; the first, "
+        f"{plain(prompts[first]['prompt'], 'user')[:60]!r}: {problems[first]}"
+    )
+    remedy = "leave such prompts out, sample more answers (reference.samples), or give the reference as a number"
+    if bad == count or bad > max_bad_fraction * count:
+        raise AlignError(f"{what}; over data.max_bad_fraction {max_bad_fraction:g}: {remedy}")
+    logger.warning("%s; they are set aside: %s", what, remedy)
+    return prompts.select([place for place in range(count) if place not in problems])
 
 
 def _drawn(
@@ -215,7 +301,7 @@ def _drawn(
 ) -> dict[str, dict[str, list[float | None]]]:
     """By row id and reward, the rewards of the model's own answers."""
     kept = _read(path)
-    missing = [row for row in prompts if row["row_id"] not in kept]
+    missing = [unpacked(row) for row in prompts if row["row_id"] not in kept]
     with progress("references from the model's own answers", len(missing)) as advance, path.open("a") as file:
         for row in missing:
             try:

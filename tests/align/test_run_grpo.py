@@ -24,6 +24,13 @@ def spaces(prompts, completions):
 def near(prompts, completions, wanted):
     return [None if want < 2 else -abs(len(text) - want) for text, want in zip(completions, wanted)]
 
+def even(prompts, completions):
+    return [None if sum(map(ord, text)) % 2 else float(len(text)) for text in completions]
+
+def by_solution(completions, **columns):
+    assert all(type(one) in (int, str) for one in columns["solution"])
+    return [float(len(text)) for text in completions]
+
 def fails(prompts, completions):
     return [1 / (len(prompt) - 5) for prompt in prompts]
 """
@@ -166,6 +173,38 @@ def test_references_of_every_kind_for_a_rule_that_reads_a_column(grpo_recipe, tm
         AlignError, match=r"6 of 6 rows cannot be used[\s\S]*missing, and users_rules:near asks for it"
     ):
         run(grpo_recipe("users_rules:near", **{**changes, "output": str(tmp_path / "other")}))
+
+
+def test_columns_of_several_types_reach_the_rule_as_they_are(grpo_recipe, tmp_path):
+    rows = [{"prompt": f"say {n}", "solution": n if n % 2 else f"{n}", "note": [n, "a"][: n % 3]} for n in range(6)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": str(tmp_path / "prompts.jsonl"), "eval": None}
+    training = {"max_steps": 1, "per_device_train_batch_size": 8}
+    assert len(metrics(run(grpo_recipe("users_rules:by_solution", data=data, evals=[], training=training)))) == 1
+
+
+def test_goals_judge_each_answer_by_itself(grpo_recipe):
+    """Where the rule gives one of the two answers to a prompt None, longer alone says whether that one is good."""
+    parts = [{"reward": "users_rules:even", "reference": 4}, {"reward": "users_rules:longer", "reference": 5}]
+    training = {"max_steps": 2, "per_device_train_batch_size": 8, "learning_rate": 0.1}
+    folder = run(grpo_recipe({"raw_sum": parts}, training=training, generation={"prompts": 8}))
+    goals = json.loads((folder / "eval" / "goals.json").read_text())
+    sides = [(row["before"], row["after"]) for row in goals["rows"]]
+    assert any((one["rewards"]["even"] is None) is not (other["rewards"]["even"] is None) for one, other in sides)
+    for side in (side for both in sides for side in both):
+        assert side["good"]["all"] == (side["good"].get("even", True) and side["good"]["longer"])
+    assert goals["metrics"]["good_all_before"]["n"] == 8
+
+
+def test_held_out_prompts_without_a_reference_are_told_before_training(grpo_recipe, tmp_path):
+    for name in ("train", "held_out"):
+        rows = [{"prompt": f"{name} {n}", "wanted": 1 if name == "held_out" else 5} for n in range(4)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": str(tmp_path / "train.jsonl"), "eval": str(tmp_path / "held_out.jsonl")}
+    rewards = {"lsc": {"reward": "users_rules:near", "reference": {"quantile": 0.5, "samples": 2}}}
+    with pytest.raises(AlignError, match="no reference can be made for 3 of 3 prompts; the first, 'held_out 0'"):
+        run(grpo_recipe(rewards, data=data, generation={"prompts": 3}))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_rule_that_fails_is_an_error_that_names_the_prompt(grpo_recipe, tmp_path):

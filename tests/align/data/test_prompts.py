@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from align.data.prompts import describe_prompts, read_prompts, tokenize_prompts
+from align.data.prompts import describe_prompts, read_prompts, tokenize_prompts, unpacked
 
 CHAT = [{"role": "user", "content": "Say it"}]
 
@@ -55,11 +55,11 @@ def test_references_are_columns_and_in_the_fingerprint(tmp_path, tiny_tokenizer)
     path.write_text("prompt,usual\nthe cat,0.5\nan ant,-2\n")
     table = read_prompts(str(path), ["usual"])
     dataset = tokenize_prompts(table.rows, tiny_tokenizer, 64, answer=8).dataset()
-    assert dataset.to_dict() == {
-        "prompt": ["the cat", "an ant"],
-        "row_id": [row.row_id for row in table.rows],
-        "usual": [0.5, -2.0],
-    }
+    first, second = (row.row_id for row in table.rows)
+    assert [unpacked(row) for row in dataset] == [
+        {"prompt": "the cat", "row_id": first, "usual": 0.5},
+        {"prompt": "an ant", "row_id": second, "usual": -2.0},
+    ]
     before = table.fingerprint()
     path.write_text("prompt,usual\nthe cat,0.6\nan ant,-2\n")
     assert read_prompts(str(path), ["usual"]).fingerprint() != before
@@ -75,7 +75,7 @@ def test_columns_that_rules_ask_for_tell_prompts_apart_and_are_in_the_fingerprin
     assert table.counts["duplicates"] == 1
     assert table.unused == {"note": 1}
     dataset = tokenize_prompts(table.rows, tiny_tokenizer, 64).dataset()
-    assert (dataset["prompt"], dataset["wanted"]) == (["a", "a"], [1, 2])
+    assert [(row["prompt"], row["wanted"]) for row in map(unpacked, dataset)] == [("a", 1), ("a", 2)]
     rows[0]["wanted"] = 3
     assert read_prompts(write(tmp_path / "rows.jsonl", *rows), columns=asked).fingerprint() != table.fingerprint()
     (fault,) = read_prompts(write(tmp_path / "rows.jsonl", *rows, {"prompt": "b"}), columns=asked).faults
@@ -85,8 +85,18 @@ def test_columns_that_rules_ask_for_tell_prompts_apart_and_are_in_the_fingerprin
 def test_a_rule_that_takes_every_column_gets_them(tmp_path, tiny_tokenizer):
     source = write(tmp_path / "rows.jsonl", {"prompt": "a", "solution": "1"}, {"prompt": "b", "other": 2.5})
     table = read_prompts(source, every=True)
-    found = tokenize_prompts(table.rows, tiny_tokenizer, 64).dataset()
-    assert (found["solution"], found["other"], table.unused) == (["1", None], [None, 2.5], {})
+    found = [unpacked(row) for row in tokenize_prompts(table.rows, tiny_tokenizer, 64).dataset()]
+    assert [(row["solution"], row["other"]) for row in found] == [("1", None), (None, 2.5)]
+    assert table.unused == {}
+
+
+def test_columns_are_what_the_rows_say(tmp_path, tiny_tokenizer):
+    """Of several JSON types, which Arrow refuses; of mappings with other keys, which it would make alike."""
+    values = [5, "five", {"k": 1}, {"k": []}, {"j": 2.5}, [1, "a"], None, True]
+    rows = [{"prompt": f"ask {n}", "solution": value} for n, value in enumerate(values)]
+    table = read_prompts(write(tmp_path / "rows.jsonl", *rows), columns={"solution": "m:solved"})
+    found = [unpacked(row)["solution"] for row in tokenize_prompts(table.rows, tiny_tokenizer, 64).dataset()]
+    assert [(type(one), one) for one in found] == [(type(one), one) for one in values]
 
 
 def test_room_for_the_answer(tmp_path, tiny_tokenizer):
