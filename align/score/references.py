@@ -45,6 +45,9 @@ class SampledReferences:
 
     def score(self, rows: Sequence[ScoreRow]) -> Scored:
         found = [self._reference(row) for row in rows]
+        for row, (columns, _) in zip(rows, found, strict=True):
+            lack = f"none of the {self.draws.samples} reference answers has a reward: sample more (--samples)"
+            _check_judged(row, self.scorers, columns, lack)
         return Scored([columns for columns, _ in found], left_out=sum(without for _, without in found))
 
     def _reference(self, row: ScoreRow) -> tuple[Columns, int]:
@@ -76,6 +79,19 @@ class SampledReferences:
             )
 
 
+def _check_judged(row: ScoreRow, scorers: Sequence[AnswerScorer], references: Columns, lack: str) -> None:
+    """Raise a FieldError where an answer of the row has a reward, and the prompt no reference to judge it by.
+
+    Where the row's answers have none either, the rule does not apply to it.
+    """
+    for scorer in scorers:
+        if references[f"{scorer.name}_reference"] is None:
+            (columns,) = scorer.score([row]).columns
+            values = [one for own in columns.values() for one in (own if isinstance(own, list) else [own])]
+            if any(value is not None for value in values):
+                raise FieldError(f"{scorer.name}_reference", f"an answer of the row has a reward, and {lack}")
+
+
 class CannedReferences:
     """``NAME_reference`` for every reward: that of one and the same answer to each prompt, such as a refusal."""
 
@@ -99,6 +115,7 @@ class CannedReferences:
             except ValueError as error:
                 problem = error.problem if isinstance(error, RewardError) else str(error).removeprefix("row 0: ")
                 raise FieldError(scorer.name, f"the canned answer: {problem}") from error
+        _check_judged(row, self.scorers, found, "the canned answer has none: name another (--reference-canned)")
         return found
 
 

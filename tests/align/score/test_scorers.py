@@ -225,6 +225,20 @@ def test_what_has_no_reward_is_left_out_of_references_and_counted(policy: Policy
     assert found.columns[0]["some_reference"] == torch.tensor(there, dtype=torch.float64).quantile(0.5)
 
 
+def test_a_row_with_a_reward_and_no_reference_is_set_aside(policy: Policy, rules: str) -> None:
+    """The rule says nothing of answers of odd length: of "No." and of the one token drawn, never of " ant"."""
+    some = RuleScorer("some", f"{rules}:some")
+    odd = {"completion": "cat"}, {}
+    for made, lack in (
+        (CannedReferences([some], "No."), "the canned answer has none: name another"),
+        (SampledReferences([some], policy, 0.5, Draws(2, 1, seed=2)), "none of the 2 reference answers has a reward"),
+    ):
+        assert [made.score([row({"prompt": "cat", **one})]).columns for one in odd] == [[{"some_reference": None}]] * 2
+        for answers in ({"completion": " ant"}, {"completions": ["cat", " ant"]}):
+            with pytest.raises(FieldError, match=f"some_reference: an answer of the row has a reward, and {lack}"):
+                made.score([row({"prompt": "cat", **answers})])
+
+
 def test_references_by_a_canned_answer_and_by_regression(policy: Policy, rules: str, tmp_path: Path) -> None:
     """Letters of the prompt + .02 for "No"; predicted, they lie between; a row without the column is left out."""
     letters = RuleScorer("letters", f"{rules}:letters")
