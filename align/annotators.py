@@ -38,7 +38,7 @@ class FittedAnnotator:
     after: float
 
 
-def fit_annotators(model: str, source: str) -> tuple[list[FittedAnnotator], int]:
+def fit_annotators(model: str, source: str) -> tuple[list[FittedAnnotator], int, int]:
     """Weights of the new annotators in some judgements, written to ``annotators.json`` beside a PAL model.
 
     All else stays as it is. An annotator who was fitted before is fitted anew.
@@ -48,7 +48,8 @@ def fit_annotators(model: str, source: str) -> tuple[list[FittedAnnotator], int]
         source: judgements, as for training.
 
     Returns:
-        The new annotators, by name, and the number of judgements by annotators of training, which are left out.
+        The new annotators, by name; how many judgements are left out since they are by annotators of training; and how
+        many since they are ties.
 
     Raises:
         AlignError: no PAL model, rows that cannot be used (over 5 % of them), or nobody who is new.
@@ -86,4 +87,4 @@ def fit_annotators(model: str, source: str) -> tuple[list[FittedAnnotator], int]
         ]
         found.append(FittedAnnotator(name, len(own), weights.tolist(), *shares))
     write_json(folder / FITTED_FILE, {**judge.fitted, **{one.name: one.weights for one in found}})
-    return found, len(table.rows) - len(rows)
+    return found, len(table.rows) - len(rows), table.counts["ties"]

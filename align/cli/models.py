@@ -52,7 +52,7 @@ def fit_annotators(
     """
     from align.annotators import fit_annotators as fit
 
-    found, left_out = fit(model, source)
+    found, left_out, ties = fit(model, source)
     width = max(len(one.name) for one in found)
     for one in found:
         weights = " ".join(f"{weight:.2f}" for weight in one.weights)
@@ -60,3 +60,5 @@ def fit_annotators(
         print(f"{one.name:<{width}}  weights {weights}  from {one.judgements:,} judgements, {shares}")
     if left_out:
         print(f"{left_out:,} judgements of annotators whom the model was trained on: left out")
+    if ties:
+        print(f"{ties:,} tie{'s' * (ties != 1)}: left out, and annotators who have no other judgements with them")

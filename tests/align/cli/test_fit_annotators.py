@@ -75,6 +75,16 @@ def test_new_annotators_are_fitted_and_known_from_then_on(run: Path, tmp_path: P
     assert later["mallory"] == fitted["mallory"]
 
 
+def test_ties_are_counted_and_their_annotators_left_out(run: Path, tmp_path: Path):
+    data = judged(tmp_path / "new.jsonl", {"eve": True})
+    tie = {"prompt": "Say:", "chosen": " no", "rejected": " yes yes", "annotator": "zoe", "preference": 0.5}
+    data.write_text(data.read_text() + json.dumps(tie) + "\n", encoding="utf-8")
+    done = CLI.invoke(app, ["models", "fit-annotators", str(run), str(data)])
+    assert done.exit_code == 0, done.output
+    assert "1 tie: left out, and annotators who have no other judgements with them" in done.output
+    assert "zoe" not in done.output
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
