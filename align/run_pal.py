@@ -136,7 +136,7 @@ def _compared(spec: PalSpec, model: Pal, held_out: Judgements, others: dict[str,
         "new_annotators_with_too_few_judgements": len(counts) - len(new),
         "weights": dict(zip(model.settings["users"], table.tolist(), strict=True)),
     }
-    return pal_suite(parts, against=tuple(others), settings=settings)
+    return pal_suite(parts, against=tuple(others), start="PAL, 0 pairs", settings=settings)
 
 
 def compare_trained(recipe: Recipe, built: Built, held_out: Split, run: Path) -> dict[str, Any]:

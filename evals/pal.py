@@ -39,13 +39,18 @@ class Margins:
 
 
 def pal_suite(
-    parts: Mapping[str, Margins], *, against: Sequence[str], settings: Mapping[str, Any] | None = None
+    parts: Mapping[str, Margins],
+    *,
+    against: Sequence[str],
+    start: str | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Accuracy of each model on each part of the held-out judgements, and its gain over those it is compared with.
 
     Args:
         parts: the judgements by the kind of annotator, such as ``seen`` and ``unseen``; empty parts are left out.
         against: names of the models that the others are compared with, in every part.
+        start: the model that the others begin from, compared with where it is there: what they gained since.
         settings: what made the models, kept in the result.
 
     Returns:
@@ -70,8 +75,8 @@ def pal_suite(
             metrics[f"{part}/accuracy/{model}"] = bootstrap_interval(values, groups=who)
             metrics[f"{part}/macro/{model}"] = bootstrap_interval(shares[model])
         for model, values in right.items():
-            for other in against:
-                if model not in against:
+            for other in (*against, *([start] if start in right else [])):
+                if model not in (*against, other):
                     metrics[f"{part}/gain/{model}/{other}"] = bootstrap_interval(values - right[other], groups=who)
         rows += [
             {

@@ -39,6 +39,15 @@ def test_by_hand():
     assert result["settings"]["groups"] == 2
 
 
+def test_what_pairs_of_theirs_gain():
+    """With 0 pairs 1 of 2 is right, with 4 both: a half more. Known annotators have no such start."""
+    margins = Margins({"0 pairs": torch.tensor([1.0, -1.0]), "4 pairs": torch.ones(2)}, ["ann", "bob"])
+    known = Margins({"PAL": torch.ones(2)}, ["cy", "di"])
+    found = pal_suite({"seen": known, "unseen": margins}, against=[], start="0 pairs")["metrics"]
+    gains = {name: entry["value"] for name, entry in found.items() if "/gain/" in name}
+    assert gains == {"unseen/gain/4 pairs/0 pairs": 0.5}
+
+
 def test_what_cannot_be_compared():
     with pytest.raises(ValueError, match="no held-out judgements"):
         pal_suite({"seen": Margins({}, [])}, against=[])
