@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForSequenceClassification
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
@@ -197,15 +198,37 @@ def load_carrier(name: str, width: int | None, pad_token_id: int, **options: Any
     else:
         config.num_labels = width
     if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or trust:
-        carrier = AutoModelForSequenceClassification.from_pretrained(name, config=config, **options)
+        family: Any = AutoModelForSequenceClassification
     elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        carrier = _classifier_of(type(config)).from_pretrained(name, config=config, **options)
+        family = _classifier_of(type(config))
     else:
         raise ValueError(f"{name}: {config.model_type} is not a causal language model")
+    with contextlib.nullcontext() if width is None else _no_report_of_the_head():
+        carrier = family.from_pretrained(name, config=config, **options)
     if not isinstance(getattr(carrier, "score", None), nn.Linear):
         raise ValueError(f"{name}: {type(carrier).__name__} has no linear head named score, as causal families have")
     carrier.config.pad_token_id = carrier.config.get_text_config().pad_token_id = pad_token_id
     return carrier
+
+
+@contextlib.contextmanager
+def _no_report_of_the_head() -> Iterator[None]:
+    """Without transformers' report of a checkpoint that has no head, or another: the head is ours to fill.
+
+    Where the backbone lacks something too, the report is shown.
+    """
+
+    def speaks_of_more(record: logging.LogRecord) -> bool:
+        table = [line for line in record.getMessage().splitlines() if "|" in line]
+        keys = {line.partition("|")[0].strip() for line in table[1:]}  # below the heading
+        return not keys or not keys <= {"score.weight", "lm_head.weight"}
+
+    theirs = logging.getLogger(PreTrainedModel.__module__)
+    theirs.addFilter(speaks_of_more)
+    try:
+        yield
+    finally:
+        theirs.removeFilter(speaks_of_more)
 
 
 def _classifier_of(config: type) -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -53,6 +56,22 @@ def left_padded(model: RewardModel, prompts: list[list[int]], answers: list[list
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in full])
     with torch.no_grad():
         return model(ids, mask, torch.tensor([len(p) for p in prompts]))
+
+
+def test_a_new_head_is_not_reported_and_a_lack_in_the_backbone_is(
+    backbone_dir: Backbones, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """Transformers reports the head as missing, as if something were wrong; what else is missing is wrong."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    folder = shutil.copytree(backbone_dir("llama"), tmp_path / "model")
+    make(folder)
+    assert "LOAD REPORT" not in caplog.text
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    make(folder)
+    assert "LOAD REPORT" in caplog.text
+    assert "norm.weight" in caplog.text
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "granite"])
