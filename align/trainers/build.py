@@ -28,7 +28,7 @@ from align.models.scoring import attach_scoring
 from align.rewards.named import load_function
 from align.tracking.run_folder import REFERENCES
 
-from .grpo import GroupTrainer, check_prompts, reward_function, with_references
+from .grpo import GroupTrainer, check_prompts, check_references, reward_function, with_references
 from .matching import Encoder
 from .memory import ReleaseFreed
 from .pair import PairTrainer
@@ -162,6 +162,7 @@ def _group_trainer(recipe: Recipe, common: dict[str, Any], output: Path) -> Grou
         max_bad_fraction=recipe.data.max_bad_fraction,
     )
     prompts = {name: common[name] and referenced(common[name]) for name in DATASETS}
+    check_references(prompts["train_dataset"], reward)
     check_prompts(len(prompts["train_dataset"]), arguments, recipe.data.train)
     if of_goals and "goals" in recipe.evals:
         referenced(of_goals)  # what they lack is told before training, and not after it

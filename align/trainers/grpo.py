@@ -291,6 +291,22 @@ def _without(prompts: Dataset, problems: Mapping[int, str], max_bad_fraction: fl
     return prompts.select([place for place in range(count) if place not in problems])
 
 
+def check_references(prompts: Dataset, reward: RewardFunction) -> None:
+    """Stop where a reward judges none of the training prompts that ``with_references`` gives: it would teach nothing.
+
+    Raises:
+        AlignError: there is such a reward.
+    """
+    for part in reward.expression.parts:
+        name = part.reference_column
+        if name in prompts.column_names and all(one is None for one in prompts[name]):
+            raise AlignError(
+                f"grpo.rewards: no reference can be made for any of {len(prompts):,} prompts: {name}: {part.reward} "
+                "gave no sampled answer a reward; sample more answers (reference.samples), give the reference as a "
+                "number, or take the reward out"
+            )
+
+
 def _drawn(
     prompts: Dataset,
     scorers: Mapping[str, Scorer],

@@ -7,13 +7,14 @@ import math
 from types import SimpleNamespace
 
 import pytest
+from datasets import Dataset
 from trl import GRPOConfig
 
 from align.data.prompts import read_prompts, tokenize_prompts, unpacked
 from align.errors import AlignError, ConfigError
 from align.rewards.functions import RewardFunction
 from align.rewards.scorers import RuleReward
-from align.trainers.grpo import _check_share, check_prompts, with_references
+from align.trainers.grpo import _check_share, check_prompts, check_references, with_references
 
 
 def seldom(prompts, completions):
@@ -82,6 +83,14 @@ def test_where_another_reward_judges_the_prompt_it_stays_and_is_judged_by_that_a
     assert reward(["none"], ["ab"], seldom_reference=[rows[1]["seldom_reference"]]) == [math.log(0.5)]
     good = reward.columns(["none"], ["ab"], {"seldom_reference": [None]})
     assert reward.good(["none"], good)["all"].tolist() == [1.0]
+
+
+def test_a_reward_that_judges_no_training_prompt_stops_the_run():
+    """Of one that judges some, the others are left to the other rewards."""
+    reward = RewardFunction.of({"all_of": [SELDOM, LENGTH]}, scorers=SCORERS)
+    check_references(Dataset.from_dict({"seldom_reference": [None, 1.0]}), reward)
+    with pytest.raises(AlignError, match="for any of 2 prompts: seldom_reference: m:seldom gave no sampled answer"):
+        check_references(Dataset.from_dict({"seldom_reference": [None, None]}), reward)
 
 
 def test_a_canned_answer_that_the_rule_does_not_judge(referenced):
