@@ -49,6 +49,19 @@ def test_one_prompt(align: Align, tiny_model_dir: Path) -> None:
     assert "3 particles" in result.stderr
 
 
+def test_one_prompt_says_how_often_masks_were_asked_for(align: Align, tiny_model_dir: Path) -> None:
+    """Two tokens for each of three particles: "a" by a mask, then the end, which the limit asks about alone."""
+    one = options(
+        tiny_model_dir, "-p", "the hat", "--constraint", "regex:a", "--method", "mask", "--max-new-tokens", 2
+    )
+    result = align(*one)
+    assert result.exit_code == 0, result.stderr
+    assert "calls_per_token 0.5 · masks 3 · dead_ends 0" in result.stderr
+    result = align(*one, "--method", "rejection")
+    assert result.exit_code == 0, result.stderr
+    assert "masks" not in result.stderr
+
+
 @pytest.mark.parametrize("method", ["awrs-smc", "awrs", "mask", "rejection"])
 def test_a_file_of_prompts(align: Align, tiny_model_dir: Path, tmp_path: Path, method: str) -> None:
     source = write(tmp_path / "prompts.jsonl", [{"prompt": "the hat"}, {"question": "?"}, {"prompt": "the hat"}])
