@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -63,12 +64,16 @@ class Task:
         length, context = len(self.request.prompt), self.engine.context
         if not length:
             raise ConstraintError("prompt: it has no tokens")
-        strange = next((token for token in self.request.prompt if not 0 <= token < self.vocabulary.size), None)
-        if strange is not None:
-            raise ConstraintError(
-                f"prompt: {strange} is the id of no token, they are from 0 to {self.vocabulary.size - 1:,}; encode it "
-                "with the model's own tokenizer"
-            )
+        for token in self.request.prompt:
+            try:
+                known = 0 <= index(token) < self.vocabulary.size
+            except TypeError:
+                raise ConstraintError(f"prompt: {token!r} is no whole number; give the ids of its tokens") from None
+            if not known:
+                raise ConstraintError(
+                    f"prompt: {token} is the id of no token, they are from 0 to {self.vocabulary.size - 1:,}; encode "
+                    "it with the model's own tokenizer"
+                )
         if context is not None and length + self.request.max_new_tokens > context:
             raise ConstraintError(
                 f"prompt: {length:,} tokens and an answer of {self.request.max_new_tokens:,} are more than the "
@@ -147,7 +152,6 @@ class Task:
         def mask() -> NDArray[np.bool_] | None:
             allowed = constraint.allowed(state) if isinstance(constraint, Masking) else None
             if allowed is not None:
-                allowed = allowed.copy()
                 allowed[list(ends)] = constraint.may_end(state)
             return allowed
 

@@ -9,6 +9,9 @@ import numpy as np
 
 from .protocol import Constraint, ConstraintError, Masking
 
+MASKS = 8
+"""How many masks are kept, the newest: particles that have said the same ask for one right after another."""
+
 
 @dataclass(slots=True, eq=False)
 class _Node:
@@ -36,6 +39,7 @@ class Memo:
         self._capacity = capacity
         self._root: _Node | None = None
         self._states = self._verdicts = 0
+        self._masks: dict[_Node, np.ndarray | None] = {}
 
     def start(self) -> _Node:
         if self._root is None or max(self._states, self._verdicts / 10) >= self._capacity:
@@ -62,8 +66,15 @@ class Memo:
         return state.may_end
 
     def allowed(self, state: _Node) -> np.ndarray | None:
-        """The constraint's mask, if it has one; not kept, and not counted."""
-        mask = self.constraint.allowed(state.state) if isinstance(self.constraint, Masking) else None
-        if mask is not None and mask.dtype != bool:
-            raise ConstraintError(f"{type(self.constraint).__name__}: allowed gave {mask.dtype}; it must give bools")
-        return mask
+        """The constraint's mask, if it has one: a copy of your own. Not counted."""
+        if state not in self._masks:
+            mask = self.constraint.allowed(state.state) if isinstance(self.constraint, Masking) else None
+            if mask is not None and mask.dtype != bool:
+                raise ConstraintError(
+                    f"{type(self.constraint).__name__}: allowed gave {mask.dtype}; it must give bools"
+                )
+            if len(self._masks) == MASKS:
+                del self._masks[next(iter(self._masks))]
+            self._masks[state] = mask
+        kept = self._masks[state]
+        return None if kept is None else kept.copy()

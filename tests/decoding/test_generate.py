@@ -273,6 +273,8 @@ def none_at_all(text: str, complete: bool) -> bool:
         (lambda: Request([], WORDS), "prompt: it has no tokens"),
         (lambda: Request([99], WORDS), "prompt: 99 is the id of no token, they are from 0 to 4"),
         (lambda: Request([3, -1], WORDS), "prompt: -1 is the id of no token"),
+        (lambda: Request([3, 1.5], WORDS), "prompt: 1.5 is no whole number"),  # type: ignore[list-item]
+        (lambda: Request("the hat", WORDS), "prompt: 't' is no whole number"),  # type: ignore[arg-type]
         (lambda: Request(PROMPT, WORDS, law=Law(top_k=1)), r"none of the 1 tokens \(of 5\) to which top_k=1 leaves"),
         (lambda: Request(PROMPT, WORDS, law=Law(top_p=0.3)), r"after '' none .* top_p=0\.3 leaves .* loosen it"),
         (lambda: Request(PROMPT, WORDS, law=Law(1e-5)), r"after '' none .* temperature=1e-05 leaves"),

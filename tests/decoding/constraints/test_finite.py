@@ -163,6 +163,32 @@ def test_masks_of_joins_and_of_the_memo(letters: Vocabulary) -> None:
     assert masked(Memo(plain)) is None
 
 
+def test_memo_keeps_the_newest_masks(letters: Vocabulary) -> None:
+    """Nine states of "abcdefgh", asked in turn: the first is forgotten, the second is still known."""
+
+    class Masked(Words):
+        asked = 0
+
+        def allowed(self, state: Any) -> np.ndarray:
+            self.asked += 1
+            return super().allowed(state)
+
+    inner = Masked(["abcdefgh"], letters)
+    memo = Memo(inner)
+    states = [memo.start()]
+    for letter in b"abcdefgh":
+        after = memo.advance(states[-1], letter)
+        assert after is not None
+        states.append(after)
+    masks = [memo.allowed(state) for state in states for _ in range(2)]
+    assert inner.asked == 9
+    masks[2][:] = True  # type: ignore[index]
+    assert np.array_equal(memo.allowed(states[1]), masks[3])  # type: ignore[arg-type]
+    assert inner.asked == 9, "a mask belongs to its caller, and the memo's stays as it was"
+    assert np.array_equal(memo.allowed(states[0]), masks[0])  # type: ignore[arg-type]
+    assert inner.asked == 10
+
+
 def test_specs(letters: Vocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "s.json").write_text('{"enum": ["the"]}')
     (tmp_path / "g.lark").write_text('start: "the"')
