@@ -181,10 +181,8 @@ def _show_answer(row: dict[str, Any]) -> None:
     if row["completion"] is None or not row["valid"]:
         raise AlignError(f"no valid answer: {row['reason']}")
     print(row["completion"])
-    numbers = {name: row[name] for name in ("log_normaliser", "ess", "calls_per_token", "masks", "dead_ends")}
-    numbers["masks"] = (
-        numbers["masks"] or None
-    )  # not of a word where the constraint was asked about single tokens alone
+    names = ("log_normaliser", "ess", "calls_per_token", *(("masks",) if row["masks"] else ()), "dead_ends")
+    numbers = {name: row[name] for name in names}
     said = " · ".join(f"{name} {value:.4g}" for name, value in numbers.items() if value is not None)
     print(f"{said} · {len(row['samples'])} particles", file=sys.stderr)
 
