@@ -5,6 +5,7 @@ It answers lines of JSON on its standard input. It ends with the process that st
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import select
@@ -23,6 +24,7 @@ from .protocol import ConstraintError
 
 START_SECONDS = 60.0  # importing the function's module, which may import much
 COMMAND = "import sys; from align.decoding.constraints import worker; worker.main(sys.argv[1], int(sys.argv[2]))"
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Worker:
@@ -37,7 +39,8 @@ class Worker:
 
     def __call__(self, before: str, ends: Sequence[str], complete: bool) -> Iterator[Any]:
         """What the function says of ``before`` with each of the ends, up to the first that it does not refuse."""
-        if self._busy:  # interrupted between a question and its answer
+        # Interrupted between a question and its answer, or gone: Linux ends it with the thread that started it.
+        if self._busy or (self._process is not None and self._process.poll() is not None):
             self._stop()
         process = self._process or self._start()
         self._busy = True
@@ -148,11 +151,18 @@ def main(name: str, parent: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """Look every second whether ``parent`` is still there: where it was killed, a call would go on without end."""
+    """Where ``parent`` is killed a call would go on without end: on Linux the kernel ends this process with it.
+
+    Elsewhere it looks every second whether ``parent`` is still there, which a call that stays in C code puts off.
+    """
 
     def look(*_: Any) -> None:
         if os.getppid() != parent:
             os._exit(1)
 
-    signal.signal(signal.SIGALRM, look)
-    signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        look()  # it may have gone before
+    else:
+        signal.signal(signal.SIGALRM, look)
+        signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)

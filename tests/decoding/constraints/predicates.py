@@ -18,6 +18,11 @@ def slow(text: str, complete: bool) -> bool:
     return True
 
 
+def counts(text: str, complete: bool) -> bool:
+    """Stays in C code, where Python sees no signals, for an hour on a text with an x."""
+    return sum(range(10**11)) > 0 if "x" in text else True
+
+
 def quits(text: str, complete: bool) -> bool:
     """Takes its process down."""
     if text:
