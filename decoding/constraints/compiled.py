@@ -87,13 +87,18 @@ class Compiled:
         """What has been said so far."""
         return self.vocabulary.text(list(_tokens(state.path))[::-1])
 
-    def next_bytes(self, state: _State) -> list[int]:
-        """The bytes that may follow."""
-        return [byte for byte, possible in enumerate(self._first_bytes(self._at(state))) if possible]
+    def next_bytes(self, state: _State, after: bytes = b"") -> set[int]:
+        """The bytes that may follow, after some more; none where these may not."""
+        matcher = self._at(state)
+        if after:
+            matcher = matcher.deep_copy()
+            if matcher.try_consume_tokens(list(after)) < len(after):
+                return set()
+        return {byte for byte, possible in enumerate(self._first_bytes(matcher)) if possible}
 
     def allowed(self, state: _State) -> np.ndarray:
         """The mask of llguidance where the next byte is open; where it is forced, its tokens are asked one by one."""
-        here, first = self._at(state), self.next_bytes(state)
+        here, first = self._at(state), sorted(self.next_bytes(state))
         if len(first) > 1:
             matcher = self._masker.deep_copy()
             path = list(_tokens(state.path))[::-1]

@@ -82,10 +82,12 @@ CLAUSES = ("where", "group", "order", "limit", "union", "intersect", "except")
 _NAMES = "|".join(CLAUSES)
 _PART = re.compile(r"""'[^']*'?|"[^"]*"?|`[^`]*`?|\[[^\]]*\]?|[();]|\w+(?=\s)""")
 _OUTSIDE_QUOTES = re.compile(r"""([^'"`\[]|'[^']*'|"[^"]*"|`[^`]*`|\[[^\]]*\])*""")
-# Of tokens: what may close a part by itself; what may end a word that was begun; and what can do neither.
+_BEGUN = "|".join(sorted({name[:length] for name in CLAUSES for length in range(1, len(name))}, key=len, reverse=True))
+# Of tokens: what may close a part by itself, or outside of quotes; what may go on with a word that was begun.
 _CLOSES = re.compile(rf";|\b({_NAMES})(\s|$)".encode(), re.IGNORECASE)
-_ENDS_WORD = re.compile(rb"\w+(\s|$)|\s")
-_MAY_CLOSE = re.compile(rf"[\s;]|[{''.join({name[-1] for name in CLAUSES})}]$".encode(), re.IGNORECASE)
+_BEGINS = re.compile(rf"\b({_BEGUN})$".encode(), re.IGNORECASE)
+_GOES_ON = re.compile(rb"\w+(\s|$)|\s")
+_MAY_CLOSE = re.compile(rf"[\s;]|[{''.join(sorted(set(''.join(CLAUSES))))}]$".encode(), re.IGNORECASE)
 
 
 class Sql:
@@ -103,9 +105,9 @@ class Sql:
         self.vocabulary = vocabulary
         self._database = _database(schema)
         self._grammar: Compiled = grammar(lark(schema), vocabulary, name="sql")
-        self._may_close, self._closes, self._ends_word = (
+        self._may_close, self._closes, self._begins, self._goes_on = (
             np.array([found(token or b"") is not None for token in vocabulary.tokens])
-            for found in (_MAY_CLOSE.search, _CLOSES.search, _ENDS_WORD.match)
+            for found in (_MAY_CLOSE.search, _CLOSES.search, _BEGINS.search, _GOES_ON.match)
         )
 
     def start(self) -> Any:
@@ -120,22 +122,37 @@ class Sql:
         return None if new and self.refusal(str(closed)) is not None else after
 
     def _closed(self, state: Any) -> str | None:
-        """The part that nothing can mend; a clause's name is one as soon as no other word can come of it."""
+        """The part that nothing can mend; a clause closes it as soon as no other word can come of its letters."""
         text = self._grammar.text(state)
         word = re.search(r"\w*$", text)
-        is_name = word is not None and word[0].lower() in CLAUSES
-        return _closed(f"{text} " if is_name and set(self._grammar.next_bytes(state)) <= set(b" \t\r\n") else text)
+        begun = word[0].lower() if word is not None else ""
+        for name in CLAUSES:
+            if begun and name.startswith(begun) and self._must_become(state, name[len(begun) :]):
+                return _closed(f"{text}{name[len(begun) :]} ")
+        return _closed(text)
+
+    def _must_become(self, state: Any, rest: str) -> bool:
+        for place, letter in enumerate(rest):
+            said, either = rest[:place].encode(), set(f"{letter}{letter.upper()}".encode())
+            others = self._grammar.next_bytes(state, said) - either
+            # The grammar takes a long s for an s, too, as regular expressions do.
+            if others and (letter, others, self._grammar.next_bytes(state, said + b"\xc5")) != ("s", {0xC5}, {0xBF}):
+                return False
+        return self._grammar.next_bytes(state, rest.encode()) <= set(b" \t\r\n")
 
     def may_end(self, state: Any) -> bool:
         return self._grammar.may_end(state) and self.refusal(self._grammar.text(state)) is None
 
     def allowed(self, state: Any) -> np.ndarray:
         mask, text = self._grammar.allowed(state), self._grammar.text(state)
-        asked = mask & self._closes
-        word = re.search(r"\w*$", text)
-        begun = word is not None and word[0] and any(name.startswith(word[0].lower()) for name in CLAUSES)
-        if begun and _OUTSIDE_QUOTES.fullmatch(text):
-            asked |= mask & self._ends_word
+        asked = self._closes
+        if _OUTSIDE_QUOTES.fullmatch(text):
+            word = re.search(r"\w*$", text)
+            begun = word[0].lower() if word is not None else ""
+            asked = asked | self._begins
+            if begun and any(name.startswith(begun) for name in CLAUSES):
+                asked = asked | self._goes_on
+        asked = asked & mask
         for token in np.flatnonzero(asked).tolist():
             mask[token] = self.advance(state, token) is not None
         return mask

@@ -98,13 +98,27 @@ def test_may_not_end_where_sqlite_refuses(query: str, reason: str, sql: Sql) -> 
     assert reason in (sql.refusal(query) or "")
 
 
+def test_a_clause_that_may_not_follow_is_not_begun(sql: Sql) -> None:
+    """Byte by byte no text is kept before a clause that closes what is wrong; only a join or a comma may mend it."""
+    state = sql.start()
+    for byte in b"SELECT year FROM singer ":
+        state = sql.advance(state, byte)
+    after = {chr(byte).upper() for byte in range(128) if sql.advance(state, byte) is not None}
+    assert {",", "J", "L", "N", "A"} <= after  # LEFT, NATURAL and an alias among them
+    for word in ("WH", "LI", "OR", "GR", "UN", "EXC", "INT"):
+        kept = state
+        for byte in word.encode():
+            kept = sql.advance(kept, byte) if kept is not None else None
+        assert kept is None, word
+
+
 @pytest.mark.parametrize(
     ("query", "read"),
     [
-        ("SELECT year FROM singer WHERE age = 3", "SELECT year FROM singer WHER"),
+        ("SELECT year FROM singer WHERE age = 3", "SELECT year FROM singer W"),
         ("SELECT year FROM singer;", "SELECT year FROM singer"),
-        ("SELECT 1 FROM singer WHERE max(age) = 3 ORDER BY name", "SELECT 1 FROM singer WHERE max(age) = 3 ORDE"),
-        ("SELECT name FROM singer GROUP BY year LIMIT 3", "SELECT name FROM singer GROUP BY year LIMI"),
+        ("SELECT 1 FROM singer WHERE max(age) = 3 ORDER BY name", "SELECT 1 FROM singer WHERE max(age) = 3 OR"),
+        ("SELECT name FROM singer GROUP BY year LIMIT 3", "SELECT name FROM singer GROUP BY year "),
         ("SELECT 1, 2 FROM singer UNION SELECT 1 FROM singer;", "SELECT 1, 2 FROM singer UNION SELECT 1 FROM singer"),
     ],
 )
@@ -133,10 +147,10 @@ def test_the_mask_agrees_where_a_part_is_closed() -> None:
     vocabulary = Vocabulary([*pieces, None], frozenset({len(pieces)}))
     words = Sql(SCHEMA, vocabulary)
     begun = words.advance(words.start(), 0)
-    where = words.advance(begun, 1)
-    assert words.advance(where, 2) is None
-    mended = words.advance(words.advance(words.advance(begun, 7), 1), 2)
-    for state, expected in ((begun, {1, 4, 5, 7}), (where, {9}), (mended, {4, 5})):
+    joined = words.advance(begun, 7)
+    where = words.advance(joined, 1)
+    whole = words.advance(where, 2)
+    for state, expected in ((begun, {4, 5, 7}), (joined, {1, 4, 5, 6, 7, 8}), (where, {2, 3, 9}), (whole, {4, 5})):
         allowed = {token for token in range(len(pieces)) if words.advance(state, token) is not None}
         assert allowed == set(words.allowed(state).nonzero()[0]) == expected
 
