@@ -83,9 +83,10 @@ _NAMES = "|".join(CLAUSES)
 _PART = re.compile(r"""'[^']*'?|"[^"]*"?|`[^`]*`?|\[[^\]]*\]?|[();]|\w+(?=\s)""")
 _OUTSIDE_QUOTES = re.compile(r"""([^'"`\[]|'[^']*'|"[^"]*"|`[^`]*`|\[[^\]]*\])*""")
 _BEGUN = "|".join(sorted({name[:length] for name in CLAUSES for length in range(1, len(name))}, key=len, reverse=True))
-# Of tokens: what may close a part by itself, or outside of quotes; what may go on with a word that was begun.
+# Of tokens: what may close a part by itself; what may begin to; what ends a quotation; what goes on with a word.
 _CLOSES = re.compile(rf";|\b({_NAMES})(\s|$)".encode(), re.IGNORECASE)
 _BEGINS = re.compile(rf"\b({_BEGUN})$".encode(), re.IGNORECASE)
+_QUOTE = re.compile(rb"['\"`\]]")
 _GOES_ON = re.compile(rb"\w+(\s|$)|\s")
 _MAY_CLOSE = re.compile(rf"[\s;]|[{''.join(sorted(set(''.join(CLAUSES))))}]$".encode(), re.IGNORECASE)
 
@@ -109,6 +110,8 @@ class Sql:
             np.array([found(token or b"") is not None for token in vocabulary.tokens])
             for found in (_MAY_CLOSE.search, _CLOSES.search, _BEGINS.search, _GOES_ON.match)
         )
+        quotes = np.array([_QUOTE.search(token or b"") is not None for token in vocabulary.tokens])
+        self._closes |= self._begins & quotes
 
     def start(self) -> Any:
         return self._grammar.start()

@@ -155,6 +155,15 @@ def test_the_mask_agrees_where_a_part_is_closed() -> None:
         assert allowed == set(words.allowed(state).nonzero()[0]) == expected
 
 
+def test_the_mask_agrees_where_a_quotation_ends() -> None:
+    """A token that ends a text and begins a clause is asked about, too."""
+    pieces = [b"SELECT count(*) FROM singer WHERE max(age) = 'a", b"b", b"' OR", b"' O", b"' ORD", b"'", b" O"]
+    words = Sql(SCHEMA, Vocabulary([*pieces, None], frozenset({len(pieces)})))
+    state = words.advance(words.start(), 0)
+    allowed = {token for token in range(len(pieces)) if words.advance(state, token) is not None}
+    assert allowed == set(words.allowed(state).nonzero()[0]) == {1, 2, 3, 5, 6}
+
+
 def test_a_column_of_no_table_yet_may_come_by_a_join(sql: Sql) -> None:
     assert refused(sql, "SELECT name, year FROM singer") == "SELECT name, year FROM singer"
     assert refused(sql, "SELECT name, year FROM singer JOIN concert") is None
