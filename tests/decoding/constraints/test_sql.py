@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from align.decoding.constraints import ConstraintError, Sql, Vocabulary, parse, read_schemas
+from align.decoding.constraints.conformance import check
 
 SCHEMA = {
     "singer": ["Singer_ID", "Name", "Country", "Age"],
@@ -139,6 +140,16 @@ def test_what_may_still_be_mended_is_kept(sql: Sql) -> None:
         "FROM concert JOIN singer ON name = \"where ;\" WHERE name = 'a; LIMIT 3' AND year = 2014"
     )
     assert refused(sql, query) is None
+
+
+def test_walks_where_names_are_of_other_tables_meet_no_dead_end() -> None:
+    """Where a statement is judged at its end alone, one of these walks comes to a WHERE after which nothing may follow."""
+    pieces = [b" WHERE", b" ORDER", b"SELECT", b" name", b" FROM", b" flight", b" airport"]
+    vocabulary = Vocabulary(
+        [*(bytes([byte]) for byte in range(32, 127)), *pieces, None], frozenset({95 + len(pieces)})
+    )
+    constraint = Sql({"airport": ["name", "code"], "flight": ["id", "no"]}, vocabulary)
+    check(constraint, vocabulary, texts=["SELECT name FROM airport"], walks=6, length=40)
 
 
 def test_the_mask_agrees_where_a_part_is_closed() -> None:
