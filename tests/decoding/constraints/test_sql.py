@@ -143,7 +143,7 @@ def test_what_may_still_be_mended_is_kept(sql: Sql) -> None:
 
 
 def test_walks_where_names_are_of_other_tables_meet_no_dead_end() -> None:
-    """Where a statement is judged at its end alone, one of these walks comes to a WHERE after which nothing may follow."""
+    """Judged at its end alone, one of these walks comes to a WHERE after which nothing may follow."""
     pieces = [b" WHERE", b" ORDER", b"SELECT", b" name", b" FROM", b" flight", b" airport"]
     vocabulary = Vocabulary(
         [*(bytes([byte]) for byte in range(32, 127)), *pieces, None], frozenset({95 + len(pieces)})
