@@ -30,6 +30,7 @@ ROWS = 512
 """Rows whose constraints are held at a time."""
 KEPT = 64
 """Constraints of rows that are kept for rows to come."""
+Write = Callable[[Mapping[int, dict[str, Any]]], None]
 BYTES = Vocabulary([*(bytes([byte]) for byte in range(256)), None], frozenset({256}))
 """A vocabulary to try constraints on before there is a model."""
 
@@ -125,7 +126,7 @@ class Controller:
         self,
         encoded: Mapping[int, Sequence[int]],
         rows: Mapping[int, Mapping[str, Any]],
-        write: Callable[[Mapping[int, dict[str, Any]]], None],
+        write: Write,
     ) -> None:
         """Answer rows of data; ``write`` is called with each as soon as it is there.
 
@@ -142,7 +143,7 @@ class Controller:
         self,
         encoded: Mapping[int, Sequence[int]],
         rows: Mapping[int, Mapping[str, Any]],
-        write: Callable[[Mapping[int, dict[str, Any]]], None],
+        write: Write,
     ) -> None:
         numbers, requests = list[int](), list[Request]()
         for number, ids in encoded.items():
@@ -204,7 +205,14 @@ class Controller:
                 scores = self.scorer([prompt] * len(answers), answers, columns)
             except ValueError as error:
                 raise ConstraintError(f"reward {self.control.reward}: {error}") from error
-            return [self.control.reward_strength * (score or 0.0) for score in scores]
+            found = [score for score in scores if score is not None]
+            if len(found) < len(scores):
+                said = repr(self.vocabulary.text(sequences[list(scores).index(None)]))
+                raise ConstraintError(
+                    f"reward {self.control.reward}: no number for {said}, so that it has no weight; a rule that "
+                    "judges here gives a number for every answer, and for unfinished ones where --reward-every is set"
+                )
+            return [self.control.reward_strength * score for score in found]
 
         return potential
 

@@ -297,6 +297,19 @@ def test_a_reward_pulls(align: Align, tiny_model_dir: Path, tmp_path: Path, monk
     assert all(row["log_normaliser"] > 30 for row in rows)
 
 
+def test_an_answer_without_a_reward_has_no_weight(
+    align: Align, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rule may give None; to take it for 0 would be a reward like any other."""
+    (tmp_path / "rule_of_none.py").write_text(
+        "def judge(prompts, completions):\n    return [None for _ in completions]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    result = align(*options(tiny_model_dir, "-p", "say", "--constraint", "regex:a", "--reward", "rule_of_none:judge"))
+    assert result.exit_code == 1
+    assert "reward rule_of_none:judge: no number for 'a', so that it has no weight" in result.stderr
+
+
 def test_what_cannot_be_used_is_said_before_the_model_is_loaded(align: Align, tmp_path: Path) -> None:
     """There is none."""
     (tmp_path / "schema.json").write_text('{"type": "objekt"}')
