@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ def last_digit(texts: list[str]) -> torch.Tensor:
     return torch.tensor([[float(int(text[-1]) > 3), 1.0] for text in texts])
 
 
-def train(model: Path, output: Path, processes: int) -> None:
+def train(model, output, processes, settings, train_and_log):
     rows = [{"prompt": f"say {n}", "completion": answer, "label": n in UP} for n, answer in enumerate(ANSWERS)]
     for name, loss, accumulate, match in (
         ("bco", "bco", 1, last_digit),
@@ -35,34 +34,25 @@ def train(model: Path, output: Path, processes: int) -> None:
                 str(output / name),
                 per_device_train_batch_size=4 // processes if accumulate == 1 else 2,
                 gradient_accumulation_steps=accumulate if processes == 1 else 1,
-                max_steps=3,
-                learning_rate=1e-3,
-                logging_steps=1,
-                lr_scheduler_type="constant",
-                report_to="none",
-                use_cpu=True,
-                bf16=False,
-                save_strategy="no",
-                gradient_checkpointing=False,
-                disable_tqdm=True,
-                seed=3,
+                **settings,
             ),
             train_dataset=Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(model),
             loss=loss,
             match_prompts=match,
         )
-        trainer.train()
-        if trainer.is_world_process_zero():
-            log = [entry for entry in trainer.state.log_history if "loss" in entry]
-            (output / f"{name}.json").write_text(json.dumps(log))
+        train_and_log(trainer, output / f"{name}.json")
 
 
-def test_two_processes_equal_one(tmp_path, tiny_model_dir, two_processes):
+def test_two_processes_equal_one(tmp_path, tiny_model_dir, two_processes, three_steps, train_and_log):
     logs = {}
     for processes, launch in ((1, lambda function: function()), (2, two_processes)):
         output = tmp_path / str(processes)
-        launch(lambda output=output, processes=processes: train(tiny_model_dir, output, processes))
+        launch(
+            lambda output=output, processes=processes: train(
+                tiny_model_dir, output, processes, three_steps, train_and_log
+            )
+        )
         logs[processes] = {path.stem: json.loads(path.read_text()) for path in output.glob("*.json")}
     assert set(logs[1]) == set(logs[2]) == {"bco", "bco_accumulated", "kto"}
     compared = {

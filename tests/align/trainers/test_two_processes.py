@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -21,7 +20,7 @@ ROWS = [
 ]
 
 
-def train(model: Path, output: Path, batch: int) -> None:
+def train(model, output, batch, settings, train_and_log):
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     for name, peft in (("full", None), ("lora", lora)):
         trainer = PairTrainer(
@@ -29,17 +28,7 @@ def train(model: Path, output: Path, batch: int) -> None:
             args=DPOConfig(
                 str(output / name),
                 per_device_train_batch_size=batch,
-                max_steps=3,
-                learning_rate=1e-3,
-                logging_steps=1,
-                lr_scheduler_type="constant",
-                report_to="none",
-                use_cpu=True,
-                bf16=False,
-                save_strategy="no",
-                gradient_checkpointing=False,
-                disable_tqdm=True,
-                seed=3,
+                **settings,
                 beta=0.5,
             ),
             train_dataset=Dataset.from_list(ROWS),
@@ -47,16 +36,13 @@ def train(model: Path, output: Path, batch: int) -> None:
             peft_config=peft,
             loss="dpo",
         )
-        trainer.train()
-        if trainer.is_world_process_zero():
-            log = [entry for entry in trainer.state.log_history if "loss" in entry]
-            (output / f"{name}.json").write_text(json.dumps(log))
+        train_and_log(trainer, output / f"{name}.json")
 
 
-def test_two_processes_equal_one(tmp_path, tiny_model_dir, two_processes):
+def test_two_processes_equal_one(tmp_path, tiny_model_dir, two_processes, three_steps, train_and_log):
     one, two = (tmp_path / name for name in ("one", "two"))
-    train(tiny_model_dir, one, 4)
-    two_processes(lambda: train(tiny_model_dir, two, 2))
+    train(tiny_model_dir, one, 4, three_steps, train_and_log)
+    two_processes(lambda: train(tiny_model_dir, two, 2, three_steps, train_and_log))
     for kind in ("full", "lora"):
         logs = [json.loads((output / f"{kind}.json").read_text()) for output in (one, two)]
         assert len(logs[0]) == 3
