@@ -22,7 +22,7 @@ def verify(
     dtype: Annotated[str, typer.Option("--dtype", help="What they compute in: float64 or float32.")] = "float64",
     only: Annotated[
         list[str] | None,
-        typer.Option("--only", metavar="NAME", help="This loss, transform or sampler alone; repeatable."),
+        typer.Option("--only", metavar="NAME", help="This loss, transform, pal or sampler alone; repeatable."),
     ] = None,
 ) -> None:
     """Train every loss, and run every sampler, in worlds where the truth is known. Exit code 1 on a miss.
@@ -30,8 +30,9 @@ def verify(
     Every answer of these worlds is enumerated, so that nothing is sampled. "exact" comes from a formula, a root or a
     solver in float64; "ours" is where gradient descent on the loss ends, from the worst of several starts; for
     policies both show the mean reward, and "distance" is in total variation. Transformed rewards (lsc, all_of, any_of)
-    are what a policy is trained on, with a KL. A sampler is run in every way that it can go, so "ours" is its mean and
-    no estimate of it. Rows that say "told" have no tolerance.
+    are what a policy is trained on, with a KL. pal is a model of annotators in two opposed groups: what share of their
+    labels it has right. A sampler is run in every way that it can go, so "ours" is its mean and no estimate of it.
+    Rows that say "told" have no tolerance.
     """
     import time
 

@@ -10,6 +10,7 @@ Samplers are run in every way that they can go.
   ``pair_targets`` with ``pair_optima``, ``logic_targets``, ``thumbs_targets``, ``selfplay_targets`` and
   ``reward_targets``).
 - ``transform_targets``  the same for log-sigmoid-centred rewards and their logic, as rewards of a policy.
+- ``pal_targets``  the same for rewards of annotators who disagree, known and new.
 - ``decoding_targets``  the same for samplers under a constraint, on ``chances``: a procedure run once for every branch
   that its randomness can take. ``weighted`` has the published estimators that are not shipped.
 - ``verify``     all of them against the truth, on a device and in a dtype: ``align verify``.

@@ -12,6 +12,7 @@ import torch
 from align.losses import LOSSES
 
 from .decoding_targets import DECODERS
+from .pal_targets import PAL
 from .rows import Row, Stack
 from .targets import TARGETS
 from .transform_targets import TRANSFORMS
@@ -21,17 +22,17 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
 def names(only: Sequence[str] = ()) -> list[str]:
-    """The losses, reward transforms and samplers to check, in the order of their tables; all of them if none is named.
+    """The losses, transforms, PAL and samplers to check, in the order of their tables; all of them if none is named.
 
     Raises:
         ValueError: a name that is in none of them.
     """
-    known = [*LOSSES, *TRANSFORMS, *DECODERS]
+    known = [*LOSSES, *TRANSFORMS, *PAL, *DECODERS]
     for name in only:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             raise ValueError(
-                f"no loss, transform or sampler is named {name!r}; "
+                f"no loss, transform, model or sampler is named {name!r}; "
                 + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
             )
     return [name for name in known if not only or name in only]

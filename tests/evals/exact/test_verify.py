@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from align.evals.exact.decoding_targets import DECODERS
 from align.evals.exact.descent import train_pairs
+from align.evals.exact.pal_targets import PAL
 from align.evals.exact.reward_targets import best_order, noisy_gap
 from align.evals.exact.rows import Row, Stack
 from align.evals.exact.solvers import normalised, odds, per_token
@@ -42,7 +43,7 @@ def timed(name: str) -> tuple[list[Row], float]:
 
 
 def test_every_loss_and_sampler_declares_its_target() -> None:
-    assert set(TARGETS) == {*LOSSES, *TRANSFORMS, *DECODERS}
+    assert set(TARGETS) == {*LOSSES, *TRANSFORMS, *PAL, *DECODERS}
     assert all(target.statement for target in TARGETS.values())
 
 
@@ -61,12 +62,14 @@ def test_the_whole_is_quick() -> None:
     assert sum(timed(name)[1] for name in TARGETS) < 90
 
 
-@pytest.mark.parametrize("name", ["dpo", "orpo", "bco", "nash_md_pg", "gpm", "all_of", "awrs_recursive", "masking"])
+@pytest.mark.parametrize(
+    "name", ["dpo", "orpo", "bco", "nash_md_pg", "gpm", "all_of", "pal", "awrs_recursive", "masking"]
+)
 def test_single_precision_has_a_tolerance_of_its_own(name: str) -> None:
     assert not [row for row in verify(name, make_stack("cpu", "float32")) if row.status == "miss"]
 
 
-@pytest.mark.parametrize("name", ["dpo", "ln_dpo", "cpo", "r_dpo"])
+@pytest.mark.parametrize("name", ["dpo", "ln_dpo", "cpo", "r_dpo", "pal"])
 def test_another_world_is_as_good(name: str) -> None:
     assert not [row for row in verify(name, Stack(seed=11)) if row.status == "miss"]
 
@@ -152,7 +155,7 @@ def test_a_loss_that_breaks_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_names_and_stacks_that_are_not_there() -> None:
-    assert names() == [*LOSSES, *TRANSFORMS, *DECODERS]
+    assert names() == [*LOSSES, *TRANSFORMS, *PAL, *DECODERS]
     assert names(["ipo", "dpo"]) == ["dpo", "ipo"]
     with pytest.raises(ValueError, match="did you mean 'ln_dpo'"):
         names(["lndpo"])
