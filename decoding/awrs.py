@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import masking
-from .lazy import Accepts, Draw, Live, Source, ask
+from .lazy import Accepts, Draw, Live, Row, Source, ask, live_of
 
 PATIENCE = 16
 """Refusals after which a mask is asked for: about the questions that one costs."""
@@ -28,7 +28,7 @@ Mask = Callable[[], NDArray[np.bool_] | None]
 
 
 def sample(
-    logq: NDArray[np.float64],
+    logq: Row,
     accepts: Accepts,
     draws: Source,
     *,
@@ -40,7 +40,7 @@ def sample(
     """Draw a token under a constraint, with a proper weight.
 
     Args:
-        logq: log-probabilities of the base law, (V,), float64; -inf for tokens that it never draws.
+        logq: the base law, (V,).
         accepts: asked at most once about a token.
         draws: the row's randomness.
         max_draws: budget, 1 or more. The recursive estimator counts what it asks, the geometric one also the draws
@@ -64,12 +64,12 @@ def sample(
     if estimator == "geometric":
         if mask is not None:
             raise ValueError("mask: the geometric estimator cannot end with one, its weight would be biased")
-        return _geometric(Live(logq), accepts, draws, max_draws or math.inf)
-    return _recursive(logq, accepts, draws, max_draws or math.inf, mask, patience)
+        return _geometric(live_of(logq), accepts, draws, max_draws or math.inf)
+    return _recursive(live_of(logq), accepts, draws, max_draws or math.inf, mask, patience)
 
 
 def _recursive(
-    logq: NDArray[np.float64], accepts: Accepts, draws: Source, budget: float, mask: Mask | None, patience: int
+    live: Live, accepts: Accepts, draws: Source, budget: float, mask: Mask | None, patience: int
 ) -> Draw:
     """Without replacement, from ``E f = P(x) f(x) + (1 - P(x)) E[f | not x]``.
 
@@ -81,7 +81,6 @@ def _recursive(
     ``Z q(t) / Z``, so a mask may take over after any refusal. (The geometric estimator's mean is under Z after a
     refusal and over it after an accept, so there it may not.)
     """
-    live = Live(logq)
     for evaluations in count(1):
         if not live.mass:
             return Draw(None, -math.inf, evaluations - 1)
@@ -97,7 +96,7 @@ def _recursive(
             return Draw(None, -math.inf, evaluations)
         verdicts = mask() if mask is not None and evaluations == patience else None
         if verdicts is not None:
-            return replace(masking.sample(logq, accepts, draws, allowed=verdicts), evaluations=evaluations)
+            return replace(masking.sample(live, accepts, draws, allowed=verdicts), evaluations=evaluations)
     raise AssertionError("count() never ends")
 
 

@@ -108,12 +108,52 @@ class Live:
     def __init__(self, logq: NDArray[np.float64]) -> None:
         if logq.ndim != 1 or not logq.size:
             raise ValueError(f"logq has shape {logq.shape} and must have (V,): one row, a number for each token")
-        self._p = np.exp(logq, dtype=np.float64)
-        self._sums = np.add.reduceat(self._p, np.arange(0, logq.size, BLOCK))
-        self._upto = np.cumsum(self._sums)
+        self._set(np.exp(logq, dtype=np.float64))
         if not math.isfinite(self.mass):
             bad = int(np.flatnonzero(~(logq < math.inf))[0])
             raise ValueError(f"logq[{bad}] is {logq[bad]}: a log-probability is a finite number or -inf")
+
+    @classmethod
+    def of(cls, p: NDArray[np.float32]) -> Live:
+        """From probabilities, (V,), which are the row's own from now on; sums are in float64 nevertheless.
+
+        Raises:
+            ValueError: NaN or +inf among them.
+        """
+        live = cls.__new__(cls)
+        live._set(p)
+        if not math.isfinite(live.mass):
+            raise ValueError("the probabilities hold NaN or +inf: there is no law to draw from")
+        return live
+
+    def only(self, allowed: NDArray[np.bool_]) -> Live:
+        """The tokens of these that are left, with the probabilities that they have.
+
+        Raises:
+            ValueError: ``allowed`` is not of shape (V,).
+        """
+        if allowed.shape != self._p.shape:
+            raise ValueError(
+                f"allowed has shape {allowed.shape} and must have {self._p.shape}: a verdict for each token"
+            )
+        live = Live.__new__(Live)
+        live._set(np.where(allowed, self._p, self._p.dtype.type(0)))
+        return live
+
+    def _set(self, p: NDArray[np.floating]) -> None:
+        self._p = p
+        self._sums = np.add.reduceat(p, np.arange(0, p.size, BLOCK), dtype=np.float64)
+        self._upto = np.cumsum(self._sums)
+
+    @property
+    def size(self) -> int:
+        """V, the tokens that there were."""
+        return len(self._p)
+
+    @property
+    def left(self) -> NDArray[np.int64]:
+        """Ids of the tokens that are left, ascending."""
+        return np.flatnonzero(self._p)
 
     @property
     def mass(self) -> float:
@@ -130,7 +170,7 @@ class Live:
         block = _first_over(self._upto, uniform * self._upto[-1])
         before = self._upto[block - 1] if block else 0.0
         begin = block * BLOCK
-        upto = np.cumsum(self._p[begin : begin + BLOCK])
+        upto = np.cumsum(self._p[begin : begin + BLOCK], dtype=np.float64)
         return begin + _first_over(upto, uniform * self._upto[-1] - before)
 
     def remove(self, token: int) -> float:
@@ -138,9 +178,18 @@ class Live:
         p = float(self._p[token])
         block = token // BLOCK
         self._p[token] = 0.0
-        self._sums[block] = self._p[block * BLOCK : (block + 1) * BLOCK].sum()
+        self._sums[block] = self._p[block * BLOCK : (block + 1) * BLOCK].sum(dtype=np.float64)
         np.cumsum(self._sums, out=self._upto)
         return p
+
+
+Row = NDArray[np.float64] | Live
+"""A base law: log-probabilities, (V,), float64, -inf for tokens that it never draws; or ``Live`` made of it."""
+
+
+def live_of(row: Row) -> Live:
+    """The row as ``Live``, which drawing from it uses up."""
+    return row if isinstance(row, Live) else Live(row)
 
 
 def _first_over(upto: NDArray[np.float64], target: float) -> int:

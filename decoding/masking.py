@@ -7,11 +7,11 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from .lazy import Accepts, Draw, Live, Source, ask
+from .lazy import Accepts, Draw, Row, Source, ask, live_of
 
 
 def sample(
-    logq: NDArray[np.float64],
+    logq: Row,
     accepts: Accepts,
     draws: Source,
     *,
@@ -23,7 +23,7 @@ def sample(
     is as likely as if all did. With the weights they are a proper, if costly, sample.
 
     Args:
-        logq: log-probabilities of the base law, (V,), float64.
+        logq: the base law, (V,).
         accepts: asked about every token that the base law can draw, unless ``allowed`` is given.
         draws: the row's randomness.
         allowed: the verdicts, (V,), where a constraint knows them all.
@@ -31,15 +31,14 @@ def sample(
     Raises:
         ValueError: logq is no row of log-probabilities, ``allowed`` has another shape, or a verdict is no Boolean.
     """
+    live = live_of(logq)
     evaluations, masks = 0, int(allowed is not None)
     if allowed is None:
-        asked = np.flatnonzero(logq > -math.inf)
+        asked = live.left
         evaluations = len(asked)
-        allowed = np.zeros(logq.shape, dtype=bool)
+        allowed = np.zeros(live.size, dtype=bool)
         allowed[asked] = [ask(accepts, int(token)) for token in asked]
-    elif allowed.shape != logq.shape:
-        raise ValueError(f"allowed has shape {allowed.shape} and must have {logq.shape}: a verdict for each token")
-    live = Live(np.where(allowed, logq, -math.inf))
+    live = live.only(allowed)
     if not live.mass:
         return Draw(None, -math.inf, evaluations, masks)
     return Draw(live.draw(draws.uniform()), math.log(live.mass), evaluations, masks)

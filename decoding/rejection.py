@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-from numpy.typing import NDArray
-
-from .lazy import Accepts, Draw, Live, Source, ask
+from .lazy import Accepts, Draw, Row, Source, ask, live_of
 
 
-def sample(logq: NDArray[np.float64], accepts: Accepts, draws: Source, *, max_draws: int | None = None) -> Draw:
+def sample(logq: Row, accepts: Accepts, draws: Source, *, max_draws: int | None = None) -> Draw:
     """Draw without replacement until a token is allowed: that token follows ``q(. | allowed)``.
 
     The weight is 1 and proper in name only: nothing is known of Z, and sequences of such tokens are distorted as those
     of token masking are.
 
     Args:
-        logq: log-probabilities of the base law, (V,), float64.
+        logq: the base law, (V,).
         accepts: asked at most once about a token.
         draws: the row's randomness.
         max_draws: questions after which the row counts as a dead end, 1 or more.
@@ -27,7 +24,7 @@ def sample(logq: NDArray[np.float64], accepts: Accepts, draws: Source, *, max_dr
     """
     if max_draws is not None and max_draws < 1:
         raise ValueError(f"max_draws is {max_draws}: it must be 1 or more")
-    live, evaluations = Live(logq), 0
+    live, evaluations = live_of(logq), 0
     while live.mass and evaluations != max_draws:
         token = live.draw(draws.uniform())
         evaluations += 1
