@@ -44,9 +44,7 @@ from align.rewards.models import RewardOutput
 from align.rewards.named import load_reward
 from align.tracking.files import write_json, write_text
 from align.tracking.progress import progress
-from align.tracking.run_folder import REFERENCES
-from align.trainers.build import Built, goal_prompts, losses_of
-from align.trainers.grpo import with_references
+from align.trainers.build import Built, losses_of
 from align.trainers.reward import RewardTrainer
 from align.trainers.thumbs import ThumbsTrainer
 from align.trainers.thumbs_loss import thumbs_rewards
@@ -74,7 +72,7 @@ def evaluate(
         "generation": lambda: _generation(recipe, built, tokenizer, held_out, run),
         "reward": lambda: _reward(recipe, built, held_out),
         "cycles": lambda: _cycles(recipe, built, held_out),
-        "goals": lambda: _goals(recipe, built, tokenizer, held_out, run),
+        "goals": lambda: _goals(recipe, built, tokenizer, run),
     }
     results: dict[str, dict[str, Any]] = {}
     for name in recipe.evals:
@@ -289,9 +287,7 @@ def _kl(ids: Sequence[Sequence[int]], drawn: Sequence[Sample], built: Built, pad
     return log_ratios(ids, drawn, policy_logps, reference_logps, temperature=1.0)
 
 
-def _goals(
-    recipe: Recipe, built: Built, tokenizer: PreTrainedTokenizerBase, held_out: Split, run: Path
-) -> dict[str, Any]:
+def _goals(recipe: Recipe, built: Built, tokenizer: PreTrainedTokenizerBase, run: Path) -> dict[str, Any]:
     """Each reward of ``grpo.rewards`` on answers of both models to the first held-out prompts, at temperature 1.
 
     The two answers to a prompt are scored side by side: a preference model then says by how much one is better. Which
@@ -299,18 +295,7 @@ def _goals(
     """
     assert recipe.grpo is not None
     spec, reward, pad = recipe.grpo, built.trainer.reward, int(tokenizer.pad_token_id)
-    model, longest = built.trainer.model, spec.max_completion_length
-    with built.untrained() as untrained:
-        data = with_references(
-            goal_prompts(recipe, held_out.tokenized.dataset()),
-            reward,
-            untrained,
-            tokenizer,
-            run / REFERENCES,
-            max_new_tokens=longest,
-            seed=int(built.trainer.args.seed),
-            max_bad_fraction=recipe.data.max_bad_fraction,
-        )
+    model, longest, data = built.trainer.model, spec.max_completion_length, built.trainer.goals
     ids = [encode_prompt(prompt, tokenizer) for prompt in data["prompt"]]
     answers = _Answers(run / "eval" / "answers.jsonl", tokenizer, ids, recipe)
     after = answers.of("trained, for the goals", model, 1.0, longest)

@@ -117,7 +117,7 @@ def _run(
     run.update_manifest(
         **run_facts(command, int(trainer.args.seed)),
         recipe=source,
-        data={name: split.facts for name, split in splits.items()},
+        data={name: split.facts | built.data.get(name, {}) for name, split in splits.items()},
         **built.facts,
     )
     mirror = _mirror(recipe, run)

@@ -36,6 +36,7 @@ REWARD_NOTATION = (
 
 COUNTS = {
     "set_aside": "rows set aside",
+    "without_reference": "prompts without a reference, set aside too",
     "truncated": "answers cut at the length limit",
     "kept": "kept by the filter, and trained on",
     "dropped": "dropped by the filter",

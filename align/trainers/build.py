@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from align.models.scoring import attach_scoring
 from align.rewards.named import load_function
 from align.tracking.run_folder import REFERENCES
 
-from .grpo import GroupTrainer, check_prompts, check_references, reward_function, with_references
+from .grpo import GroupTrainer, check_prompts, reward_function, with_references
 from .matching import Encoder
 from .memory import ReleaseFreed
 from .pair import PairTrainer
@@ -47,11 +47,13 @@ class Built:
         trainer: TRL's, with our loss.
         untrained: context of the model as it was before training, for comparisons after it.
         facts: sections ``model`` and ``reference`` of the manifest.
+        data: what building found out of ``train`` and ``eval``, for section ``data``.
     """
 
     trainer: Trainer
     untrained: Callable[[], AbstractContextManager[Any]]
     facts: dict[str, Any]
+    data: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def losses_of(recipe: Recipe) -> list[Loss]:
@@ -96,11 +98,12 @@ def build(
         "processing_class": tokenizer,
         "peft_config": lora,
     }
+    data: dict[str, dict[str, int]] = {}
     try:
         if recipe.data_kind == "thumbs":
             trainer: Trainer = _thumbs_trainer(recipe, losses[0], common)
         elif recipe.data_kind == "prompts":
-            trainer = _group_trainer(recipe, common, output)
+            trainer, data = _group_trainer(recipe, common, output)
         elif losses:
             trainer = PairTrainer(loss=losses, shared_prompt=recipe.data.shared_prompt, **common)
         else:
@@ -110,7 +113,7 @@ def build(
     except ValueError as error:
         raise AlignError(f"the trainer refuses this set-up: {error}") from error
     kept: list[Any] = []
-    return built(trainer, lambda: _untrained(recipe, trainer, kept), **facts)
+    return replace(built(trainer, lambda: _untrained(recipe, trainer, kept), **facts), data=data)
 
 
 def built(trainer: Trainer, untrained: Callable[[], AbstractContextManager[Any]], **facts: dict[str, Any]) -> Built:
@@ -144,12 +147,15 @@ def _encoder(name: str | None) -> Encoder | None:
     return None if name is None else load_function(name, "encoder", "a list of texts")
 
 
-def _group_trainer(recipe: Recipe, common: dict[str, Any], output: Path) -> GroupTrainer:
+def _group_trainer(
+    recipe: Recipe, common: dict[str, Any], output: Path
+) -> tuple[GroupTrainer, dict[str, dict[str, int]]]:
+    """The trainer, and how many prompts of each data set have no reference, where references are made.
+
+    Held-out prompts are given theirs before training too, so that what they lack is told then, and once.
+    """
     assert recipe.grpo is not None  # the recipe's check: method grpo has its section
     reward, arguments, model = reward_function(recipe.grpo.rewards), common["args"], common["model"]
-    of_goals = common["eval_dataset"] and goal_prompts(recipe, common["eval_dataset"])
-    if arguments.eval_strategy == "no":
-        common = {**common, "eval_dataset": None}
     model.to(arguments.device)
     referenced = partial(
         with_references,
@@ -161,17 +167,39 @@ def _group_trainer(recipe: Recipe, common: dict[str, Any], output: Path) -> Grou
         seed=arguments.seed,
         max_bad_fraction=recipe.data.max_bad_fraction,
     )
-    prompts = {name: common[name] and referenced(common[name]) for name in DATASETS}
-    check_references(prompts["train_dataset"], reward)
-    check_prompts(len(prompts["train_dataset"]), arguments, recipe.data.train)
-    if of_goals and "goals" in recipe.evals:
-        referenced(of_goals)  # what they lack is told before training, and not after it
-    return GroupTrainer(reward=reward, **{**common, **prompts})
+    given = {"train": common["train_dataset"]}
+    prompts = {"train": referenced(given["train"], training=True)}
+    check_prompts(len(prompts["train"]), arguments, recipe.data.train)
+    held_out, evaluated = common["eval_dataset"], arguments.eval_strategy != "no"
+    first = None
+    if held_out is not None and "goals" in recipe.evals:
+        first = held_out.select(range(min(recipe.generation.prompts, len(held_out))))
+    if held_out is not None and (evaluated or first is not None):
+        given["eval"] = held_out if evaluated else first
+        prompts["eval"] = referenced(given["eval"], training=False)
+    datasets = {"train_dataset": prompts["train"], "eval_dataset": prompts["eval"] if evaluated else None}
+    trainer = GroupTrainer(reward=reward, **{**common, **datasets})
+    if first is not None:
+        trainer.goals = _among(prompts["eval"], first)
+    made = any(part.is_made for part in reward.expression.parts)
+    without = {name: {"without_reference": len(given[name]) - len(found)} for name, found in prompts.items()}
+    return trainer, without if made else {}
 
 
-def goal_prompts(recipe: Recipe, held_out: Dataset) -> Dataset:
-    """The held-out prompts that the goals suite has answered."""
-    return held_out.select(range(min(recipe.generation.prompts, len(held_out))))
+def _among(prompts: Dataset, first: Dataset) -> Dataset:
+    """Those of ``prompts`` that are among the ``first`` of them.
+
+    Raises:
+        AlignError: none is.
+    """
+    asked = set(first["row_id"])
+    found = prompts.select([place for place, name in enumerate(prompts["row_id"]) if name in asked])
+    if not len(found):
+        raise AlignError(
+            f"grpo.rewards: no reference can be made for any of the first {len(first):,} held-out prompts, which "
+            "evals: [goals] has answered: set a larger generation.prompts, or leave such prompts out"
+        )
+    return found
 
 
 def training_arguments(

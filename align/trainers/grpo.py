@@ -42,11 +42,16 @@ class GroupTrainer(Hosted, GRPOTrainer):  # type: ignore[misc]
         reward: what is rewarded.
         args: TRL's ``GRPOConfig``.
         kwargs: as in ``GRPOTrainer``, without ``reward_funcs``.
+
+    Attributes:
+        goals: the held-out prompts that the goals suite has answered, with their references; None where it is not
+            asked for.
     """
 
     needs_reference = False  # TRL keeps its own, for the KL
     starts_at_reference = False
     samples = True
+    goals: Dataset | None = None
 
     def __init__(self, model: Any, reward: RewardFunction, args: GRPOConfig | None = None, **kwargs: Any) -> None:
         self.reward = reward
@@ -163,6 +168,7 @@ def with_references(
     max_new_tokens: int,
     seed: int,
     max_bad_fraction: float,
+    training: bool,
 ) -> Dataset:
     """The prompts with the references that are made, without those of which none can be made.
 
@@ -177,9 +183,11 @@ def with_references(
         prompts: as ``TokenizedPrompts.dataset`` gives them.
         model: the starting policy.
         max_bad_fraction: of the prompts that may be set aside.
+        training: they are trained on, and a reward that judges none of them would teach nothing.
 
     Raises:
-        AlignError: a reward cannot be had, too many prompts are set aside, or a regression has too little to go by.
+        AlignError: a reward cannot be had, or judges no prompt of training, too many prompts are set aside, or a
+            regression has too little to go by.
     """
     parts = reward.expression.parts
     sampled = [(part, part.reference) for part in parts if isinstance(part.reference, SampledReference)]
@@ -200,9 +208,8 @@ def with_references(
         if without := sum(one is None for own in rewards for one in own):
             total = sum(map(len, rewards))
             logger.warning("%s: %d of %d answers have no reward and are left out", part.name, without, total)
-    canned = _canned(prompts, reward)
-    _check_judged(parts, {**made, **canned}, problems)
-    prompts = _without(prompts, problems, max_bad_fraction)
+    _check_judged(prompts, parts, {**made, **_canned(prompts, reward)}, problems, training)
+    prompts = _without(prompts, parts, problems, max_bad_fraction)
     for name, column in made.items():
         there = [one for place, one in enumerate(column) if place not in problems]
         prompts = prompts.add_column(name, there)
@@ -252,26 +259,51 @@ def _canned(prompts: Dataset, reward: RewardFunction) -> dict[str, list[float | 
     return found
 
 
-def _check_judged(parts: Sequence[Part], made: Mapping[str, list[float | None]], problems: dict[int, str]) -> None:
-    """Say which rewards do not judge which prompts, and add to ``problems`` the prompts that none judges."""
+def _check_judged(
+    prompts: Dataset,
+    parts: Sequence[Part],
+    made: Mapping[str, list[float | None]],
+    problems: dict[int, str],
+    training: bool,
+) -> None:
+    """Say which rewards do not judge which prompts, and add to ``problems`` the prompts that none judges.
+
+    Raises:
+        AlignError: a reward judges none of the prompts of training that are left.
+    """
     lacking = {name: {row for row, one in enumerate(column) if one is None} for name, column in made.items()}
     if all(part.reference_column in made for part in parts):
         for row in set.intersection(*lacking.values()) - problems.keys():
             problems[row] = f"{', '.join(made)}: no answer that it is made of has a reward"
+    left = len(prompts) - len(problems)
     for part in parts:
-        name = str(part.reference_column)
-        if rows := lacking.get(name, set()) - problems.keys():
-            logger.warning(
-                "%s: %d of %d prompts have no %s, since no answer that it is made of has a reward: the other rewards "
-                "judge them",
-                part.name,
-                len(rows),
-                len(made[name]),
-                name,
-            )
+        if not (rows := lacking.get(str(part.reference_column), set()) - problems.keys()):
+            continue
+        which = f"any of {left:,} prompts" if len(rows) == left else f"{len(rows):,} of {left:,} prompts"
+        what = (
+            f"grpo.rewards: no {part.reference_column} can be made for {which}; the first, "
+            f"{_quoted(prompts, min(rows))}: {part.reward} gives no answer that it is made of a reward"
+        )
+        if training and len(rows) == left:
+            raise AlignError(f"{what}; {_remedy([part])}, or take the reward out")
+        logger.warning("%s; the other rewards alone judge them: if all should, %s", what, _remedy([part]))
 
 
-def _without(prompts: Dataset, problems: Mapping[int, str], max_bad_fraction: float) -> Dataset:
+def _remedy(parts: Sequence[Part]) -> str:
+    """What makes references where these parts have none."""
+    kinds = {type(part.reference) for part in parts}
+    ways = {
+        SampledReference: "sample more answers (reference.samples)",
+        CannedReference: "choose another canned answer",
+    }
+    return ", ".join([*(way for kind, way in ways.items() if kind in kinds), "or give the reference as a number"])
+
+
+def _quoted(prompts: Dataset, row: int) -> str:
+    return repr(plain(prompts[row]["prompt"], "user")[:60])
+
+
+def _without(prompts: Dataset, parts: Sequence[Part], problems: Mapping[int, str], max_bad_fraction: float) -> Dataset:
     """The prompts without those of which no reference can be made.
 
     Raises:
@@ -282,29 +314,13 @@ def _without(prompts: Dataset, problems: Mapping[int, str], max_bad_fraction: fl
     first, bad, count = min(problems), len(problems), len(prompts)
     what = (
         f"grpo.rewards: no reference can be made for {bad:,} of {count:,} prompts; the first, "
-        f"{plain(prompts[first]['prompt'], 'user')[:60]!r}: {problems[first]}"
+        f"{_quoted(prompts, first)}: {problems[first]}"
     )
-    remedy = "leave such prompts out, sample more answers (reference.samples), or give the reference as a number"
+    remedy = f"leave such prompts out, {_remedy(parts)}"
     if bad == count or bad > max_bad_fraction * count:
         raise AlignError(f"{what}; over data.max_bad_fraction {max_bad_fraction:g}: {remedy}")
     logger.warning("%s; they are set aside: %s", what, remedy)
     return prompts.select([place for place in range(count) if place not in problems])
-
-
-def check_references(prompts: Dataset, reward: RewardFunction) -> None:
-    """Stop where a reward judges none of the training prompts that ``with_references`` gives: it would teach nothing.
-
-    Raises:
-        AlignError: there is such a reward.
-    """
-    for part in reward.expression.parts:
-        name = part.reference_column
-        if name in prompts.column_names and all(one is None for one in prompts[name]):
-            raise AlignError(
-                f"grpo.rewards: no reference can be made for any of {len(prompts):,} prompts: {name}: {part.reward} "
-                "gave no sampled answer a reward; sample more answers (reference.samples), give the reference as a "
-                "number, or take the reward out"
-            )
 
 
 def _drawn(

@@ -207,6 +207,39 @@ def test_held_out_prompts_without_a_reference_are_told_before_training(grpo_reci
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_prompts_without_a_reference_are_told_once_and_counted_in_manifest_and_report(grpo_recipe, tmp_path, caplog):
+    """Of 5 held-out prompts number 4 has none, and number 0 of training; goals ask the first 2, and evaluation all."""
+    for name in ("train", "held_out"):
+        lacking = 4 if name == "held_out" else 0
+        rows = [{"prompt": f"{name} {n}", "wanted": 1 if n == lacking else 5} for n in range(5)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = {"train": str(tmp_path / "train.jsonl"), "eval": str(tmp_path / "held_out.jsonl")}
+    training = {"max_steps": 1, "per_device_train_batch_size": 8, "eval_strategy": "steps", "eval_steps": 1}
+    training |= {"per_device_eval_batch_size": 8}
+    rewards = {"lsc": {"reward": "users_rules:near", "reference": {"quantile": 0.5, "samples": 2}}}
+    data = {**sources, "max_bad_fraction": 0.4}
+    folder = run(grpo_recipe(rewards, data=data, training=training, generation={"prompts": 2}))
+    told = [message for message in caplog.messages if "no reference can be made" in message]
+    assert [message.partition("first, ")[2][:12] for message in told] == ["'train 0': n", "'held_out 4'"]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert [manifest["data"][name]["without_reference"] for name in ("train", "eval")] == [1, 1]
+    assert "prompts without a reference, set aside too" in (folder / "report.html").read_text()
+    assert json.loads((folder / "eval" / "goals.json").read_text())["n"] == 2
+
+
+def test_goals_of_which_none_has_a_reference_are_told_before_training(grpo_recipe, tmp_path):
+    """Of 6 held-out prompts, all of which evaluation asks, the first two have none."""
+    for name, lacking in (("train", 0), ("held_out", 2)):
+        rows = [{"prompt": f"{name} {n}", "wanted": 1 if n < lacking else 5} for n in range(6)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = {"train": str(tmp_path / "train.jsonl"), "eval": str(tmp_path / "held_out.jsonl")}
+    training = {"max_steps": 1, "per_device_train_batch_size": 8, "eval_strategy": "steps"}
+    rewards = {"lsc": {"reward": "users_rules:near", "reference": {"quantile": 0.5, "samples": 2}}}
+    data = {**sources, "max_bad_fraction": 0.4}
+    with pytest.raises(AlignError, match=r"for any of the first 2 held-out prompts, which evals: \[goals\] has"):
+        run(grpo_recipe(rewards, data=data, training=training, generation={"prompts": 2}))
+
+
 def test_a_rule_that_fails_is_an_error_that_names_the_prompt(grpo_recipe, tmp_path):
     (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "say {n}"}}\n' for n in range(6)))
     data = {"train": str(tmp_path / "prompts.jsonl"), "eval": None}

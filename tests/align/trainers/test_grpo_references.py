@@ -7,14 +7,13 @@ import math
 from types import SimpleNamespace
 
 import pytest
-from datasets import Dataset
 from trl import GRPOConfig
 
 from align.data.prompts import read_prompts, tokenize_prompts, unpacked
 from align.errors import AlignError, ConfigError
 from align.rewards.functions import RewardFunction
 from align.rewards.scorers import RuleReward
-from align.trainers.grpo import _check_share, check_prompts, check_references, with_references
+from align.trainers.grpo import _check_share, check_prompts, with_references
 
 
 def seldom(prompts, completions):
@@ -29,6 +28,7 @@ def seldom(prompts, completions):
 SCORERS = {
     "m:seldom": RuleReward(seldom),
     "m:length": RuleReward(lambda prompts, answers: [float(len(text)) for text in answers]),
+    "m:asked": RuleReward(lambda prompts, answers: [1.0 if p == "ask" else None for p in prompts]),
     "m:of_no": RuleReward(lambda prompts, answers: [None if a == "No" else 1.0 for a in answers]),
 }
 SELDOM = {"lsc": {"reward": "m:seldom", "reference": {"quantile": 0.5, "samples": 3}}}
@@ -37,12 +37,12 @@ LENGTH = {"lsc": {"reward": "m:length", "reference": 2}}
 
 @pytest.fixture
 def referenced(make_tiny_model, tiny_tokenizer, tmp_path):
-    def make(given, *prompts, limit=0.5):
+    def make(given, *prompts, limit=0.5, training=False):
         source = tmp_path / "prompts.jsonl"
         source.write_text("".join(f'{{"prompt": "{prompt}"}}\n' for prompt in prompts))
         data = tokenize_prompts(read_prompts(str(source)).rows, tiny_tokenizer, 64).dataset()
         reward = RewardFunction.of(given, scorers=SCORERS)
-        options = {"max_new_tokens": 4, "seed": 1, "max_bad_fraction": limit}
+        options = {"max_new_tokens": 4, "seed": 1, "max_bad_fraction": limit, "training": training}
         path = tmp_path / "references.jsonl"
         found = with_references(data, reward, make_tiny_model(), tiny_tokenizer, path, **options)
         return reward, [unpacked(row) for row in found]
@@ -59,6 +59,7 @@ def test_prompts_without_a_reference_are_set_aside_with_prompt_count_and_remedy(
     said = caplog.messages[-1]
     assert said.startswith("grpo.rewards: no reference can be made for 2 of 4 prompts; the first, 'none': seldom_ref")
     assert "they are set aside: leave such prompts out, sample more" in said
+    assert "canned" not in said
 
 
 @pytest.mark.parametrize(
@@ -79,26 +80,47 @@ def test_where_another_reward_judges_the_prompt_it_stays_and_is_judged_by_that_a
     caplog.set_level(logging.WARNING)
     reward, rows = referenced({"all_of": [SELDOM, LENGTH]}, "ask", "none", limit=0.0)
     assert [row["prompt"] for row in rows] == ["ask", "none"]
-    assert caplog.messages[-1].startswith("seldom: 1 of 2 prompts have no seldom_reference")
+    assert caplog.messages[-1] == (
+        "grpo.rewards: no seldom_reference can be made for 1 of 2 prompts; the first, 'none': m:seldom gives no "
+        "answer that it is made of a reward; the other rewards alone judge them: if all should, sample more answers "
+        "(reference.samples), or give the reference as a number"
+    )
     assert reward(["none"], ["ab"], seldom_reference=[rows[1]["seldom_reference"]]) == [math.log(0.5)]
     good = reward.columns(["none"], ["ab"], {"seldom_reference": [None]})
     assert reward.good(["none"], good)["all"].tolist() == [1.0]
 
 
-def test_a_reward_that_judges_no_training_prompt_stops_the_run():
-    """Of one that judges some, the others are left to the other rewards."""
-    reward = RewardFunction.of({"all_of": [SELDOM, LENGTH]}, scorers=SCORERS)
-    check_references(Dataset.from_dict({"seldom_reference": [None, 1.0]}), reward)
-    with pytest.raises(AlignError, match="for any of 2 prompts: seldom_reference: m:seldom gave no sampled answer"):
-        check_references(Dataset.from_dict({"seldom_reference": [None, None]}), reward)
+def test_a_reward_that_judges_no_training_prompt_stops_the_run(referenced):
+    """Of one that judges some, the others are left to the other rewards; prompts set aside are not counted."""
+    both = {"all_of": [SELDOM, LENGTH]}
+    assert len(referenced(both, "ask", "none", "one", training=True)[1]) == 2
+    wanted = (
+        "no seldom_reference can be made for any of 1 prompts; the first, 'none': m:seldom .* or take the reward out"
+    )
+    with pytest.raises(AlignError, match=wanted):
+        referenced(both, "one", "none", training=True)
 
 
 def test_a_canned_answer_that_the_rule_does_not_judge(referenced):
     canned = {"lsc": {"reward": "m:of_no", "reference": {"canned": "No"}}}
-    with pytest.raises(AlignError, match="for 2 of 2 prompts; the first, 'ask': of_no_reference: no answer"):
+    with pytest.raises(
+        AlignError, match=r"for 2 of 2 prompts; the first, 'ask': of_no_reference: no answer.*another canned"
+    ):
         referenced(canned, "ask", "say", limit=1.0)
     reward, rows = referenced({"all_of": [canned, LENGTH]}, "ask", limit=0.0)
     assert reward([row["prompt"] for row in rows], ["ab"]) == [math.log(0.5)]
+
+
+def test_a_canned_answer_that_judges_no_training_prompt_stops_the_run(referenced, caplog):
+    """In a combination; where a part of the prompts has it, the others are named and left to the other rewards."""
+    caplog.set_level(logging.WARNING)
+    canned = {"lsc": {"reward": "m:asked", "reference": {"canned": "No"}}}
+    wanted = "no asked_reference can be made for any of 2 prompts; the first, 'say': m:asked .*; choose another canned"
+    with pytest.raises(AlignError, match=wanted):
+        referenced({"all_of": [canned, LENGTH]}, "say", "one", training=True)
+    assert len(referenced({"all_of": [canned, LENGTH]}, "ask", "say", training=True)[1]) == 2
+    assert "no asked_reference can be made for 1 of 2 prompts; the first, 'say'" in caplog.messages[-1]
+    assert "if all should, choose another canned answer, or give the reference" in caplog.messages[-1]
 
 
 def test_answers_to_a_prompt_stay_in_one_process_where_a_rule_may_say_none():
