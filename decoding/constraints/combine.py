@@ -36,6 +36,15 @@ class AllOf:
     def allowed(self, state: tuple[Any, ...]) -> np.ndarray | None:
         return _masks(self.constraints, state, np.logical_and)
 
+    def prefilter(self, state: tuple[Any, ...]) -> np.ndarray | None:
+        """What those parts allow that have masks, where others have none."""
+        masks = [
+            c.allowed(part) if isinstance(c, Masking) else None
+            for c, part in zip(self.constraints, state, strict=True)
+        ]
+        found = [mask for mask in masks if mask is not None]
+        return np.logical_and.reduce(found) if 0 < len(found) < len(masks) else None
+
 
 class AnyOf:
     """The answer satisfies at least one of the constraints; prefix-closed if all of them are."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from .protocol import Constraint, ConstraintError, Masking
+from .protocol import Constraint, ConstraintError, Masking, Prefiltering
 
 MASKS = 8
 """How many masks are kept, the newest: particles that have said the same ask for one right after another."""
@@ -39,7 +40,7 @@ class Memo:
         self._capacity = capacity
         self._root: _Node | None = None
         self._states = self._verdicts = 0
-        self._masks: dict[_Node, np.ndarray | None] = {}
+        self._masks: dict[tuple[str, _Node], np.ndarray | None] = {}
 
     def start(self) -> _Node:
         if self._root is None or max(self._states, self._verdicts / 10) >= self._capacity:
@@ -67,14 +68,25 @@ class Memo:
 
     def allowed(self, state: _Node) -> np.ndarray | None:
         """The constraint's mask, if it has one: a copy of your own. Not counted."""
-        if state not in self._masks:
-            mask = self.constraint.allowed(state.state) if isinstance(self.constraint, Masking) else None
+        constraint = self.constraint
+        return self._kept("allowed", state, constraint.allowed if isinstance(constraint, Masking) else None)
+
+    def prefilter(self, state: _Node) -> np.ndarray | None:
+        """The constraint's prefilter, if it has one: a copy of your own. Not counted."""
+        constraint = self.constraint
+        return self._kept("prefilter", state, constraint.prefilter if isinstance(constraint, Prefiltering) else None)
+
+    def _kept(self, name: str, state: _Node, compute: Callable[[Any], np.ndarray | None] | None) -> np.ndarray | None:
+        if compute is None:
+            return None
+        if (name, state) not in self._masks:
+            mask = compute(state.state)
             if mask is not None and mask.dtype != bool:
                 raise ConstraintError(
-                    f"{type(self.constraint).__name__}: allowed gave {mask.dtype}; it must give bools"
+                    f"{type(self.constraint).__name__}: {name} gave {mask.dtype}; it must give bools"
                 )
             if len(self._masks) == MASKS:
                 del self._masks[next(iter(self._masks))]
-            self._masks[state] = mask
-        kept = self._masks[state]
+            self._masks[name, state] = mask
+        kept = self._masks[name, state]
         return None if kept is None else kept.copy()

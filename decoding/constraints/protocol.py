@@ -56,6 +56,15 @@ class Masking(Protocol):
         ...
 
 
+@runtime_checkable
+class Prefiltering(Protocol):
+    """A constraint with a part that rules out most tokens at the price of a few, so that the rest is seldom asked."""
+
+    def prefilter(self, state: State) -> np.ndarray | None:
+        """Tokens that may yet be allowed: as ``Masking.allowed``, True for more. None: there is no such part here."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
     """The bytes that every token of a tokenizer stands for.
