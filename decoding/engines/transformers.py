@@ -11,7 +11,7 @@ beside attention, get rows of one length at a time.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,6 +26,11 @@ from transformers.cache_utils import (
     LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionLayer,
 )
+
+from align.decoding.law import Law
+
+from .protocol import Rollout
+from .rollouts import roll_out
 
 T = TypeVar("T")
 ATTENTION = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -96,6 +101,7 @@ class TransformersEngine:
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         self._sequences: dict[int, _Sequence] = {}
         self._opened = 0
+        self._kept: dict[tuple[int, ...], int] = {}  # of the last rollouts
         if model.training:
             raise ValueError(f"{self._name} is in training mode, its logits would be random: call model.eval() first")
         layers = DynamicCache(config=self._config).layers
@@ -181,6 +187,18 @@ class TransformersEngine:
         if list(rows) == [(first, row) for row in range(len(first.lengths))]:
             return first.logits, places
         return torch.stack([block.logits[row] for block, row in rows]), places
+
+    def rollouts(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        law: Law,
+        seeds: Sequence[int],
+        ends: Collection[int],
+    ) -> list[Rollout]:
+        """One rollout a prompt, see ``Rollouts``; what prompts have in common is kept until the next call."""
+        return roll_out(self, self._kept, prompts, max_new_tokens=max_new_tokens, law=law, seeds=seeds, ends=ends)
 
     def _add(self, sequence: _Sequence) -> int:
         self._sequences[self._opened] = sequence
