@@ -23,7 +23,8 @@ from torch import Tensor
 
 from .encoding import Content, as_answer, plain
 from .expression import CannedReference, Expression, Part, parse_expression
-from .scorers import NO_COLUMNS, OF_TRL, RewardError, Scorer, load_scorer, of_rows
+from .named import OF_TRL
+from .scorers import NO_COLUMNS, RewardError, Scorer, load_scorer, of_rows
 
 logger = logging.getLogger(__name__)
 

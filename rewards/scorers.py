@@ -27,14 +27,12 @@ import torch
 from torch import Tensor
 
 from .encoding import Content, plain
-from .named import Reward, is_rule, load_reward
+from .named import OF_TRL, Reward, is_rule, load_reward
 
 if TYPE_CHECKING:
     from .models import RewardModel
 
 SILENCE = "..."
-OF_TRL = ("completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
-"""What TRL gives beside the columns of the data: of the very answers that it sampled."""
 NO_COLUMNS: Mapping[str, Any] = MappingProxyType({})
 _TEXT = ("prompts", "completions")
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

@@ -19,6 +19,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from align.errors import AlignError
+from align.rewards.named import OF_TRL
+
 from .fields import FieldError, collecting, content, required
 from .load import read_rows, usable
 from .pairs import compared
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 _WANTED = "prompt; or [prompt,] chosen, rejected"
 _NO_COLUMNS: Mapping[str, str | None] = MappingProxyType({})
 _PACKED = "columns of the data"
+_TAKEN = ("prompts", "completions", "completion", *OF_TRL)  # a reward's arguments of these names are TRL's
 
 
 @dataclass(frozen=True)
@@ -119,11 +123,17 @@ def read_prompts(
         references: columns that each row must have a finite number in; a row without one is a Fault.
         columns: what rules ask for, each with a rule that cannot do without it, or None; a row that does not have what
             is needed is a Fault.
-        every: a rule reads all columns.
+        every: a rule reads all columns, but those whose names TRL gives to what is its own.
 
     Raises:
-        AlignError: the source is missing, empty or unreadable as a whole. A bad row raises nothing: it is a Fault.
+        AlignError: the source is missing, empty or unreadable as a whole, or a column is asked for that has such a
+            name. A bad row raises nothing: it is a Fault.
     """
+    if taken := [name for name in (*references, *columns) if name in _TAKEN]:
+        raise AlignError(
+            f"{source}: grpo.rewards asks for column {taken[0]}, and TRL gives rewards something of its own by that "
+            "name: rename the column, in the data and in the recipe or the rule"
+        )
     table = PromptTable([], [], dict.fromkeys(("rows", "prompts", "set_aside", "duplicates"), 0), source)
     unused: Counter[str] = Counter()
     seen: set[str] = set()
@@ -134,7 +144,7 @@ def read_prompts(
         values = _references(row, references, problems)
         others = _asked(row, asked, problems)
         if every:
-            others = {name: value for name, value in row.items() if name not in ("prompt", *references)}
+            others = {name: value for name, value in row.items() if name not in ("prompt", *references, *_TAKEN)}
         table.faults += [Fault(file, number, problem.field, problem.reason, row) for problem in problems]
         unused.update(row.keys() - {"prompt", *references, *others})
         if problems or prompt is None:
@@ -157,12 +167,20 @@ def tokenize_prompts(
 ) -> TokenizedPrompts:
     """Prompts as token ids; one that leaves less than ``answer`` tokens of ``max_length`` is a Fault.
 
+    So is text where the first prompt is messages, and messages where it is text: TRL takes a batch for either.
+
     Raises:
         AlignError: prompts are messages and the tokenizer has no chat template.
     """
     found = TokenizedPrompts([], [], {"prompts": 0, "set_aside": 0})
     room = None if max_length is None else max_length - answer
+    kinds = {True: "text", False: "messages"}
     for row in rows:
+        text = isinstance(row.prompt, str)
+        if text is not isinstance(rows[0].prompt, str):
+            reason = f"{kinds[text]}, and the first prompt is {kinds[not text]}: write all of them as one or the other"
+            found.faults.append(Fault(row.source, row.row, "prompt", reason, {"prompt": row.prompt}))
+            continue
         ids = encode_prompt(row.prompt, tokenizer)
         if room is not None and len(ids) > room:
             reason = (

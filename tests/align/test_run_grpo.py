@@ -176,7 +176,9 @@ def test_references_of_every_kind_for_a_rule_that_reads_a_column(grpo_recipe, tm
 
 
 def test_columns_of_several_types_reach_the_rule_as_they_are(grpo_recipe, tmp_path):
+    """Beside columns of the names under which TRL gives rewards what is its own."""
     rows = [{"prompt": f"say {n}", "solution": n if n % 2 else f"{n}", "note": [n, "a"][: n % 3]} for n in range(6)]
+    rows = [{**row, "prompts": "?", "completions": ["?"], "trainer_state": 1} for row in rows]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"train": str(tmp_path / "prompts.jsonl"), "eval": None}
     training = {"max_steps": 1, "per_device_train_batch_size": 8}

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from align.data.prompts import describe_prompts, read_prompts, tokenize_prompts, unpacked
+from align.errors import AlignError
 
 CHAT = [{"role": "user", "content": "Say it"}]
 
@@ -105,3 +106,28 @@ def test_room_for_the_answer(tmp_path, tiny_tokenizer):
     found = tokenize_prompts(table.rows, tiny_tokenizer, 12, answer=8)
     assert [row.prompt for row in found.rows] == ["bcdf"]
     assert found.faults[0].reason == "5 tokens, over 4: data.max_length 12 less 8 for the answer"
+
+
+def test_text_and_messages_in_one_source(tmp_path, tiny_tokenizer):
+    """TRL reads a batch by its first prompt, and Arrow refuses the column: what is not as the first is set aside."""
+    rows = read_prompts(write(tmp_path / "rows.jsonl", {"prompt": "a"}, {"prompt": CHAT}, {"prompt": "b"})).rows
+    found = tokenize_prompts(rows, tiny_tokenizer, 64)
+    assert found.dataset()["prompt"][:] == ["a", "b"]
+    ((row, field, reason),) = [(fault.row, fault.field, fault.reason) for fault in found.faults]
+    assert (row, field) == (2, "prompt")
+    assert reason == "messages, and the first prompt is text: write all of them as one or the other"
+    assert (
+        tokenize_prompts(rows[1:], tiny_tokenizer, 64).faults[0].reason.startswith("text, and the first prompt is m")
+    )
+
+
+@pytest.mark.parametrize("name", ["prompts", "completions", "completion", "completion_ids", "trainer_state"])
+def test_columns_with_the_names_of_what_trl_gives_rewards(tmp_path, name):
+    """Left out for a rule that takes all columns; an error for a recipe or a rule that asks for this one."""
+    source = write(tmp_path / "rows.jsonl", {"prompt": "a", name: 1, "note": 2})
+    table = read_prompts(source, every=True)
+    assert table.rows[0].columns == {"note": 2}
+    assert table.unused == {name: 1}
+    for asked in ({"references": [name]}, {"columns": {name: "rules:own"}}):
+        with pytest.raises(AlignError, match=rf"rows\.jsonl: grpo\.rewards asks for column {name}, and TRL gives"):
+            read_prompts(source, **asked)
