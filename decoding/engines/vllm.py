@@ -1,0 +1,300 @@
+"""vLLM as an engine: next-token logits and rollouts, and answers that are drawn inside it.
+
+    engine = VLLMEngine("path/to/model")
+    vocabulary = Vocabulary.of(tokenizer, size=engine.columns, ends=ends)
+    request = Request(prompt_ids, constraint=build({"regex": "[0-9]+"}, vocabulary), particles=8, seed=1)
+    (answer,) = engine.generate([request], vocabulary)
+
+``generate`` draws inside vLLM, with particles that run free: it is what to use. The methods of ``Engine`` fetch whole
+rows of logits, one request a token; they are for decoders that need those, and cost some three times as much.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from align.decoding.constraints import ConstraintError, Vocabulary
+from align.decoding.law import Law
+from align.decoding.request import Answer, Request
+from align.decoding.vllm.particles import Abort, Add, Drawn, Particles
+from align.decoding.vllm.settings import KEY
+
+from .protocol import Rollout
+
+PROCESSOR = "align.decoding.vllm.processor:AlignProcessor"
+WORKER = "align.decoding.vllm.processor.AlignWorker"
+GREEDY = Law(top_k=1)
+
+
+@dataclass
+class _Task:
+    """A request under way."""
+
+    number: int
+    particles: Particles
+
+
+class VLLMEngine:
+    """A model in vLLM, in this process.
+
+    Args:
+        model: folder of a causal model with its tokenizer, or a hub id.
+        ends: ids of end tokens; by default those of the tokenizer and of the model's generation settings.
+        predicates: Python functions that constraints may call, by name; None for any.
+        options: further arguments of vLLM's ``LLM``, before those that ``machine.settings`` finds.
+
+    Raises:
+        ValueError: vLLM is missing or too old, or the options make weights wrong.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        ends: Collection[int] | None = None,
+        predicates: Collection[str] | None = None,
+        **options: Any,
+    ) -> None:
+        from align.decoding.vllm.machine import settings
+
+        found = settings()
+        for name, value in found.environment.items():
+            os.environ.setdefault(name, value)
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        from vllm import LLM
+
+        own: dict[str, Any] = {} if ends is None else {"ends": sorted(ends)}
+        own["predicates"] = None if predicates is None else sorted(predicates)
+        self.llm = LLM(
+            model=str(model),
+            **{
+                **found.engine,
+                "disable_log_stats": True,
+                "enable_prefix_caching": True,
+                **options,
+                "logits_processors": [PROCESSOR],
+                "worker_extension_cls": WORKER,
+                "logprobs_mode": "processed_logits",
+                "additional_config": {KEY: own},
+            },
+        )
+        self._engine = self.llm.llm_engine
+        config = self._engine.model_config
+        self.columns: int = config.get_vocab_size()
+        self._context: int = config.max_model_len
+        self._names = count()
+        self._sequences: dict[int, tuple[int, ...]] = {}
+        self._handles = count()
+
+    @property
+    def context(self) -> int | None:
+        """``max_model_len``."""
+        return self._context
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        vocabulary: Vocabulary,
+        *,
+        rows: int | None = None,
+        on_answer: Callable[[int, Answer], None] | None = None,
+    ) -> list[Answer]:
+        """Answer all requests, drawing inside the engine; the law is that of ``align.decoding.generate``.
+
+        Args:
+            requests: in any mixture of settings; constraints are those of ``align.decoding.constraints.build``.
+            vocabulary: of the model's tokenizer.
+            rows: particles at once; by default as many as vLLM has rows.
+            on_answer: called with the number of a request and its answer as soon as it is there.
+
+        Returns:
+            The answers in the order of ``requests``.
+
+        Raises:
+            ValueError: the vocabulary has more or fewer tokens than the model's logits have columns.
+        """
+        if vocabulary.size != self.columns:
+            raise ValueError(
+                f"the vocabulary has {vocabulary.size:,} tokens and the model's logits {self.columns:,} columns: they "
+                f"must be as many; build it by Vocabulary.of(tokenizer, size={self.columns}) of the model's tokenizer"
+            )
+        rows = rows or self._engine.vllm_config.scheduler_config.max_num_seqs
+        answers: dict[int, Answer] = {}
+        waiting, running = deque(enumerate(requests)), dict[str, _Task]()
+
+        def answered(number: int, answer: Answer) -> None:
+            answers[number] = answer
+            if on_answer is not None:
+                on_answer(number, answer)
+
+        try:
+            while waiting or running:
+                busy = sum(requests[task.number].particles for task in running.values())
+                while waiting and (busy + waiting[0][1].particles <= rows or not running):
+                    number, request = waiting.popleft()
+                    name = f"align-{next(self._names)}"
+                    try:
+                        particles = Particles(request, vocabulary, self._context, name)
+                    except ConstraintError as error:
+                        answered(number, Answer(None, (), False, str(error)))
+                        continue
+                    busy += request.particles
+                    running[name] = _Task(number, particles)
+                    self._do(name, particles.start())
+                for name, events in self._step().items():
+                    if name in running:
+                        self._do(name, running[name].particles.receive(events))
+                for name, task in list(running.items()):
+                    if task.particles.done:
+                        del running[name]
+                        records = self.llm.collective_rpc("align_pop", args=(task.particles.names,))[0]
+                        answered(task.number, task.particles.answer(records))
+        finally:
+            for name, task in running.items():
+                self._do(name, task.particles.stop("interrupted"))
+        return [answers[number] for number in range(len(requests))]
+
+    def rollouts(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int | None,
+        law: Law,
+        seeds: Sequence[int],
+        ends: Collection[int],
+    ) -> list[Rollout]:
+        """Go on with every prompt until an end token, the length or the context; see ``Rollouts``."""
+        found: list[Rollout] = [Rollout((), False)] * len(prompts)
+        of_name: dict[str, int] = {}
+        for number, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise ValueError(f"prompts[{number}] has no tokens")
+            room = self._context - len(prompt)
+            length = room if max_new_tokens is None else min(max_new_tokens, room)
+            if length < 1:
+                found[number] = Rollout((), False)
+                continue
+            name = f"rollout-{next(self._names)}"
+            own = None if law == GREEDY else {"law": asdict(law), "seed": seeds[number], "max_new_tokens": length + 1}
+            of_name[name] = number
+            self._add(name, prompt, length, own, stops=ends)
+        while of_name:
+            for output in self._engine.step():
+                name = output.request_id
+                if output.finished and name in of_name:
+                    (made,) = output.outputs
+                    tokens = tuple(made.token_ids)
+                    ended = bool(tokens) and tokens[-1] in ends
+                    found[of_name.pop(name)] = Rollout(tokens, ended, output.num_cached_tokens or 0)
+        return found
+
+    def open(self, prompts: Sequence[Sequence[int]]) -> list[int]:
+        """A sequence for each prompt."""
+        for number, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise ValueError(f"prompts[{number}] has no tokens")
+        return [self._sequence(tuple(prompt)) for prompt in prompts]
+
+    def extend(self, handle: int, token: int) -> None:
+        """One more token."""
+        self._sequences[handle] = (*self._sequences[handle], token)
+
+    def fork(self, handle: int) -> int:
+        """A sequence that has the same tokens so far; the prefix cache has what was computed for them."""
+        return self._sequence(self._sequences[handle])
+
+    def close(self, handle: int) -> None:
+        """Forget the sequence."""
+        del self._sequences[handle]
+
+    def next_logits(self, handles: Sequence[int]) -> tuple[Tensor, list[int]]:
+        """Logits of the next token, (U, V) float32, and the row of each handle."""
+        rows: dict[tuple[int, ...], int] = {}
+        places = [rows.setdefault(self._sequences[handle], len(rows)) for handle in handles]
+        names = [f"logits-{next(self._names)}" for _ in rows]
+        for name, tokens in zip(names, rows, strict=True):
+            self._add(name, tokens, 1, {"capture": True, "name": name})
+        waiting = set(names)
+        while waiting:
+            waiting -= {output.request_id for output in self._engine.step() if output.finished}
+        records = self.llm.collective_rpc("align_pop", args=(names,))[0]
+        return torch.stack(
+            [torch.from_numpy(np.frombuffer(r["logits"], dtype=np.float32).copy()) for r in records]
+        ), places
+
+    def _sequence(self, tokens: tuple[int, ...]) -> int:
+        handle = next(self._handles)
+        self._sequences[handle] = tokens
+        return handle
+
+    def _do(self, name: str, actions: Sequence[Add | Abort]) -> None:
+        for action in actions:
+            match action:
+                case Add(particle, prompt, own, length, stops):
+                    self._add(f"{name}/{particle}", prompt, length, dict(own), stops=stops, weights=True)
+                case Abort(particle):
+                    self._engine.abort_request([f"{name}/{particle}"])
+
+    def _step(self) -> dict[str, list[Drawn]]:
+        """One step of the engine: what was drawn, by request."""
+        events: dict[str, list[Drawn]] = {}
+        for output in self._engine.step():
+            name, slash, particle = output.request_id.partition("/")
+            if slash:
+                events.setdefault(name, []).extend(drawn(int(particle), output.outputs[0]))
+        return events
+
+    def _add(
+        self,
+        name: str,
+        prompt: Sequence[int],
+        length: int,
+        own: dict[str, Any] | None,
+        *,
+        stops: Collection[int] = (),
+        weights: bool = False,
+    ) -> None:
+        from vllm.sampling_params import RequestOutputKind
+
+        params = sampling(length, own, stops, weights)
+        params.output_kind = RequestOutputKind.DELTA if weights else RequestOutputKind.FINAL_ONLY
+        self._engine.add_request(name, {"prompt_token_ids": list(prompt)}, params)
+
+
+def sampling(length: int, own: dict[str, Any] | None, stops: Collection[int] = (), weights: bool = False) -> Any:
+    """Parameters of a request for vLLM: greedy, so that what our processor leaves is what is taken.
+
+    Args:
+        length: most tokens.
+        own: our settings, None for none.
+        stops: ids that end it.
+        weights: whether log-weights are wanted.
+    """
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=0.0,
+        max_tokens=length,
+        logprobs=0 if weights else None,
+        stop_token_ids=sorted(stops),
+        ignore_eos=True,
+        detokenize=False,
+        extra_args=None if own is None else {KEY: own},
+        skip_clone=True,
+    )
+
+
+def drawn(particle: int, output: Any) -> list[Drawn]:
+    """What a piece of vLLM's output says that a particle has drawn."""
+    tokens, logprobs = output.token_ids, output.logprobs or []
+    return [Drawn(particle, token, row[token].logprob) for token, row in zip(tokens, logprobs, strict=True)]

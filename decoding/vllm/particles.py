@@ -1,0 +1,230 @@
+"""A request of ours as requests of vLLM's, without input or output: events in, actions out.
+
+Every particle is a request that runs free: it is not stopped at a resampling unless it dies, and a survivor may be
+tokens ahead by then. Only copies are new requests; their prompt is the source's text, which vLLM's prefix cache holds.
+What a stopped particle still reports is ignored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from align.decoding.constraints import Built, ConstraintError, Memo, Vocabulary
+from align.decoding.drawing import check_prompt
+from align.decoding.request import Answer, Request
+from align.decoding.smc import SMC, Action, Copy, Extended, Finished, Result, Stop
+from align.decoding.task import finished, with_potentials
+
+from .settings import DEAD, FAILED
+
+
+@dataclass(frozen=True)
+class Add:
+    """A new request: its prompt, our settings (``extra_args["align"]``), how many tokens it may draw, where it ends."""
+
+    particle: int
+    prompt: tuple[int, ...]
+    settings: Mapping[str, Any]
+    max_tokens: int
+    stops: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Abort:
+    """The request of a particle is not needed any more."""
+
+    particle: int
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A particle's request has drawn a token; the log-weight is what vLLM reports as its log-probability."""
+
+    particle: int
+    token: int
+    log_weight: float
+
+
+Happened = Callable[[Action | Extended], None]
+
+
+class Particles:
+    """The particles of one request.
+
+    Args:
+        request: what is wanted; its constraint is one of ``constraints.build``, or a ``Memo`` of it.
+        vocabulary: of the model.
+        context: most tokens of a sequence.
+        name: of the request, different from that of any other that runs.
+        trace: keep the tokens that were refused.
+        happened: told of every event and action, in order, to show them.
+
+    Raises:
+        ConstraintError: the prompt cannot be used, or the constraint cannot be sent to the engine.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        vocabulary: Vocabulary,
+        context: int | None,
+        name: str,
+        *,
+        trace: bool = False,
+        happened: Happened | None = None,
+    ) -> None:
+        check_prompt(request, vocabulary, context)
+        self._request, self._vocabulary, self._name, self._happened = request, vocabulary, name, happened
+        self._settings = _settings(request, trace)
+        self._smc = SMC(
+            request.particles,
+            seed=request.seed,
+            threshold=request.threshold if request.method == "awrs-smc" else 0.0,
+            resampling=request.resampling,
+        )
+        self._tokens: dict[int, tuple[int, ...]] = {}
+        self._running: set[int] = set()
+        self._result: Result | None = None
+        self._names: list[str] = []
+        self.failed = ""
+        self.drawn = 0
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all requests, under which the engine keeps what they took."""
+        return self._names
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing more to be drawn."""
+        return self._result is not None or bool(self.failed)
+
+    def start(self) -> list[Add | Abort]:
+        """The first requests."""
+        self._smc.start()
+        return [self._add(number, ()) for number in range(self._request.particles)]
+
+    def receive(self, events: Sequence[Drawn]) -> list[Add | Abort]:
+        """What follows on tokens that came together; potentials are evaluated here, for all of them at once.
+
+        Once the constraint has failed, the rest is aborted.
+        """
+        actions: list[Add | Abort] = []
+        waiting = list(events)
+        while waiting and not self.done:
+            together: dict[int, Drawn] = {}  # one of each particle, so that a potential sees its text as it was then
+            later: list[Drawn] = []
+            for event in waiting:
+                if event.particle in together:
+                    later.append(event)
+                elif event.particle in self._running:
+                    together[event.particle] = event
+            actions += self._together(list(together.values()))
+            waiting = later
+        return actions
+
+    def _together(self, events: Sequence[Drawn]) -> list[Add | Abort]:
+        if any(event.log_weight <= (DEAD + FAILED) / 2 for event in events):
+            return self._fail("the constraint failed")
+        happened: Sequence[Extended] = [self._extended(event) for event in events]
+        try:
+            happened = with_potentials(self._request, self._tokens, happened)
+        except (Exception, SystemExit) as error:  # a potential is anyone's code
+            return self._fail(str(error) if isinstance(error, ConstraintError) else f"{type(error).__name__}: {error}")
+        actions: list[Add | Abort] = []
+        for extended in happened:
+            self._tell(extended)
+            for action in self._smc.receive(extended):
+                self._tell(action)
+                actions += self._act(action)
+        return actions
+
+    def stop(self, reason: str) -> list[Add | Abort]:
+        """End it, with this reason in the answer."""
+        return self._fail(reason)
+
+    def answer(self, records: Sequence[Mapping[str, Any] | None]) -> Answer:
+        """What it came to.
+
+        Args:
+            records: what the engine kept under ``names``, in their order; None where it has lost one.
+        """
+        found = [record for record in records if record is not None]
+        evaluations = tuple(count for record in found for count in record["evaluations"])
+        masks = sum(record["masks"] for record in found)
+        if self.failed:
+            errors = [record["error"] for record in found if record["error"]]
+            return Answer(None, evaluations, False, errors[0] if errors else self.failed, masks)
+        assert self._result is not None
+        cut = sum(bool(record["cut"]) for record in found)
+        stuck = next((record["why"] for record in found if record["why"]), "")
+        return finished(self._request, self._vocabulary, self._result, evaluations, masks, cut, stuck)
+
+    def _add(self, number: int, tokens: tuple[int, ...]) -> Add:
+        self._tokens[number] = tokens
+        self._running.add(number)
+        name = f"{self._name}-{number}"
+        self._names.append(name)
+        own = {"particle": number, "prefix": len(tokens), "name": name}
+        left = self._request.max_new_tokens - len(tokens)
+        return Add(number, (*self._request.prompt, *tokens), {**self._settings, **own}, left, self._vocabulary.ends)
+
+    def _extended(self, event: Drawn) -> Extended:
+        before = self._tokens[event.particle]
+        self.drawn += 1
+        if event.log_weight <= DEAD / 2:
+            self._running.discard(event.particle)
+            return Extended(event.particle, len(before), None, -math.inf)
+        self._tokens[event.particle] = (*before, event.token)
+        last = self._request.constraint is None and len(before) + 1 == self._request.max_new_tokens
+        ended = event.token in self._vocabulary.ends or last
+        if ended:
+            self._running.discard(event.particle)
+        return Extended(event.particle, len(before), event.token, event.log_weight, ended)
+
+    def _act(self, action: Action) -> list[Add | Abort]:
+        match action:
+            case Copy(source, target, at):
+                return [self._add(target, self._tokens[source][: at + 1])]
+            case Stop(number) if number in self._running:
+                self._running.discard(number)
+                return [Abort(number)]
+            case Finished(result):
+                self._result = result
+                return self._abort()
+        return []
+
+    def _fail(self, reason: str) -> list[Add | Abort]:
+        self.failed = reason
+        return self._abort()
+
+    def _abort(self) -> list[Add | Abort]:
+        running, self._running = sorted(self._running), set()
+        return [Abort(number) for number in running]
+
+    def _tell(self, event: Action | Extended) -> None:
+        if self._happened is not None:
+            self._happened(event)
+
+
+def _settings(request: Request, trace: bool) -> dict[str, Any]:
+    """What all particles of a request have in common."""
+    constraint = request.constraint
+    constraint = constraint.constraint if isinstance(constraint, Memo) else constraint
+    if constraint is not None and not isinstance(constraint, Built):
+        raise ConstraintError(
+            f"{type(constraint).__name__}: vLLM draws in another process, to which only constraints of "
+            "align.decoding.constraints.build can be sent"
+        )
+    return {
+        "constraint": None if constraint is None else constraint.spec,
+        "method": "awrs" if request.method == "awrs-smc" else request.method,
+        "law": asdict(request.law),
+        "seed": request.seed,
+        "max_new_tokens": request.max_new_tokens,
+        "max_draws": request.max_draws,
+        "trace": trace,
+    }

@@ -1,0 +1,219 @@
+"""Rows of a batch that we draw: their constraints, states and records. Knows tensors, and nothing of vLLM."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from align.decoding.constraints import ConstraintError, Memo, Vocabulary, build
+from align.decoding.drawing import step
+from align.decoding.law import Law
+from align.decoding.lazy import Draws, Live
+
+from .settings import DEAD, FAILED, Settings
+
+CONSTRAINTS = 64
+"""Constraints that are kept, with what is known of them: particles of a request share theirs."""
+RECORDS = 8192
+"""Records that wait to be fetched; those of aborted requests are never fetched, and the oldest go."""
+
+
+@dataclass
+class Record:
+    """What a request took, by position, so that a repeated step counts once.
+
+    Args:
+        evaluations, masks: see ``align.decoding.request.Answer``.
+        refused: tokens that were refused, where they are traced.
+        cut: whether the length limit ended it.
+        why: why there was no token, if so.
+        error: what the constraint raised, if so.
+        logits: float32, of the next token, where they were asked for.
+    """
+
+    evaluations: dict[int, int] = field(default_factory=dict)
+    masks: dict[int, int] = field(default_factory=dict)
+    refused: dict[int, list[int]] = field(default_factory=dict)
+    cut: bool = False
+    why: str = ""
+    error: str = ""
+    logits: bytes = b""
+
+    def plain(self) -> dict[str, Any]:
+        """As vLLM's messages can carry it."""
+        return {
+            "evaluations": [self.evaluations[position] for position in sorted(self.evaluations)],
+            "masks": sum(self.masks.values()),
+            "refused": [[position, tokens] for position, tokens in sorted(self.refused.items())],
+            "cut": self.cut,
+            "why": self.why,
+            "error": self.error,
+            "logits": self.logits,
+        }
+
+
+@dataclass
+class Row:
+    """A request in the batch.
+
+    Args:
+        settings: how it is drawn.
+        said: tokens of the answer that stand in the prompt.
+        record: what it took.
+        constraint: None for any text.
+        tokens, state: where the constraint is.
+    """
+
+    settings: Settings
+    said: tuple[int, ...]
+    record: Record
+    constraint: Memo | None = None
+    tokens: tuple[int, ...] = ()
+    state: Any = None
+
+    def follow(self, tokens: Sequence[int], vocabulary: Vocabulary) -> None:
+        """Bring the constraint's state to where the answer is: on by the new tokens, or anew."""
+        known = len(self.tokens)
+        if known > len(tokens) or (known and tokens[known - 1] != self.tokens[-1]):
+            self.tokens, known = (), 0
+        if self.constraint is None:
+            self.tokens = tuple(tokens)
+            return
+        if not known:
+            self.state = self.constraint.start()
+        for token in tokens[known:]:
+            after = self.constraint.advance(self.state, token) if token not in vocabulary.ends else None
+            if after is None:
+                raise ConstraintError(f"the answer goes on with token {token}, which the constraint refuses")
+            self.state, self.tokens = after, (*self.tokens, token)
+
+
+class Rows:
+    """What draws tokens inside an engine.
+
+    Args:
+        vocabulary: of the model.
+        predicates: Python functions that constraints may call; None for any.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, predicates: Collection[str] | None) -> None:
+        self.vocabulary, self._predicates = vocabulary, predicates
+        self._constraints: OrderedDict[str, Memo | str] = OrderedDict()
+        self._end = min(vocabulary.ends)
+        self.records: OrderedDict[str, Record] = OrderedDict()
+
+    def open(self, settings: Settings, prompt: Sequence[int]) -> Row:
+        """A row for a request; what is wrong with its constraint ends it when it is drawn."""
+        said = tuple(prompt[len(prompt) - settings.prefix :]) if settings.prefix else ()
+        record = self.records.get(settings.name) if settings.name else None  # a preempted one goes on with its own
+        row = Row(settings, said, record or Record())
+        if settings.name:
+            self.records[settings.name] = row.record
+            if len(self.records) > RECORDS:
+                self.records.popitem(last=False)
+        if settings.constraint is not None:
+            found = self._constraint(settings.constraint)
+            if isinstance(found, str):
+                row.record.error = found
+            else:
+                row.constraint = found
+        return row
+
+    def pop(self, names: Sequence[str]) -> list[dict[str, Any] | None]:
+        """The records of these requests, None for one that is not known; they are forgotten."""
+        found = (self.records.pop(name, None) for name in names)
+        return [None if record is None else record.plain() for record in found]
+
+    def draw(self, logits: Tensor, rows: Mapping[int, tuple[Row, Sequence[int]]]) -> None:
+        """Draw the next token of rows of the batch: it alone stays, and its logit is its log-weight.
+
+        Args:
+            logits: (N, V), changed in place.
+            rows: by their number in it: the row, and the tokens that it has so far beside those in its prompt.
+        """
+        drawn = {number: row for number, (row, _) in rows.items() if not row.settings.capture}
+        for number, (row, _) in rows.items():
+            if row.settings.capture:
+                row.record.logits = logits[number].float().cpu().numpy().tobytes()
+        laws: dict[Law, list[int]] = {}
+        for number, row in drawn.items():
+            laws.setdefault(row.settings.request.law, []).append(number)
+        written: dict[int, tuple[int, float]] = {}
+        for law, numbers in laws.items():
+            for number, live in zip(numbers, _lives(law, logits, numbers), strict=True):
+                row, tokens = rows[number]
+                written[number] = self._one(row, [*row.said, *tokens], live, logits[number])
+        if not written:
+            return
+        index = torch.tensor(list(written))
+        token, weight = zip(*written.values(), strict=True)
+        if len(written) == len(logits):
+            logits.fill_(-math.inf)
+        else:
+            logits.index_fill_(0, index.to(logits.device), -math.inf)
+        logits[index, list(token)] = torch.tensor(weight, dtype=logits.dtype, device=logits.device)
+
+    def _one(self, row: Row, tokens: Sequence[int], live: Live | ValueError, logits: Tensor) -> tuple[int, float]:
+        """The token and the log-weight of a row; never raises."""
+        settings, record, position = row.settings, row.record, len(tokens)
+        if record.error:
+            return self._end, FAILED * settings.scale
+        try:
+            if isinstance(live, ValueError):
+                raise live
+            row.follow(tokens, self.vocabulary)
+            request = replace(settings.request, constraint=row.constraint)
+            draws = Draws(request.seed, position, settings.particle)
+            done = step(request, self.vocabulary, row.tokens, row.state, live, draws)
+            record.evaluations[position], record.masks[position] = done.draw.evaluations, done.draw.masks
+            if settings.trace:
+                record.refused[position] = list(done.refused)
+            record.cut, record.why = done.cut, done.why
+            if done.draw.token is None:
+                return self._end, DEAD * settings.scale
+            weight = done.draw.log_weight
+            if request.law.target == "model":
+                weight += request.law.log_correction(logits, done.draw.token)
+            return done.draw.token, weight * settings.scale
+        except ConstraintError as error:
+            record.error = str(error)
+        except Exception as error:
+            record.error = f"{type(error).__name__}: {error}"
+        return self._end, FAILED * settings.scale
+
+    def _constraint(self, text: str) -> Memo | str:
+        """The constraint, or why it is none."""
+        if text not in self._constraints:
+            try:
+                found: Memo | str = Memo(build(json.loads(text), self.vocabulary, predicates=self._predicates))
+            except ConstraintError as error:
+                found = str(error)
+            except (Exception, SystemExit) as error:  # whatever a predicate's module does when it is imported
+                found = f"{type(error).__name__}: {error}"
+            self._constraints[text] = found
+            if len(self._constraints) > CONSTRAINTS:
+                self._constraints.popitem(last=False)
+        self._constraints.move_to_end(text)
+        return self._constraints[text]
+
+
+def _lives(law: Law, logits: Tensor, numbers: list[int]) -> Sequence[Live | ValueError]:
+    """The law of each row; where one cannot be used, the error stands in its place."""
+    wanted = logits if numbers == list(range(len(logits))) else logits[numbers]
+    try:
+        return law.rows(wanted)
+    except ValueError:
+        found: list[Live | ValueError] = []
+        for row in wanted:
+            try:
+                found += law.rows(row[None])
+            except ValueError as error:
+                found.append(error)
+        return found
