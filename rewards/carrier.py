@@ -187,14 +187,20 @@ def load_carrier(name: str, width: int | None, pad_token_id: int, **options: Any
         width: columns of the head; None takes the classifier as it is, which then has one label.
 
     Raises:
-        ValueError: no causal model, or no classifier with one label where one is asked for.
+        ValueError: no causal model, no classifier with one label where one is asked for, or one of another width.
     """
     trust = {key: options[key] for key in ("trust_remote_code",) if key in options}
     config = AutoConfig.from_pretrained(name, **trust)
+    architectures = getattr(config, "architectures", None) or ["none"]
+    classifies = architectures[0].endswith("ForSequenceClassification")
     if width is None:
-        architectures = getattr(config, "architectures", None) or ["none"]
-        if not architectures[0].endswith("ForSequenceClassification") or config.num_labels != 1:
+        if not classifies or config.num_labels != 1:
             raise ValueError(f"{name}: no reward.json, and no sequence classifier with one label: not a reward model")
+    elif classifies and config.num_labels != width:
+        raise ValueError(
+            f"{name}: its head, of a sequence classifier, has {config.num_labels} columns, where {width} are asked for: "
+            "name the causal model that it was made of"
+        )
     else:
         config.num_labels = width
     if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or trust:

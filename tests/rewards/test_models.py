@@ -74,6 +74,15 @@ def test_a_new_head_is_not_reported_and_a_lack_in_the_backbone_is(
     assert "norm.weight" in caplog.text
 
 
+def test_a_classifier_with_another_head_is_no_backbone(backbone_dir: Backbones, tmp_path: Path):
+    make(backbone_dir("llama"), "scalar").save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match="its head, of a sequence classifier, has 1 columns, where 4 are asked for: name"
+    ):
+        RewardModel.create(tmp_path, kind="gpm", dimension=4)
+    assert RewardModel.create(tmp_path).config.kind == "scalar"
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "granite"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_do_not_depend_on_batch_order_padding_or_neighbours(backbone_dir: Backbones, family: str, kind: str):
