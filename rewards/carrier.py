@@ -198,8 +198,8 @@ def load_carrier(name: str, width: int | None, pad_token_id: int, **options: Any
             raise ValueError(f"{name}: no reward.json, and no sequence classifier with one label: not a reward model")
     elif classifies and config.num_labels != width:
         raise ValueError(
-            f"{name}: its head, of a sequence classifier, has {config.num_labels} columns, where {width} are asked for: "
-            "name the causal model that it was made of"
+            f"{name}: its head, of a sequence classifier, has {config.num_labels} columns, where {width} are asked "
+            "for: name the causal model that it was made of"
         )
     else:
         config.num_labels = width

@@ -75,6 +75,7 @@ def test_two_opposed_groups_from_recipe_to_report(recipe_path: Path, tmp_path: P
     assert values["seen/gain/PAL/one group"] >= 0.4
     assert values["unseen/accuracy/PAL, 4 pairs"] >= 0.9
     assert values["unseen/accuracy/PAL, 0 pairs"] <= 0.6  # nothing is known of the two new ones, who are opposed
+    assert values["unseen/gain/PAL, 4 pairs/PAL, 0 pairs"] >= 0.3
     assert found["metrics"]["unseen/accuracy/PAL, 4 pairs"]["n"] == 2
     groups = {name: int(torch.tensor(weights).argmax()) for name, weights in found["settings"]["weights"].items()}
     assert len({groups[f"ann {number}"] for number in range(4)}) == 1
@@ -93,6 +94,7 @@ def test_baselines_are_a_choice(recipe_path: Path):
     folder = run(recipe_path, "pal.epochs=2", "pal.baselines=false")
     found = json.loads((folder / "eval" / "pal.json").read_text(encoding="utf-8"))
     assert {name.split("/")[2].partition(",")[0] for name in found["metrics"]} == {"PAL"}
+    assert "unseen/gain/PAL, 4 pairs/PAL, 0 pairs" in found["metrics"]
     assert "Known annotators: judgements ranked right, PAL" in (folder / "report.html").read_text(encoding="utf-8")
 
 
