@@ -12,6 +12,11 @@ from typing import Any
 
 import numpy as np
 
+FOLDS = 5
+FEW = "(few judgements)"
+LEAST_TRAINED = 10
+SHOTS = (0, 5, 20, 50)
+
 
 def read(path: Path) -> list[dict[str, Any]]:
     with gzip.open(path, "rt", encoding="utf-8") as file:
@@ -83,3 +88,55 @@ def further_tests(data: Path) -> dict[str, list[tuple[str, str, str, int]]]:
 
 def part_of(name: str, count: int) -> int:
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % count
+
+
+def fold_sets(data: Arguments, fold: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Masks over arguments: training, validation, test."""
+    debates = np.random.default_rng(0).permutation(sorted(set(data.debate)))
+    test = set(debates[fold::FOLDS])
+    rest = [debate for debate in debates if debate not in test]
+    valid = set(rest[:2])
+    in_test = np.isin(data.debate, list(test))
+    in_valid = np.isin(data.debate, list(valid))
+    return ~in_test & ~in_valid, in_valid, in_test
+
+
+def majority(data: Arguments) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Preferred and other argument of each pair, and by how many votes the right one wins, (P,) each; 0 is a tie."""
+    margin = data.votes[:, 1] - data.votes[:, 0]
+    left, right = data.ends.T
+    return np.where(margin > 0, right, left), np.where(margin > 0, left, right), margin
+
+
+@dataclass
+class JudgedSets:
+    """Rows of judgements: for training, validation, and tests of seen and of unseen annotators.
+
+    Args:
+        able: rows of training debates that an unseen annotator's weights may be fitted to.
+        names: who judged each row of the data; one name for all who judged too little.
+    """
+
+    fit: np.ndarray
+    valid: np.ndarray
+    seen: np.ndarray
+    unseen: np.ndarray
+    able: dict[str, np.ndarray]
+    names: np.ndarray
+
+
+def judged_sets(data: Arguments, fold: int) -> JudgedSets:
+    """Clear judgements of a fold; a fifth of the annotators is unseen."""
+    train, valid, test = fold_sets(data, fold)
+    unseen = np.array([part_of(user, FOLDS) == fold for user in data.users])
+    clear = data.label != 0
+    fit, val, tst = (np.flatnonzero(part[data.left] & clear & ~unseen) for part in (train, valid, test))
+    counts = Counter(data.users[fit])
+    known = {user for user, count in counts.items() if count >= LEAST_TRAINED}
+    names = np.array([user if user in known else FEW for user in data.users])
+    seen = tst[np.isin(data.users[tst], list(known))]
+    few_shot = np.flatnonzero(train[data.left] & clear & unseen)
+    strange = np.flatnonzero(test[data.left] & clear & unseen)
+    shots = {user: few_shot[data.users[few_shot] == user] for user in set(data.users[strange])}
+    able = {user: rows for user, rows in shots.items() if len(rows) >= SHOTS[-1]}
+    return JudgedSets(fit, val, seen, strange[np.isin(data.users[strange], list(able))], able, names)

@@ -1,41 +1,114 @@
-"""Bradley-Terry with a trained backbone (LoRA), for ``reward_study.py``.
+"""Rewards with a trained backbone (LoRA), for ``reward_study.py``.
 
 A step takes up to 16 arguments of one topic through the backbone, and all pairs of them that annotators compared: 16
-forward passes for about a hundred pairs, where rows of pairs would take two passes each.
+forward passes for about a hundred pairs, where rows of pairs would take two passes each. The same arguments come in
+the same order whatever is trained: a head from a random start on pairs by majority (Bradley-Terry, scaled
+Bradley-Terry, GPM), or, on the judgements themselves, PAL from where the frozen backbone's PAL ended, as
+``align train pal_lora`` does.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from peft import LoraConfig
 from peft.helpers import disable_input_dtype_casting
-from reward_data import Arguments
-from reward_heads import right_or_tie
+from reward_data import Arguments, JudgedSets, fold_sets, judged_sets, majority
+from reward_heads import Loss, bt_loss, gpm_loss, right_or_tie
+from reward_pal import Table, fitted_pal
+from torch import Tensor
 
-from align.losses.preference import bradley_terry
+from align.losses.preference import gpm_score, scaled_bradley_terry
 from align.models.load import locate
 from align.rewards.batches import padded
 from align.rewards.encoding import encode_answers
 from align.rewards.models import RewardModel
+from align.rewards.pal import Pal
+from align.rewards.pal_model import PalRewardModel
+from align.trainers.pal_backbone import RowwiseAdamW
 
 ARGUMENTS_A_STEP = 16
+# States of a step's arguments (B, H), and where in them each argument of the data is, -1 if nowhere, to a loss.
+Step = Callable[[Tensor, np.ndarray], Tensor | None]
 
 
-def train_lora(data: Arguments, name: str, train: np.ndarray, test: np.ndarray, *, epochs: int) -> dict[str, Any]:
-    """Correctness on the decided pairs of test arguments, seconds and steps; one setting, no search.
+def strong_loss(preferred: Tensor, other: Tensor, strength: Tensor) -> Tensor:
+    return scaled_bradley_terry(preferred[:, 0], other[:, 0], strength).loss
+
+
+PAIRED: dict[str, tuple[Loss, dict[str, Any]]] = {
+    "BT": (bt_loss, {}),
+    "scaled BT, by agreement": (strong_loss, {}),
+    "GPM, d = 4": (gpm_loss, {"kind": "gpm", "dimension": 4}),
+}
+TRAINED = (*PAIRED, "PAL-A, K = 1", "PAL-A, K = 2")
+
+
+def train_lora(data: Arguments, backbone: str, name: str, table: Table, fold: int, *, epochs: int) -> dict[str, Any]:
+    """Correctness on test pairs and test judgements, seconds and steps; one setting, no search.
 
     Args:
-        train, test: masks over arguments.
+        name: one of ``TRAINED``.
+        table: the frozen backbone's embeddings, where PAL begins.
         epochs: passes over the arguments of training.
     """
     began = time.perf_counter()
+    train, valid, test = fold_sets(data, fold)
+    judged = judged_sets(data, fold)
     torch.manual_seed(0)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
-    model = RewardModel.create(locate(name), lora=lora, max_length=512, dtype=torch.bfloat16).train()
+    options: dict[str, Any] = {"max_length": 512, "dtype": torch.bfloat16}
+    if name in PAIRED:
+        loss, head = PAIRED[name]
+        model = RewardModel.create(locate(backbone), lora=lora, **head, **options)
+        step = on_pairs(data, model, loss, train | valid)
+    else:
+        model = PalRewardModel.create(locate(backbone), kind="pal", **options)
+        parts = (table.judgements(data, rows, judged.names[rows]) for rows in (judged.fit, judged.valid))
+        model.attach(fitted_pal(name, *parts)[0]).train_backbone(lora=lora)
+        step = on_judgements(data, model.pal, judged)
+    steps = fit(data, model.train(), step, train | valid, epochs)
+    found = tested(data, model.eval(), test, judged)
+    return {**found, "seconds": time.perf_counter() - began, "steps": steps}
+
+
+def on_pairs(data: Arguments, model: RewardModel, loss: Loss, train: np.ndarray) -> Step:
+    """Of the pairs by majority; strengths are divided by their mean over all of training."""
+    preferred, other, margin = majority(data)
+    rows = np.flatnonzero(train[preferred] & (margin != 0))
+    strength = np.clip(abs(margin), 0, 5) / np.clip(abs(margin[rows]), 0, 5).mean()
+
+    def step(states: Tensor, place: np.ndarray) -> Tensor | None:
+        here = rows[(place[preferred[rows]] >= 0) & (place[other[rows]] >= 0)]
+        if not len(here):
+            return None
+        values = model.read(states, None).values.reshape(len(states), -1)
+        weights = torch.as_tensor(strength[here], dtype=torch.float32)
+        return loss(values[place[preferred[here]]], values[place[other[here]]], weights).mean()
+
+    return step
+
+
+def on_judgements(data: Arguments, pal: Pal, judged: JudgedSets) -> Step:
+    """Of the judgements themselves, each by its annotator."""
+    rows = np.concatenate([judged.fit, judged.valid])
+
+    def step(states: Tensor, place: np.ndarray) -> Tensor | None:
+        here = rows[(place[data.left[rows]] >= 0) & (place[data.right[rows]] >= 0)]
+        if not len(here):
+            return None
+        left, right = (states[place[side[here]]] for side in (data.left, data.right))
+        return pal.losses(pal(left, right, judged.names[here].tolist()), torch.as_tensor(data.label[here])).mean()
+
+    return step
+
+
+def fit(data: Arguments, model: RewardModel, loss_of: Step, train: np.ndarray, epochs: int) -> int:
+    """Train in place, and give the number of steps."""
     encoded = [
         encode_answers(model.tokenizer, [{"role": "user", "content": prompt}], [text])
         for prompt, text in zip(data.prompts, data.texts, strict=True)
@@ -44,8 +117,6 @@ def train_lora(data: Arguments, name: str, train: np.ndarray, test: np.ndarray, 
     ids = [
         [*start, *answer] for start, answer in zip(starts, model.fit(starts, [a[0] for _, a in encoded]), strict=True)
     ]
-    margin = data.votes[:, 1] - data.votes[:, 0]
-    better = {(int(a), int(b)): m for (a, b), m in zip(data.ends, margin, strict=True) if m}
     topics = [np.flatnonzero(np.array(data.prompts) == topic) for topic in sorted(set(data.prompts))]
     topics = [rows for rows in topics if train[rows[0]]]
     rng = np.random.default_rng(0)
@@ -55,43 +126,61 @@ def train_lora(data: Arguments, name: str, train: np.ndarray, test: np.ndarray, 
             parts = np.array_split(rng.permutation(rows), -(-len(rows) // ARGUMENTS_A_STEP))
             plan += [part for part in parts if len(part) > 1]
     rng.shuffle(plan)
-    head = [
-        p for p in model.parameters() if p.requires_grad and p.dtype == torch.float32 and p.ndim == 2 and len(p) == 1
-    ]
-    others = [p for p in model.parameters() if p.requires_grad and all(p is not h for h in head)]
-    optimizer = torch.optim.AdamW([{"params": others, "lr": 2e-4}, {"params": head, "lr": 1e-3}])
+    named = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    adapters = [weight for name, weight in named.items() if "lora_" in name]
+    if isinstance(model, PalRewardModel):
+        groups = [{"params": adapters, "lr": 2e-4}, *model.pal.parameter_groups()]
+        optimizer: torch.optim.Optimizer = RowwiseAdamW(groups, model.pal.logits.weight)
+    else:
+        optimizer = torch.optim.AdamW(
+            [{"params": adapters, "lr": 2e-4}, {"params": [model.carrier.score.weight], "lr": 1e-3}]
+        )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 5) * (1 - step / len(plan)))
-    for step, part in enumerate(plan, start=1):
-        pairs = [
-            (i, j) if better[a, b] < 0 else (j, i)
-            for i, a in enumerate(part.tolist())
-            for j, b in enumerate(part.tolist())
-            if (a, b) in better
-        ]
-        if not pairs:
-            continue
+    began = time.perf_counter()
+    for number, part in enumerate(plan, start=1):
         batch, mask = padded([ids[row] for row in part], model.tokenizer.pad_token_id)
         with torch.autocast("cpu", torch.bfloat16), disable_input_dtype_casting(model):
-            values = model(batch, mask).values
-        chosen, rejected = (values[torch.tensor(side)] for side in zip(*pairs, strict=True))
-        loss = bradley_terry(chosen, rejected).loss.mean()
+            states, _ = model.states(batch, mask)
+        place = np.full(len(data.texts), -1)
+        place[part] = np.arange(len(part))
+        loss = loss_of(states, place)
+        if loss is None:
+            continue
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([*others, *head], 1.0)
+        torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 10 == 0:
+        if number % 10 == 0:
             took = time.perf_counter() - began
-            print(f"  LoRA: step {step} of {len(plan)}, loss {float(loss.detach()):.3f}, {took:.0f} s", flush=True)
-    tested = np.flatnonzero(test)
-    scores = torch.zeros(len(data.texts))
-    prompts = [[{"role": "user", "content": data.prompts[row]}] for row in tested]
-    scores[tested] = model.rewards(prompts, [data.texts[row] for row in tested], batch_size=16)
-    rows = np.flatnonzero(test[data.ends[:, 0]] & (margin != 0))
-    delta = scores[data.ends[rows, 1]] - scores[data.ends[rows, 0]]
-    return {
-        "right": right_or_tie(delta, np.sign(margin[rows])).tolist(),
-        "debate": data.debate[data.ends[rows, 0]].tolist(),
-        "seconds": time.perf_counter() - began,
-        "steps": len(plan),
-    }
+            print(f"  LoRA: step {number} of {len(plan)}, loss {float(loss.detach()):.3f}, {took:.0f} s", flush=True)
+    return len(plan)
+
+
+@torch.no_grad()
+def tested(data: Arguments, model: RewardModel, test: np.ndarray, judged: JudgedSets) -> dict[str, Any]:
+    """1, 1/2 or 0 of each decided pair of the test debates, and of each judgement of annotators seen and unseen.
+
+    A PAL model judges pairs, and for unseen annotators, by the mean of the known annotators' weights.
+    """
+    rows = np.flatnonzero(test)
+    prompts = [[{"role": "user", "content": data.prompts[row]}] for row in rows]
+    states = torch.zeros(len(data.texts), model.hidden_size)
+    states[rows], _ = model.embed(prompts, [data.texts[row] for row in rows], batch_size=16)
+
+    def gap(left: np.ndarray, right: np.ndarray, weights: Tensor | None) -> Tensor:
+        """By how much the right answers are better."""
+        if isinstance(model, PalRewardModel):
+            weights = model.pal.prior("mean") if weights is None else weights
+            return model.pal.reward(states[right], weights) - model.pal.reward(states[left], weights)
+        ours, theirs = (model.read(states[side], None).values for side in (right, left))
+        return gpm_score(ours, theirs) if ours.ndim == 2 else ours - theirs
+
+    known = model.pal.weights(judged.names[judged.seen].tolist()) if isinstance(model, PalRewardModel) else None
+    _, _, margin = majority(data)
+    pairs = np.flatnonzero(test[data.ends[:, 0]] & (margin != 0))
+    found = {"pairs": right_or_tie(gap(*data.ends[pairs].T, None), np.sign(margin[pairs])).tolist()}
+    for part, judgements, weights in (("judged", judged.seen, known), ("unseen", judged.unseen, None)):
+        delta = gap(data.left[judgements], data.right[judgements], weights)
+        found[part] = right_or_tie(delta, data.label[judgements]).tolist()
+    return found

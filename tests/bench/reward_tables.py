@@ -14,6 +14,7 @@ from reward_data import Arguments
 from align.evals.statistics import Estimate, bootstrap_interval
 
 LEAST_TESTED = 10
+MEAN = ", mean weights"
 
 
 @dataclass
@@ -27,6 +28,7 @@ class Results:
     rows: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     choices: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
+    peak: dict[str, float] = field(default_factory=dict)  # GB, of the process
 
 
 def shown(found: Estimate) -> str:
@@ -39,6 +41,29 @@ def signed(found: Estimate) -> str:
     if found.low is None or found.high is None:
         return f"{100 * found.value:+.1f}"
     return f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+
+
+def compared(values: Sequence[float], base: Sequence[float], groups: Sequence[str]) -> str:
+    """Cells of accuracy and of the difference to another model on the same rows."""
+    gap = np.array(values) - np.array(base)
+    against = signed(bootstrap_interval(gap, groups=groups)) if gap.any() else "-"
+    return f"{shown(bootstrap_interval(values, groups=groups))} | {against}"
+
+
+def cost_of(found: Results, name: str) -> str:
+    """Cells of seconds and of the process's peak memory."""
+    peak = found.peak.get(max((model for model in found.peak if name.startswith(model)), key=len, default=""))
+    seconds = found.seconds.get(name.removesuffix(MEAN))
+    return " | ".join("-" if cell is None else f"{cell:.{digits}f}" for cell, digits in ((seconds, 0), (peak, 1)))
+
+
+def judged_of(users: Sequence[str]) -> str:
+    counts = Counter(users)
+    macro = sum(count >= LEAST_TESTED for count in counts.values())
+    return (
+        f"n = {len(users):,} judgements of {len(counts)} annotators, {macro} of them with "
+        f"{LEAST_TESTED} or more tested, over which the macro average goes."
+    )
 
 
 def per_user(values: Sequence[float], users: Sequence[str]) -> list[float]:
@@ -59,6 +84,15 @@ def merged(folds: Sequence[Results]) -> Results:
         for model, tests in fold.further.items():
             for test, values in tests.items():
                 out.further[model].setdefault(test, []).append(values)  # type: ignore[arg-type]
+    return out
+
+
+def of_models(parts: Sequence[Results]) -> Results:
+    """Results of several models on the same rows."""
+    out = Results()
+    for part in parts:
+        for name, values in vars(part).items():
+            getattr(out, name).update(values)
     return out
 
 
@@ -114,48 +148,42 @@ def taste(data: Arguments, *, least: int = 20, halves: int = 50) -> dict[str, An
     return {"taste": float(np.mean(correlations)), "taste_low": float(low), "taste_high": float(high)}
 
 
-def table_of(found: Results, facts: dict[str, Any], further: dict[str, int]) -> str:
+def table_of(found: Results, facts: dict[str, Any], further: dict[str, int], costs: dict[str, dict[str, Any]]) -> str:
     lines = ["### Pairs of held-out debates, by the majority of about five annotators", ""]
     groups = found.rows["pair_debate"]
     lines += [f"n = {len(groups):,} pairs of {len(set(groups))} debates.", ""]
-    lines += ["| model | accuracy, % | against BT | seconds, 5 folds |", "| --- | --- | --- | --- |"]
-    base = np.array(found.pairs["BT"])
+    lines += ["| model | accuracy, % | against BT | seconds, 5 folds | peak, GB |", "| --- | --- | --- | --- | --- |"]
+    for what, cost in costs.items():
+        count, seconds = cost["found"]["answers"], cost["found"]["seconds"]
+        if count:
+            lines.append(f"| embeddings of {count:,} {what}, once | - | - | {seconds:.0f} | {cost['peak_gb']:.1f} |")
     for name, values in found.pairs.items():
-        against = signed(bootstrap_interval(np.array(values) - base, groups=groups)) if name != "BT" else ""
-        took = f"{found.seconds[name]:.0f}" if name in found.seconds else ""
-        lines.append(f"| {name} | {shown(bootstrap_interval(values, groups=groups))} | {against} | {took} |")
+        lines.append(f"| {name} | {compared(values, found.pairs['BT'], groups)} | {cost_of(found, name)} |")
     lines += [
         "",
         f"Of {facts['triples']:,} triples of arguments that were all compared, {facts['circles']:,} "
         f"({100 * facts['circles'] / facts['triples']:.1f} %) run in a circle by majority.",
         "",
     ]
-    for title, values_of, prefix in (
-        ("Judgements of seen annotators, in held-out debates", found.judged, "seen"),
-        ("Judgements of unseen annotators, in held-out debates", found.unseen, "unseen"),
+    for title, values_of, part, seconds in (
+        ("Judgements of seen annotators, in held-out debates", found.judged, "seen", "seconds, 5 folds"),
+        ("Judgements of unseen annotators, in held-out debates", found.unseen, "unseen", "seconds to fit the weights"),
     ):
-        groups, users = found.rows[f"{prefix}_debate"], found.rows[f"{prefix}_user"]
-        macro = per_user(values_of["BT"], users)
-        lines += [f"### {title}", ""]
-        lines += [
-            f"n = {len(users):,} judgements of {len(set(users))} annotators, {len(macro)} of them with "
-            f"{LEAST_TESTED} or more tested, over which the macro average goes.",
-            "",
-        ]
-        lines += ["| model | accuracy, % | macro, % | against BT | against K = 1 | seconds |"]
-        lines += ["| --- | --- | --- | --- | --- | --- |"]
-        base = np.array(values_of["BT"])
+        groups, users = found.rows[f"{part}_debate"], found.rows[f"{part}_user"]
+        lines += [f"### {title}", "", judged_of(users), ""]
+        lines += [f"| model | accuracy, % | against BT | macro, % | against K = 1 | {seconds} | peak, GB |"]
+        lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
         for name, values in values_of.items():
-            against = signed(bootstrap_interval(np.array(values) - base, groups=groups)) if name != "BT" else ""
-            one = f"{name.split(',')[0]}, K = 1" + (", mean weights" if prefix == "unseen" else "")
-            alone = ""
+            one = f"{name.split(',')[0]}, K = 1" + (MEAN if part == "unseen" else "")
+            alone = "-"
             if one in values_of and name != one:
                 alone = signed(bootstrap_interval(np.array(values) - np.array(values_of[one]), groups=groups))
-            took = found.seconds.get("BT, judgements" if name == "BT" else name)
+            cost = cost_of(found, "BT, judgements" if name == "BT" else name)
+            if part == "unseen" and "judgements" not in name:
+                cost = f"- | {cost.split(' | ')[1]}"
             lines.append(
-                f"| {name} | {shown(bootstrap_interval(values, groups=groups))} | "
-                f"{shown(bootstrap_interval(per_user(values, users)))} | {against} | {alone} | "
-                f"{'' if took is None else f'{took:.0f}'} |"
+                f"| {name} | {compared(values, values_of['BT'], groups)} | "
+                f"{shown(bootstrap_interval(per_user(values, users)))} | {alone} | {cost} |"
             )
         lines.append("")
     lines += [
@@ -179,24 +207,52 @@ def table_of(found: Results, facts: dict[str, Any], further: dict[str, int]) -> 
     return "\n".join(lines)
 
 
-def lora_table(found: Sequence[tuple[Results, dict[str, Any]]]) -> str:
-    """LoRA and frozen heads on the same test pairs; nothing where no fold trained LoRA."""
-    if not found:
-        return ""
-    debates = [debate for _, lora in found for debate in lora["debate"]]
-    right = np.array([value for _, lora in found for value in lora["right"]])
-    lines = ["", "### A trained backbone (LoRA) on some of the folds", ""]
-    lines += [
-        f"n = {len(right):,} pairs of {len(set(debates))} debates, {len(found)} of the five folds; "
-        f"{sum(lora['steps'] for _, lora in found)} steps in {sum(lora['seconds'] for _, lora in found):.0f} s, "
-        f"peak {max(lora['peak_gb'] for _, lora in found):.1f} GB.",
-        "",
-        "| model | accuracy, % | LoRA against it |",
-        "| --- | --- | --- |",
-        f"| BT, LoRA | {shown(bootstrap_interval(right, groups=debates))} | |",
-    ]
-    for name in ("longer answer", "BT", "BT, shares of votes"):
-        frozen = np.array([value for fold, _ in found for value in fold.pairs[name]])
-        against = signed(bootstrap_interval(right - frozen, groups=debates))
-        lines.append(f"| {name} | {shown(bootstrap_interval(frozen, groups=debates))} | {against} |")
-    return "\n".join([*lines, "", ""])
+def lora_tables(found: Results, lora: dict[str, dict[int, dict[str, Any]]], tested: Sequence[Results]) -> str:
+    """A trained backbone against the frozen one, on the same rows of some of the folds.
+
+    Args:
+        found: of the frozen backbone, all folds.
+        lora: by model and fold, in the order of ``tested``.
+        tested: the rows of those folds.
+    """
+    rows = merged(tested)
+    debates = set(rows.rows["pair_debate"])
+    lines = ["", f"### A trained backbone (LoRA), {len(tested)} of the five folds", ""]
+    steps = sum(part["found"]["steps"] for part in lora["BT"].values())
+    lines += [f"{steps} steps each, on the same arguments in the same order; tests of {len(debates)} debates.", ""]
+    lines += ["| model, LoRA | seconds, with tests | peak, GB |", "| --- | --- | --- |"]
+    for name, folds in lora.items():
+        seconds = sum(part["found"]["seconds"] for part in folds.values())
+        lines.append(f"| {name} | {seconds:.0f} | {max(part['peak_gb'] for part in folds.values()):.1f} |")
+    lines.append("")
+    for title, part, key, suffix in (
+        ("pairs by majority", "pair", "pairs", MEAN),
+        ("judgements of seen annotators", "seen", "judged", ""),
+        ("judgements of unseen annotators", "unseen", "unseen", MEAN),
+    ):
+        groups = rows.rows[f"{part}_debate"]
+        here = np.isin(found.rows[f"{part}_debate"], sorted(debates))
+        frozen = {name: np.array(values)[here] for name, values in getattr(found, key).items()}
+        trained = {
+            name: np.concatenate([folds[fold]["found"][key] for fold in sorted(folds)]) for name, folds in lora.items()
+        }
+        lines += [f"n = {len(groups):,} {title}.", ""]
+        lines += [
+            "| model | frozen, % | LoRA, % | LoRA against frozen | LoRA against BT, LoRA | against K = 1, LoRA |"
+        ]
+        lines += ["| --- | --- | --- | --- | --- | --- |"]
+        for name, values in trained.items():
+            before = frozen.get(name + suffix if name.startswith("PAL") else name)
+            cells = ["-", shown(bootstrap_interval(values, groups=groups)), "-"]
+            if before is not None:
+                cells[0] = shown(bootstrap_interval(before, groups=groups))
+                cells[2] = signed(bootstrap_interval(values - before, groups=groups))
+            for base in ("BT", "PAL-A, K = 1"):
+                same = name == base or (base != "BT" and not name.startswith("PAL"))
+                cells.append("-" if same else signed(bootstrap_interval(values - trained[base], groups=groups)))
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        guess = np.array(rows.__dict__[key]["longer answer"])
+        accuracy, against = compared(guess, trained["BT"], groups).split(" | ")
+        lines.append(f"| longer answer | {accuracy} | - | - | {against} | - |")
+        lines.append("")
+    return "\n".join(lines)
