@@ -68,9 +68,7 @@ def sample(
     return _recursive(live_of(logq), accepts, draws, max_draws or math.inf, mask, patience)
 
 
-def _recursive(
-    live: Live, accepts: Accepts, draws: Source, budget: float, mask: Mask | None, patience: int
-) -> Draw:
+def _recursive(live: Live, accepts: Accepts, draws: Source, budget: float, mask: Mask | None, patience: int) -> Draw:
     """Without replacement, from ``E f = P(x) f(x) + (1 - P(x)) E[f | not x]``.
 
     With M the mass that is left before the first allowed token x is drawn: ``w = M`` if the token drawn after x is

@@ -23,7 +23,7 @@ from .settings import DEAD, FAILED
 
 @dataclass(frozen=True)
 class Add:
-    """A new request: its prompt, our settings (``extra_args["align"]``), how many tokens it may draw, where it ends."""
+    """A new request: prompt, our settings (``extra_args["align"]``), how many tokens it may draw, where it ends."""
 
     particle: int
     prompt: tuple[int, ...]
