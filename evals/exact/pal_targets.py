@@ -84,7 +84,7 @@ def train(groups: int, pairs: Pairs, stack: Stack, start: int) -> PalA:
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def named(x: Tensor) -> dict[str, Tensor]:
-        parts = x.split([shape.numel() for shape in shapes.values()])
+        parts = torch.split(x, [shape.numel() for shape in shapes.values()])
         return {name: part.view(shape) for part, (name, shape) in zip(parts, shapes.items(), strict=True)}
 
     def objective(x: Tensor) -> Tensor:
