@@ -223,7 +223,7 @@ class VLLMEngine:
         places = [rows.setdefault(self._sequences[handle], len(rows)) for handle in handles]
         names = [f"logits-{next(self._names)}" for _ in rows]
         for name, tokens in zip(names, rows, strict=True):
-            self._add(name, tokens, 1, {"capture": True, "name": name})
+            self._add(name, tokens, 1, {"capture": True, "name": name, "law": {}})
         waiting = set(names)
         while waiting:
             waiting -= {output.request_id for output in self._engine.step() if output.finished}
