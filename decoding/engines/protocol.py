@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -59,6 +59,7 @@ class Rollout:
     cached_tokens: int = 0
 
 
+@runtime_checkable
 class Rollouts(Protocol):
     """What goes on from many prompts at once, to an end token or for some tokens."""
 
