@@ -93,8 +93,8 @@ class Run:
             return
         low, high = settings.reward_range
 
-        def score(one: Candidate, unknown: float) -> Fraction:
-            return settings.score(one.log_prob, unknown if one.value is None else one.value)
+        def score(one: Candidate, unknown: float) -> tuple[Fraction, int]:
+            return settings.score(one.log_prob, unknown if one.value is None else one.value), -one.rank
 
         best = max(score(one, low) for one in self.alive)
         self.alive = [one for one in self.alive if score(one, high) >= best]
