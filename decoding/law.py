@@ -71,7 +71,7 @@ class Law:
         return numbers
 
     def rows(self, logits: Tensor) -> list[Live]:
-        """q of every row, (N, V), ready to be drawn from: exponentials in float32, sums in float64.
+        """The law q of every row, (N, V), ready to be drawn from: exponentials in float32, sums in float64.
 
         The same as ``log_probs`` to some 1e-6 of each probability, at a sixth of its price where q is all of p.
 
@@ -82,7 +82,6 @@ class Law:
             return [Live(row) for row in self.log_probs(logits)]
         scaled = logits.detach().float()
         p = (scaled if self.temperature == 1 else scaled / self.temperature).softmax(-1)
-        _check(logits, p)
         return [Live.of(row) for row in p.cpu().numpy()]
 
     def log_correction(self, logits: Tensor, token: int) -> float:
@@ -98,7 +97,7 @@ class Law:
 
 
 def _check(logits: Tensor, logps: Tensor) -> None:
-    """A row of (log-)probs is NaN throughout where its logits are unusable, and only there."""
+    """A row of log-probs is NaN throughout where its logits are unusable, and only there."""
     bad = torch.isnan(logps).any(-1)
     if bool(bad.any()):
         row = int(bad.nonzero()[0]) if bad.ndim else None

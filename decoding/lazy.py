@@ -118,12 +118,12 @@ class Live:
         """From probabilities, (V,), which are the row's own from now on; sums are in float64 nevertheless.
 
         Raises:
-            ValueError: NaN or +inf among them.
+            ValueError: NaN among them.
         """
         live = cls.__new__(cls)
         live._set(p)
         if not math.isfinite(live.mass):
-            raise ValueError("the probabilities hold NaN or +inf: there is no law to draw from")
+            raise ValueError("the logits hold NaN, +inf or -inf alone: there is no law to draw from")
         return live
 
     def only(self, allowed: NDArray[np.bool_]) -> Live:

@@ -40,6 +40,8 @@ class Memo:
         self._capacity = capacity
         self._root: _Node | None = None
         self._states = self._verdicts = 0
+        self._allowed = constraint.allowed if isinstance(constraint, Masking) else None
+        self._prefilter = constraint.prefilter if isinstance(constraint, Prefiltering) else None
         self._masks: dict[tuple[str, _Node], np.ndarray | None] = {}
 
     def start(self) -> _Node:
@@ -68,13 +70,11 @@ class Memo:
 
     def allowed(self, state: _Node) -> np.ndarray | None:
         """The constraint's mask, if it has one: a copy of your own. Not counted."""
-        constraint = self.constraint
-        return self._kept("allowed", state, constraint.allowed if isinstance(constraint, Masking) else None)
+        return self._kept("allowed", state, self._allowed)
 
     def prefilter(self, state: _Node) -> np.ndarray | None:
         """The constraint's prefilter, if it has one: a copy of your own. Not counted."""
-        constraint = self.constraint
-        return self._kept("prefilter", state, constraint.prefilter if isinstance(constraint, Prefiltering) else None)
+        return self._kept("prefilter", state, self._prefilter)
 
     def _kept(self, name: str, state: _Node, compute: Callable[[Any], np.ndarray | None] | None) -> np.ndarray | None:
         if compute is None:

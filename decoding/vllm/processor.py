@@ -16,7 +16,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from vllm.v1.sample import sampler
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as FirstRunner
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcRequestState
@@ -56,8 +58,10 @@ class AlignProcessor(FirstRunner, SecondRunner):  # type: ignore[misc]
                 f"align: logprobs_mode is {mode!r}, so that weights would not come out; start with 'processed_logits'"
             )
         config = (vllm_config.additional_config or {}).get(KEY, {})
-        self._rows = Rows(_vocabulary(vllm_config.model_config, config.get("ends")), config.get("predicates", ()))
+        self._rows = Rows(vocabulary_of(vllm_config.model_config, config.get("ends")), config.get("predicates", ()))
         _here.append(self._rows)
+        if is_pin_memory is not None and torch.device(place).type == "cpu":
+            sampler.batched_count_greater_than = ranks
         self._state: LogitsProcRequestState | None = None if is_pin_memory is not None else place
         self._first: dict[int, tuple[Row, list[int]]] = {}  # by row of the batch, with the live list of its tokens
         self._second: dict[int, Row] = {}  # by slot
@@ -134,7 +138,8 @@ class AlignWorker:
         return sum(len(rows.records) for rows in _here)
 
 
-def _vocabulary(model: Any, ends: Sequence[int] | None) -> Vocabulary:
+def vocabulary_of(model: Any, ends: Sequence[int] | None = None) -> Vocabulary:
+    """The vocabulary of an engine's model, from vLLM's configuration of it; ``ends`` as in ``additional_config``."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(

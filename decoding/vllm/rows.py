@@ -16,6 +16,7 @@ from align.decoding.constraints import ConstraintError, Memo, Vocabulary, build
 from align.decoding.drawing import step
 from align.decoding.law import Law
 from align.decoding.lazy import Draws, Live
+from align.decoding.request import Request
 
 from .settings import DEAD, FAILED, Settings
 
@@ -65,16 +66,16 @@ class Row:
 
     Args:
         settings: how it is drawn.
+        request: theirs, with the constraint.
         said: tokens of the answer that stand in the prompt.
         record: what it took.
-        constraint: None for any text.
         tokens, state: where the constraint is.
     """
 
     settings: Settings
+    request: Request
     said: tuple[int, ...]
     record: Record
-    constraint: Memo | None = None
     tokens: tuple[int, ...] = ()
     state: Any = None
 
@@ -83,13 +84,14 @@ class Row:
         known = len(self.tokens)
         if known > len(tokens) or (known and tokens[known - 1] != self.tokens[-1]):
             self.tokens, known = (), 0
-        if self.constraint is None:
+        constraint = self.request.constraint
+        if constraint is None:
             self.tokens = tuple(tokens)
             return
         if not known:
-            self.state = self.constraint.start()
+            self.state = constraint.start()
         for token in tokens[known:]:
-            after = self.constraint.advance(self.state, token) if token not in vocabulary.ends else None
+            after = constraint.advance(self.state, token) if token not in vocabulary.ends else None
             if after is None:
                 raise ConstraintError(f"the answer goes on with token {token}, which the constraint refuses")
             self.state, self.tokens = after, (*self.tokens, token)
@@ -113,7 +115,7 @@ class Rows:
         """A row for a request; what is wrong with its constraint ends it when it is drawn."""
         said = tuple(prompt[len(prompt) - settings.prefix :]) if settings.prefix else ()
         record = self.records.get(settings.name) if settings.name else None  # a preempted one goes on with its own
-        row = Row(settings, said, record or Record())
+        row = Row(settings, settings.request, said, record or Record())
         if settings.name:
             self.records[settings.name] = row.record
             if len(self.records) > RECORDS:
@@ -123,7 +125,7 @@ class Rows:
             if isinstance(found, str):
                 row.record.error = found
             else:
-                row.constraint = found
+                row.request = replace(settings.request, constraint=found)
         return row
 
     def pop(self, names: Sequence[str]) -> list[dict[str, Any] | None]:
@@ -169,7 +171,7 @@ class Rows:
             if isinstance(live, ValueError):
                 raise live
             row.follow(tokens, self.vocabulary)
-            request = replace(settings.request, constraint=row.constraint)
+            request = row.request
             draws = Draws(request.seed, position, settings.particle)
             done = step(request, self.vocabulary, row.tokens, row.state, live, draws)
             record.evaluations[position], record.masks[position] = done.draw.evaluations, done.draw.masks
