@@ -23,6 +23,7 @@ from align.decoding.smc import SMC, Copy, Extend, Extended, Finished, Result, mu
 
 from .chances import Chances, TokenChances, every_run
 from .rows import Row, Stack, Target
+from .transfer_targets import GUIDED
 from .weighted import two_loops
 
 Sampler = Callable[[NDArray[np.float64], Accepts, TokenChances], Draw]
@@ -300,5 +301,6 @@ DECODERS: dict[str, Target] = {
     "masking": Target("closed form", "q(t) / Z for one token; for sequences only with its weights", check_masking),
     "rejection": Target("closed form", "q(t) / Z for one token", check_rejection),
     "smc": Target("closed form", "E[sum_i w_i 1{x_i = x} / N] = p(x) 1{x allowed}, over every run", check_smc),
+    **GUIDED,
 }
 """The samplers of ``align.decoding``, as ``align verify`` names them."""
