@@ -1,9 +1,9 @@
 """The command line: one file per command, heavy imports inside the commands, so that ``align --help`` is quick.
 
-- ``train``, ``validate``, ``generate``, ``score``, ``filter``, ``eval``, ``models``, ``recipes``, ``report``,
-  ``doctor``, ``verify``: the commands; what they do is elsewhere (``align.run``, ``align.data``, ``align.generate``,
-  ``align.score``, ``align.models``, ``align.config``, ``align.reports``, ``align.doctor``, ``align.evals.exact``,
-  ``align.compare``).
+- ``train``, ``validate``, ``generate``, ``serve``, ``score``, ``filter``, ``eval``, ``models``, ``recipes``,
+  ``report``, ``doctor``, ``verify``: the commands; what they do is elsewhere (``align.run``, ``align.data``,
+  ``align.generate``, ``align.serve``, ``align.score``, ``align.models``, ``align.config``, ``align.reports``,
+  ``align.doctor``, ``align.evals.exact``, ``align.compare``).
 - ``logic``: ``align recipes logic``; ``disk``: a full disk, however a library says it.
 
 Exit codes: 0; 1 the run failed, or the data is not good enough; 2 usage or configuration; 130 interrupted. How a
@@ -23,7 +23,7 @@ from typer.core import TyperGroup
 from align.errors import AlignError
 from align.tracking.telemetry import disable_telemetry
 
-from . import doctor, eval, filter, generate, models, recipes, report, score, train, validate, verify
+from . import doctor, eval, filter, generate, models, recipes, report, score, serve, train, validate, verify
 from .disk import full_message, is_full
 
 
@@ -56,6 +56,7 @@ app = typer.Typer(
 app.command()(train.train)
 app.command()(validate.validate)
 app.command()(generate.generate)
+app.command()(serve.serve)
 app.command()(score.score)
 app.command("filter")(filter.filter_)
 app.command("eval")(eval.evaluate)

@@ -88,7 +88,7 @@ def settings(dtype: str = "auto") -> Machine:
         ("cache", f"{cache / GIB:.1f} GiB for keys and values: a quarter of the {free / GIB:.1f} GiB that are free"),
         (
             "threads",
-            f"{threads} of {cores()} cores: threads that wait for one which another process holds cost 30 times as much",
+            f"{threads} of {cores()} cores: a thread whose core another process has makes a step 30 times as long",
         ),
         ("processes", "the engine computes in its own process, without a worker beside it: 20 s and 0.7 GB less"),
         ("binding", "none: it would bind this process's threads, and those of whatever else runs in it, to its cores"),

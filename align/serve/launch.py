@@ -1,0 +1,140 @@
+"""From the command line to the server's process."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from align.decoding.constraints import ConstraintError
+from align.decoding.constraints.predicate import load
+from align.decoding.vllm.machine import Machine, settings, vllm_version
+from align.errors import AlignError, ConfigError
+from align.rewards.named import is_rule, load_reward, reward_folder
+
+from .models import Served, served
+from .options import Options
+
+PROCESSOR = "align.decoding.vllm.processor:AlignProcessor"
+WORKER = "align.decoding.vllm.processor.AlignWorker"
+KEY_VARIABLE = "ALIGN_API_KEY"
+
+
+@dataclass(frozen=True)
+class Serve:
+    """What is asked of ``align serve``.
+
+    Args:
+        source: what to serve, see ``models.served``.
+        host, port: where to listen.
+        api_key: that requests must bear; None: no key.
+        max_model_len: most tokens of a prompt and its answer; None: as many as the model reads and the cache holds.
+        max_num_seqs: particles and plain requests that the engine steps at a time.
+        dtype: ``auto`` or a name.
+        options: limits and names.
+    """
+
+    source: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    dtype: str = "auto"
+    options: Options = field(default_factory=Options)
+
+
+def launch(asked: Serve) -> None:
+    """Become the server's process: the same process id, with its settings in place before anything is imported.
+
+    Raises:
+        ConfigError: an option is wrong.
+        AlignError: there is nothing to serve, or vLLM is missing or too old.
+    """
+    check(asked)
+    try:
+        name, version = vllm_version()
+    except ValueError as error:
+        raise AlignError(str(error)) from error
+    machine = settings(asked.dtype)
+    what = served(asked.source, str(machine.engine["dtype"]))
+    lines = [("engine", f"{name} {version} on {machine.device}"), *machine.reasons, ("model", what.path)]
+    for about, said in lines:
+        print(f"align serve: {about}: {said}", file=sys.stderr)
+    if asked.api_key is None and asked.host not in ("127.0.0.1", "localhost", "::1"):
+        print(f"align serve: no --api-key: whoever reaches {asked.host} can use it", file=sys.stderr)
+    sys.stderr.flush()
+    environment = {**machine.environment, **os.environ, "VLLM_PLUGINS": "align"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    if asked.api_key is not None:
+        environment[KEY_VARIABLE] = asked.api_key
+    command = [sys.executable, "-P", "-m", "align.serve.server", *arguments(asked, machine, what)]
+    os.execve(sys.executable, command, environment)
+
+
+def check(asked: Serve) -> None:
+    """The options by themselves.
+
+    Raises:
+        ConfigError: with all that is wrong.
+    """
+    problems = []
+    options = asked.options
+    if options.max_particles > asked.max_num_seqs:
+        problems.append(
+            (
+                "--max-particles",
+                f"{options.max_particles} is over --max-num-seqs {asked.max_num_seqs}: they run together",
+            )
+        )
+    for name, reward in options.rewards.items():
+        try:
+            if is_rule(reward):
+                load_reward(reward)
+            else:
+                reward_folder(reward)
+        except (ValueError, ImportError) as error:
+            problems.append(("--reward", f"{name}: {error}"))
+    for predicate in options.predicates:
+        try:
+            load(predicate)
+        except ConstraintError as error:
+            problems.append(("--predicate", str(error)))
+    if problems:
+        raise ConfigError("align serve", problems)
+
+
+def arguments(asked: Serve, machine: Machine, what: Served) -> list[str]:
+    """Arguments of vLLM's own server."""
+    ours = {"predicates": list(asked.options.predicates), "server": asked.options.to_json()}
+    given: dict[str, Any] = {
+        **machine.engine,
+        "model": what.path,
+        "served_model_name": what.name,
+        "host": asked.host,
+        "port": asked.port,
+        "max_model_len": asked.max_model_len if asked.max_model_len is not None else "auto",
+        "max_num_seqs": asked.max_num_seqs,
+        "trust_remote_code": what.trusted,
+        "logits_processors": PROCESSOR,
+        "worker_extension_cls": WORKER,
+        "logprobs_mode": "processed_logits",
+        "additional_config": json.dumps({"align": ours}),
+        "allowed_origins": "[]",  # other sites' pages have no business here; ours is served from the same place
+        "disable_uvicorn_access_log": True,
+    }
+    return list(_flags(given))
+
+
+def _flags(given: Mapping[str, Any]) -> Sequence[str]:
+    flags: list[str] = []
+    for name, value in given.items():
+        if value is False:
+            continue
+        flags.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            flags.append(str(value))
+    return flags

@@ -1,0 +1,108 @@
+"""Rewards that the operator named: as potentials of particles, and as scores of answers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from align.data.rows import Content
+from align.decoding.constraints import ConstraintError, Vocabulary
+from align.decoding.request import Potential
+from align.errors import AlignError
+from align.rewards.encoding import as_answer
+from align.rewards.scorers import Scorer, load_scorer
+
+from .admission import Admission, Ticket
+from .errors import RefusedError
+from .wire import ScoreBody
+
+WAITING = 16
+"""Requests for scores that may wait for those before them."""
+
+
+class Rewards:
+    """Scorers by name.
+
+    Args:
+        scorers: what ``load`` made.
+    """
+
+    def __init__(self, scorers: Mapping[str, Scorer]) -> None:
+        self._scorers = scorers
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="align-score")
+        self._admission = Admission(1, WAITING)
+
+    @classmethod
+    def load(cls, names: Mapping[str, str]) -> Rewards:
+        """Load rules and models.
+
+        Raises:
+            AlignError: there is none, or it compares answers.
+        """
+        scorers = {}
+        for name, reward in names.items():
+            try:
+                scorers[name] = load_scorer(reward)
+            except (ValueError, OSError) as error:
+                raise AlignError(f"--reward {name}: {error}") from error
+            if scorers[name].compares:
+                raise AlignError(
+                    f"--reward {name}: a preference model compares answers; name one that scores one alone"
+                )
+        return cls(scorers)
+
+    def potential(self, name: str, strength: float, prompt: Content, vocabulary: Vocabulary) -> Potential:
+        """``strength`` times the reward, of the texts of particles."""
+
+        def potential(sequences: Sequence[tuple[int, ...]]) -> list[float]:
+            answers = [as_answer(prompt, vocabulary.text(tokens)) for tokens in sequences]
+            try:
+                scores = self._scorers[name]([prompt] * len(answers), answers, {})
+            except ValueError as error:
+                raise ConstraintError(f"reward {name}: {error}") from error
+            found = [score for score in scores if score is not None]
+            if len(found) < len(scores):
+                raise ConstraintError(f"reward {name}: it gives no number for an answer, so that it has no weight")
+            return [strength * score for score in found]
+
+        return potential
+
+    async def score(self, body: ScoreBody, seconds: float) -> list[float | None]:
+        """One number an answer, None where the reward does not apply.
+
+        Raises:
+            RefusedError: no such reward or a row that cannot be scored (400), too many wait (429), time is up (504).
+        """
+        if body.reward not in self._scorers:
+            known = ", ".join(sorted(self._scorers)) or "none; its operator names them by --reward NAME=REWARD"
+            raise RefusedError(400, f"reward: this server has no {body.reward!r}; it has {known}")
+        extras = [row.model_extra or {} for row in body.rows]
+        columns = {name: [row.get(name) for row in extras] for name in sorted({key for row in extras for key in row})}
+        prompts: list[Content] = [row.prompt for row in body.rows]
+        answers = [as_answer(row.prompt, row.completion) for row in body.rows]
+        ticket = self._admission.reserve(1)
+        running: asyncio.Future[list[Any]] | None = None
+        try:
+            async with asyncio.timeout(seconds):
+                await ticket.turn()
+                loop = asyncio.get_running_loop()
+                scorer = self._scorers[body.reward]
+                running = loop.run_in_executor(self._thread, lambda: list(scorer(prompts, answers, columns)))
+                running.add_done_callback(lambda done: _over(ticket, done))
+                return await asyncio.shield(running)
+        except TimeoutError:
+            raise RefusedError(504, f"scoring took over {seconds:g} s; send fewer rows") from None
+        except (ValueError, TypeError) as error:
+            raise RefusedError(400, f"reward {body.reward}: {error}") from None
+        finally:
+            if running is None:
+                ticket.leave()
+
+
+def _over(ticket: Ticket, done: asyncio.Future[Any]) -> None:
+    """Whoever waited may have gone: the place is free only now, and an error is nobody's."""
+    ticket.leave()
+    if not done.cancelled():
+        done.exception()
