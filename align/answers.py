@@ -57,7 +57,7 @@ def read_done(output: Path, wanted: Mapping[int, Mapping[str, Any]]) -> tuple[se
         own = wanted.get(row.get("row", 0), {})
         if not own or any(row.get(name) != own[name] for name in ("prompt", "settings")):
             raise _not_ours(output, number, "is no answer to these prompts with these settings")
-        if "ess" in row and row["ess"] is None:
+        if any(name in row and row[name] is None for name in ("ess", "reward")):
             failed.add(row["row"])
         elif _line(row.get("inputs")) != _line(own.get("inputs")):
             what = "answers what the constraint or the reward was then: its text, its file or a column has changed"

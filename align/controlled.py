@@ -112,7 +112,7 @@ class Controller:
             self.vocabulary = Vocabulary.of(answerer.tokenizer, size=columns, ends=answerer.eos_ids)
         except ValueError as error:
             raise AlignError(f"{answerer.settings.model}: {error}") from error
-        self.scorer = _load_reward(control.reward) if control.reward else None
+        self.scorer = load_reward(control.reward) if control.reward else None
         self._parsed = lru_cache(maxsize=KEPT)(self._parse)
         self._shared: Memo | None = None
         if control.constraint and control.constraint_field is None:
@@ -303,6 +303,21 @@ def check_columns(control: Control, source: str, rows: Iterable[Mapping[str, Any
         raise ConfigError(source, [(wanted, f"no row has this column; there are {', '.join(sorted(columns))}")])
 
 
+def load_reward(name: str) -> Scorer:
+    """A rule or a reward model that scores one answer alone.
+
+    Raises:
+        AlignError: there is none of the name, or it compares answers.
+    """
+    try:
+        scorer = load_scorer(name)
+    except (ValueError, OSError) as error:
+        raise AlignError(f"reward {name}: {error}") from error
+    if scorer.compares:
+        raise AlignError(f"reward {name}: a preference model compares answers; name a reward that scores one alone")
+    return scorer
+
+
 def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
@@ -314,16 +329,6 @@ def _digest(spec: str) -> str | None:
         return hashlib.sha256(path.read_bytes()).hexdigest() if path else None
     except OSError:
         return None
-
-
-def _load_reward(name: str) -> Scorer:
-    try:
-        scorer = load_scorer(name)
-    except (ValueError, OSError) as error:
-        raise AlignError(f"reward {name}: {error}") from error
-    if scorer.compares:
-        raise AlignError(f"reward {name}: a preference model compares answers; name a reward that scores one alone")
-    return scorer
 
 
 def _number(value: float) -> float | None:

@@ -2,7 +2,8 @@
 
 Text is a user's message where the tokenizer has a chat template, and is taken as it stands where it has none or where
 ``raw`` is asked for. Tokens are drawn from ``softmax(logits / temperature)``: no top-p, top-k or penalty, whatever the
-model's own generation settings say. Answers under a constraint or a reward are drawn by ``align.controlled``.
+model's own generation settings say. Answers under a constraint or a reward are drawn by ``align.controlled``, and by
+``align.transfer`` where a baseline helps.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from align.models.load import LoadedModel, load_run
 
 from .answers import invalid_rows, make_place, read_done, sort_rows, write_rows
 from .controlled import Control, Controller, Inputs, check_columns
+from .transfer import Guide, Transfer
 
 BATCH = 8
 
@@ -123,7 +125,7 @@ def answer_prompt(settings: Settings, prompt: str) -> None:
     Answerer(settings).stream(prompt)
 
 
-def answer_controlled(settings: Settings, control: Control, prompt: str) -> dict[str, Any]:
+def answer_controlled(settings: Settings, control: Control | Transfer, prompt: str) -> dict[str, Any]:
     """The answer to one prompt under control, as a row of ``answer_file`` has it.
 
     Raises:
@@ -131,7 +133,7 @@ def answer_controlled(settings: Settings, control: Control, prompt: str) -> dict
     """
     answerer = Answerer(settings)
     made: dict[int, dict[str, Any]] = {}
-    Controller(answerer, control).answer({0: answerer.encode(prompt)}, {0: {"prompt": prompt}}, made.update)
+    _steered(answerer, control).answer({0: answerer.encode(prompt)}, {0: {"prompt": prompt}}, made.update)
     return made[0]
 
 
@@ -170,7 +172,7 @@ def answer_file(
     source: str,
     output: Path,
     progress: Callable[[int, int], None],
-    control: Control | None = None,
+    control: Control | Transfer | None = None,
 ) -> Answered:
     """Answer every prompt of a file; answers are written as they are made, and a second call goes on.
 
@@ -183,7 +185,7 @@ def answer_file(
         source: rows with a ``prompt``: text or chat messages; any file that ``align train`` reads.
         output: JSONL; its folder is made where it is missing.
         progress: called with the number of rows done and of all, after every batch.
-        control: constraint or reward of the answers.
+        control: constraint or reward of the answers, and the baseline if there is one.
 
     Raises:
         AlignError: the output is something else than answers to these prompts with these settings and inputs (it is
@@ -192,9 +194,10 @@ def answer_file(
     rows, faults = _read_prompts(source)
     prompts: dict[int, Content] = {number: row["prompt"] for number, row in rows.items()}
     kept = asdict(settings) | (asdict(control) if control is not None else {})
-    if control is not None:
+    if isinstance(control, Control):
         check_columns(control, source, rows.values())
-    inputs = Inputs(control) if control is not None else None
+    judged = Control(reward=control.reward) if isinstance(control, Transfer) else control
+    inputs = Inputs(judged) if judged is not None else None
     wanted = {
         row: {"prompt": prompts[row], "settings": kept, **({"inputs": inputs.of(rows[row])} if inputs else {})}
         for row in rows
@@ -205,7 +208,7 @@ def answer_file(
     if pending:
         answerer = Answerer(settings)
         encoded = dict(_encoded(answerer, source, pending, faults))
-        controller = Controller(answerer, control) if control is not None else None
+        controller = _steered(answerer, control) if control is not None else None
         with output.open("a", encoding="utf-8") as file:
 
             def write(answers: Mapping[int, Mapping[str, Any]]) -> None:
@@ -225,6 +228,10 @@ def answer_file(
     sort_rows(output)
     count, invalid = invalid_rows(output)
     return Answered(count, faults, invalid, again=len(failed & done))
+
+
+def _steered(answerer: Answerer, control: Control | Transfer) -> Controller | Guide:
+    return Guide(answerer, control) if isinstance(control, Transfer) else Controller(answerer, control)
 
 
 def _turn(answerer: Answerer, history: list[dict[str, str]], line: str) -> list[dict[str, str]]:

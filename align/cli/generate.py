@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from align.generate import Answered
 
 CONTROL = "Under a constraint or a reward"
+TRANSFER = "Guided by a reward through an aligned baseline (Transfer-Q*)"
 
 
 def generate(
@@ -35,7 +36,10 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, tokens.")] = 256,
     temperature: Annotated[
         float | None,
-        typer.Option(min=0, help="Spread of the draws; 0 takes the likeliest token. 0.7, or 1 under a constraint."),
+        typer.Option(
+            min=0,
+            help="Spread of the draws; 0 takes the likeliest token. 0.7, 1 under a constraint, 0 with --transfer-q.",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Take text as it stands, without the chat template.")] = False,
@@ -94,9 +98,61 @@ def generate(
         int | None,
         typer.Option(min=1, help="Also judge unfinished answers, every so many tokens.", rich_help_panel=CONTROL),
     ] = None,
+    transfer_q: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BASELINE",
+            help="Choose tokens by what --reward says of where this aligned model goes from them; named as --model.",
+            rich_help_panel=TRANSFER,
+        ),
+    ] = None,
+    q_candidates: Annotated[
+        int | None, typer.Option(help="Likeliest tokens to try at each step; 10.", rich_help_panel=TRANSFER)
+    ] = None,
+    q_rollouts: Annotated[
+        int | None, typer.Option(help="Rollouts of each; 1, greedy; more are drawn.", rich_help_panel=TRANSFER)
+    ] = None,
+    q_length: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens of a rollout, or end; 20. With 0 the unfinished text is judged.", rich_help_panel=TRANSFER
+        ),
+    ] = None,
+    q_alpha: Annotated[
+        float | None,
+        typer.Option(help="Units of reward that weigh as much as a nat of the model; 1.", rich_help_panel=TRANSFER),
+    ] = None,
+    q_value: Annotated[
+        str | None, typer.Option(help="mean (the default) or soft, of the rollouts.", rich_help_panel=TRANSFER)
+    ] = None,
+    q_range: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LO,HI",
+            help="Least and largest reward: spares rollouts, and changes no choice.",
+            rich_help_panel=TRANSFER,
+        ),
+    ] = None,
+    q_block: Annotated[
+        int | None,
+        typer.Option(
+            help="Choose among drawn blocks of so many tokens instead; another law.", rich_help_panel=TRANSFER
+        ),
+    ] = None,
 ) -> None:
     """Answer a prompt, a file of prompts, or you; under a constraint or a reward where one is named."""
     _check_one_task(prompt, source, output, chat)
+    guiding = {
+        "transfer_q": transfer_q,
+        "q_candidates": q_candidates,
+        "q_rollouts": q_rollouts,
+        "q_length": q_length,
+        "q_alpha": q_alpha,
+        "q_value": q_value,
+        "q_range": q_range,
+        "q_block": q_block,
+    }
+    guided: dict[str, Any] = {name: value for name, value in guiding.items() if value is not None}
     asked = {
         "constraint": constraint,
         "constraint_field": constraint_field,
@@ -112,16 +168,24 @@ def generate(
         "reward_every": reward_every,
     }
     given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
-    _check_control(given, temperature, source, chat)
+    if guided:
+        _check_transfer(guided, given, temperature, chat)
+    else:
+        _check_control(given, temperature, source, chat)
     from align.controlled import Control, check
     from align.generate import Settings, answer_controlled, answer_file, answer_prompt
     from align.generate import chat as talk
+    from align.transfer import Transfer
 
-    control = Control(**given) if given else None
-    settings = Settings(
-        model, max_new_tokens, temperature if temperature is not None else 1.0 if control else 0.7, seed, raw
-    )
-    if control is not None and (problems := check(control, settings.temperature)):
+    control = Transfer(**guided, **given) if guided else Control(**given) if given else None
+    if temperature is None:
+        temperature = 0.0 if guided else 1.0 if given else 0.7
+    settings = Settings(model, max_new_tokens, temperature, seed, raw)
+    if isinstance(control, Transfer):
+        problems = control.problems(temperature)
+    else:
+        problems = check(control, temperature) if control is not None else []
+    if problems:
         raise ConfigError("align generate", problems)
     if prompt is not None and control is not None:
         _show_answer(answer_controlled(settings, control, prompt))
@@ -176,11 +240,34 @@ def _check_control(given: dict[str, Any], temperature: float | None, source: str
         raise ConfigError("align generate", problems)
 
 
+def _check_transfer(guided: dict[str, Any], given: dict[str, Any], temperature: float | None, chat: bool) -> None:
+    problems = []
+    if "transfer_q" not in guided:
+        problems += [(f"--{name.replace('_', '-')}", "goes with --transfer-q") for name in guided]
+    else:
+        if "reward" not in given:
+            problems.append(("--transfer-q", "goes with --reward, which judges where the baseline goes"))
+        others = given.keys() - {"reward"}
+        problems += [
+            (f"--{name.replace('_', '-')}", "does not go with --transfer-q") for name in given if name in others
+        ]
+    if chat:
+        problems.append(("--chat", "has no rewards; use --prompt or --input"))
+    if temperature is not None and not math.isfinite(temperature):
+        problems.append(("--temperature", f"{temperature} is no finite number"))
+    if problems:
+        raise ConfigError("align generate", problems)
+
+
 def _show_answer(row: dict[str, Any]) -> None:
     """The text, and on the other stream what is to be known of it."""
     if row["completion"] is None or not row["valid"]:
         raise AlignError(f"no valid answer: {row['reason']}")
     print(row["completion"])
+    if "costs" in row:
+        costs = " · ".join(f"{name} {value:,}" for name, value in row["costs"].items() if value)
+        print(f"reward {row['reward']:.4g} · {costs}", file=sys.stderr)
+        return
     names = ("log_normaliser", "ess", "calls_per_token", *(("masks",) if row["masks"] else ()), "dead_ends")
     numbers = {name: row[name] for name in names}
     said = " · ".join(f"{name} {value:.4g}" for name, value in numbers.items() if value is not None)
