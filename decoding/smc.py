@@ -48,6 +48,21 @@ class Extend:
 
 
 @dataclass(frozen=True)
+class Resampled:
+    """The population was resampled after ``step``; what is to be done for it follows.
+
+    Args:
+        step: that all had come through.
+        sources: for each place of the population the number of the particle that it goes on from.
+        population: and its own number from now on.
+    """
+
+    step: int
+    sources: tuple[int, ...]
+    population: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Copy:
     """A new particle, ``target``, begins with the tokens of ``source`` up to and including ``step``, and no more."""
 
@@ -108,7 +123,7 @@ class Finished:
     result: Result
 
 
-Action = Extend | Copy | Stop | Finished
+Action = Resampled | Extend | Copy | Stop | Finished
 
 
 @dataclass
@@ -173,6 +188,11 @@ class SMC:
         self._step = 0  # the first that is not complete
         self._resamplings = self._dead_ends = 0
         self._finished = False
+
+    @property
+    def step(self) -> int:
+        """The first step that not all particles have come through."""
+        return self._step
 
     def start(self) -> list[Action]:
         """The first actions."""
@@ -256,16 +276,19 @@ class SMC:
         chosen = set(ancestors)
         further = [slot for rank, slot in enumerate(ancestors) if rank and slot == ancestors[rank - 1]]
         stops, copies = list[Action](), list[Action]()
+        sources = [particle.number for particle in self._slots]
         for slot in (slot for slot in range(len(self._slots)) if slot not in chosen):
             if self._slots[slot].number in self._by_number:
                 stops.append(self._stop(self._slots[slot]))
             source = self._slots[further.pop(0)]
+            sources[slot] = source.number
             copy = self._slots[slot] = source.fork(self._known, self._step)
             self._known += 1
             if copy.over is None:
                 self._by_number[copy.number] = copy
                 copies.append(Copy(source.number, copy.number, self._step))
-        return [*stops, *copies]
+        population = tuple(particle.number for particle in self._slots)
+        return [Resampled(self._step, tuple(sources), population), *stops, *copies]
 
     def _result(self) -> Result:
         samples = tuple(

@@ -17,7 +17,19 @@ from scipy import stats
 
 from align.decoding import awrs, masking
 from align.decoding.lazy import Draw, Draws
-from align.decoding.smc import SMC, Action, Copy, Extend, Extended, Finished, Result, Stop, multinomial, systematic
+from align.decoding.smc import (
+    SMC,
+    Action,
+    Copy,
+    Extend,
+    Extended,
+    Finished,
+    Resampled,
+    Result,
+    Stop,
+    multinomial,
+    systematic,
+)
 from align.evals.exact.chances import Chances, TokenChances, every_run
 from align.evals.exact.decoding_targets import TWO_STEPS, Language, follow
 
@@ -250,7 +262,7 @@ def test_a_resampling_by_hand() -> None:
     assert driver.receive(Extended(2, 0, 7, -800.0)) == []
     actions = driver.receive(Extended(3, 0, 9, math.log(1e-9)))
     assert actions == [
-        *(Stop(1), Stop(2), Stop(3)),
+        *(Stop(1), Resampled(0, (0, 0, 0, 0), (0, 4, 5, 6)), Stop(2), Stop(3)),
         *(Copy(0, 4, 0), Copy(0, 5, 0), Copy(0, 6, 0)),
         *(Extend(4), Extend(5), Extend(6)),
     ]
@@ -273,12 +285,13 @@ def test_a_resampling_by_hand() -> None:
 
 def test_particles_that_have_ended_are_copied_without_the_engine() -> None:
     driver = SMC(2, seed=0, threshold=1.0)
-    stop, other, finished = of(
+    stop, resampled, other, finished = of(
         driver,
         *(Extended(0, 0, 5, 0.0), Extended(1, 0, 6, 0.0)),
         *(Extended(0, 1, 5, 0.0, ended=True), Extended(1, 1, 6, -50.0)),
     )
     assert (stop, other) == (Stop(0), Stop(1))
+    assert resampled == Resampled(1, (0, 0), (0, 2))
     assert isinstance(finished, Finished)
     assert [sample.tokens for sample in finished.result.samples] == [(5, 5), (5, 5)]
 
