@@ -67,7 +67,8 @@ def launch(asked: Serve) -> None:
     if asked.api_key is None and asked.host not in ("127.0.0.1", "localhost", "::1"):
         print(f"align serve: no --api-key: whoever reaches {asked.host} can use it", file=sys.stderr)
     sys.stderr.flush()
-    environment = {**machine.environment, **os.environ, "VLLM_PLUGINS": "align"}
+    plugins = ",".join(filter(None, (os.environ.get("VLLM_PLUGINS"), "align")))
+    environment = {**machine.environment, **os.environ, "VLLM_PLUGINS": plugins}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     if asked.api_key is not None:
         environment[KEY_VARIABLE] = asked.api_key

@@ -1,0 +1,390 @@
+"""One real server: vLLM with a tiny model in float32, started by ``align serve`` and used by OpenAI's client."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from openai import BadRequestError, OpenAI, RateLimitError
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from align.decoding.constraints import Vocabulary, build
+from align.decoding.engines import TransformersEngine
+from align.decoding.generate import generate
+from align.decoding.request import Answer, Request
+
+KEY = "secret"
+PLACES, WAITING, SECONDS = 8, 8, 6.0
+MODULE = """
+def short(prompts, completions):
+    return [-float(len(text)) for text in completions]
+
+def same(completions, solution, **columns):
+    return [float(text == right) for text, right in zip(completions, solution)]
+
+def no_zero(text, complete):
+    return "0" not in text
+"""
+OBJECT = {
+    "type": "object",
+    "properties": {"name": {"enum": ["Ann", "Bob"]}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+    "x-guidance": {"whitespace_flexible": False},
+}
+ENDLESS = {"regex": "[a-z]{4000}"}
+"""No answer of it is over before the time that a request has."""
+HOSTILE = {"json": {"allOf": [{"type": "string", "pattern": f".*{letter}.*"} for letter in "abcdefghijklmnop"]}}
+
+
+@dataclass
+class Server:
+    """Where it is, and how it is asked."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def client(self) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=60)
+
+    def http(self, **settings: Any) -> httpx.Client:
+        headers = {"Authorization": f"Bearer {KEY}"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=60, **settings)
+
+    def post(self, path: str, body: Any) -> httpx.Response:
+        with self.http() as client:
+            return client.post(path, json=body)
+
+    def metric(self, line: str) -> float:
+        """The value of a metric by the beginning of its line."""
+        text = httpx.get(f"{self.url}/metrics", timeout=60).text
+        found = re.search(rf"^{re.escape(line)}[^ ]* (\S+)$", text, re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+    def wait_for(self, line: str, value: float, seconds: float = 10) -> None:
+        """Until a metric has a value."""
+        end = time.monotonic() + seconds
+        while (found := self.metric(line)) != value:
+            assert time.monotonic() < end, f"{line} is {found} and not {value}"
+            time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def model(make_tiny_model: Callable[..., LlamaForCausalLM]) -> LlamaForCausalLM:
+    """VLLM's attention on a CPU wants heads of 32."""
+    return make_tiny_model(hidden_size=128, max_position_embeddings=8192)
+
+
+@pytest.fixture(scope="module")
+def server(
+    model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("served") / "tiny"
+    model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    (folder.parent / "operators.py").write_text(MODULE, encoding="utf-8")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "align", "serve", str(folder), "--port", str(port), "--dtype", "float32"]
+    command += ["--max-model-len", "4096", "--max-num-seqs", str(PLACES), "--max-waiting", str(WAITING)]
+    command += ["--timeout", str(SECONDS), "--max-body", "100000", "--predicate", "operators:no_zero"]
+    command += ["--reward", "short=operators:short", "--reward", "same=operators:same"]
+    log = folder.parent / "log"
+    path = os.pathsep.join(filter(None, [str(folder.parent), os.environ.get("PYTHONPATH")]))
+    with log.open("wb") as said:
+        process = subprocess.Popen(
+            command,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": path, "ALIGN_API_KEY": KEY, "OMP_NUM_THREADS": "1"},
+        )
+    found = Server(f"http://127.0.0.1:{port}", process, log)
+    try:
+        _wait_until_up(found)
+        yield found
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _wait_until_up(server: Server) -> None:
+    end = time.monotonic() + 180
+    while True:
+        assert server.process.poll() is None, server.log.read_text(encoding="utf-8", errors="replace")[-4000:]
+        assert time.monotonic() < end, "the server does not come up"
+        try:
+            httpx.get(f"{server.url}/health", timeout=5).raise_for_status()
+            return
+        except httpx.HTTPError:
+            time.sleep(0.2)
+
+
+def ours(**settings: Any) -> dict[str, Any]:
+    """What goes beside a request of OpenAI's."""
+    return {"vllm_xargs": {"align": json.dumps(settings)}}
+
+
+def smc(**settings: Any) -> dict[str, Any]:
+    return {"prompt": "the cat", "max_tokens": 40, "seed": 7, **settings}
+
+
+def test_the_log_says_what_was_chosen_and_the_key_stays_out_of_it(server: Server) -> None:
+    log = server.log.read_text(encoding="utf-8", errors="replace")
+    for about in ("engine: vllm", "dtype: float32: asked for", "block_size: 32", "threads: ", "model: "):
+        assert f"align serve: {about}" in log
+    assert KEY not in log
+    assert KEY not in Path(f"/proc/{server.process.pid}/cmdline").read_text(encoding="utf-8")
+
+
+def test_plain_requests_are_vllms(server: Server) -> None:
+    reply = server.client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "hi"}], max_tokens=6, seed=1
+    )
+    assert reply.usage is not None
+    assert reply.usage.completion_tokens <= 6
+    assert "align" not in (reply.model_extra or {})
+    parts = list(server.client.completions.create(model="tiny", prompt="hi", max_tokens=6, stream=True))
+    assert len(parts) >= 2
+
+
+def test_an_answer_under_a_schema_validates_and_has_its_weight(server: Server) -> None:
+    reply = server.client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "Who?"}],
+        max_tokens=60,
+        seed=3,
+        extra_body=ours(constraint={"json": OBJECT}, particles=4),
+    )
+    choice = reply.choices[0]
+    found = json.loads(choice.message.content or "")
+    assert found["name"] in ("Ann", "Bob")
+    assert 0 <= found["age"] <= 99
+    assert choice.finish_reason == "stop"
+    about = (reply.model_extra or {})["align"]
+    assert about["valid"]
+    assert len(about["samples"]) == 4
+    assert about["log_weight"] < 0
+    assert 1 <= about["ess"] <= 4
+    assert about["usage"]["requests"] >= 4
+    assert about["usage"]["drawn_tokens"] >= reply.usage.completion_tokens  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("method", ["awrs-smc", "mask"])
+def test_the_server_draws_what_is_drawn_without_one(
+    server: Server, model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, method: Any
+) -> None:
+    """The same prompt, seed and settings through transformers: the same texts, weights and evidence."""
+    spec = {"regex": "[a-c]{2}[0-9]{1,6}"}
+    vocabulary = Vocabulary.of(tiny_tokenizer, size=model.config.vocab_size)
+    request = Request(
+        tiny_tokenizer("the cat")["input_ids"],
+        build(spec, vocabulary),
+        method=method,
+        particles=6,
+        seed=7,
+        max_new_tokens=40,
+    )
+    (expected,) = generate(TransformersEngine(model), [request], vocabulary)
+    found = server.post("/v1/align/smc", smc(constraint=spec, particles=6, method=method)).json()
+    result = result_of(expected)
+    assert found["text"] == vocabulary.text(result.drawn.tokens)
+    assert [sample["text"] for sample in found["samples"]] == [vocabulary.text(one.tokens) for one in result.samples]
+    weights = [sample["log_weight"] for sample in found["samples"]]
+    assert weights == pytest.approx([sample.log_weight for sample in result.samples], abs=2e-3)
+    assert found["log_normaliser"] == pytest.approx(result.log_normaliser, abs=2e-3)
+
+
+def result_of(answer: Answer) -> Any:
+    assert answer.result is not None
+    assert answer.result.drawn is not None
+    return answer.result
+
+
+def test_one_particle_streams_what_it_answers_without_a_stream(server: Server) -> None:
+    asked: dict[str, Any] = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "hi"}],
+        "seed": 4,
+        "max_tokens": 60,
+        "extra_body": ours(constraint={"regex": "(é|[a-z ]){20,30}"}, method="awrs", particles=1),
+    }
+    whole = server.client.chat.completions.create(**asked)
+    parts = list(server.client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    said = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+    assert said == whole.choices[0].message.content
+    assert re.fullmatch("(é|[a-z ]){20,30}", said)
+    assert len(parts) > 5
+    last, usage = parts[-2:]
+    assert last.choices[0].finish_reason == "stop"
+    about, expected = ((reply.model_extra or {})["align"] for reply in (last, whole))
+    assert about["log_weight"] == pytest.approx(expected["log_weight"], abs=2e-3)
+    assert usage.usage == whole.usage
+
+
+def test_particles_are_watched_as_they_grow(server: Server) -> None:
+    body = smc(constraint={"regex": "[a-c]{8,12}"}, particles=6, threshold=1.0)
+    quiet = server.post("/v1/align/smc", body).json()
+    events = []
+    with server.http() as client, client.stream("POST", "/v1/align/smc", json={**body, "stream": True}) as reply:
+        assert reply.headers["content-type"].startswith("text/event-stream")
+        lines = [line.removeprefix("data: ") for line in reply.iter_lines() if line]
+    assert lines.pop() == "[DONE]"
+    events = [json.loads(line) for line in lines]
+    answer = events.pop()
+    assert (answer["text"], answer["log_normaliser"]) == (quiet["text"], pytest.approx(quiet["log_normaliser"]))
+    assert {event["event"] for event in events} >= {"token", "copy", "resample", "stop"}
+    grown: dict[int, list[str]] = {}
+    for event in events:  # what was told is enough to draw the particles
+        if event["event"] == "token":
+            grown.setdefault(event["particle"], []).append(event["text"])
+            assert len(grown[event["particle"]]) == event["step"] + 1
+        elif event["event"] == "copy":
+            grown[event["target"]] = grown[event["source"]][: event["step"] + 1]
+    assert answer["text"] in {"".join(texts) for texts in grown.values()}
+
+
+def test_rewards_tilt_and_score(server: Server) -> None:
+    body = smc(constraint={"regex": "[a-z]{1,30}"}, particles=8, method="awrs")
+    free = server.post("/v1/align/smc", body).json()
+    tilted = server.post("/v1/align/smc", {**body, "reward": "short", "reward_strength": 0.5}).json()
+    weights = {one["text"]: one["log_weight"] for one in free["samples"]}
+    for sample in tilted["samples"]:
+        expected = weights[sample["text"]] - 0.5 * len(sample["text"])
+        assert sample["log_weight"] == pytest.approx(expected, abs=2e-3)
+    rows = [{"prompt": "2+2", "completion": "4", "solution": "4"}, {"prompt": "3", "completion": "1", "solution": "3"}]
+    found = server.post("/v1/align/score", {"reward": "same", "rows": rows}).json()
+    assert found == {"object": "align.score", "reward": "same", "scores": [1.0, 0.0]}
+    assert server.post("/v1/align/score", {"reward": "other", "rows": rows}).status_code == 400
+    no_solution = [{"prompt": "2+2", "completion": "4"}]
+    assert server.post("/v1/align/score", {"reward": "same", "rows": no_solution}).status_code == 400
+
+
+def test_python_is_called_where_the_operator_named_it(server: Server) -> None:
+    both = {"all_of": [{"regex": "[0-9]{3}"}, {"python": "operators:no_zero"}]}
+    found = server.post("/v1/align/smc", smc(constraint=both, particles=4)).json()
+    assert re.fullmatch("[1-9]{3}", found["text"])
+    refused = server.post("/v1/align/smc", smc(constraint={"python": "os:system"}))
+    assert refused.status_code == 400
+    assert "may be called: operators:no_zero" in refused.json()["error"]["message"]
+
+
+BAD: list[tuple[str, dict[str, Any], int, str]] = [
+    ("/v1/align/smc", smc(), 400, "give a constraint or a reward"),
+    ("/v1/align/smc", smc(constraint={"regex": "("}), 400, "unclosed group"),
+    ("/v1/align/smc", smc(constraint={"regex": "[^\\s\\S]"}), 400, "nothing satisfies it"),
+    ("/v1/align/smc", smc(constraint=HOSTILE), 400, "takes over 2 s to compile"),
+    ("/v1/align/smc", smc(constraint=ENDLESS, particles=PLACES + 1), 400, "over this server's limit of 8"),
+    ("/v1/align/smc", smc(constraint=ENDLESS, max_tokens=4096), 400, "more than the 4,096"),
+    ("/v1/align/smc", smc(constraint=ENDLESS, temperature=0), 400, "top_k=1 takes the likeliest"),
+    ("/v1/align/smc", smc(constraint=ENDLESS, model="other"), 404, "`other` does not exist"),
+    ("/v1/align/smc", {"constraint": ENDLESS}, 400, "messages, prompt: give one of them"),
+    ("/v1/align/smc", smc(constraint={"words": ["x" * 200_000]}), 413, "--max-body"),
+    ("/v1/completions", {"prompt": "a", "stream": True, **ours(constraint=ENDLESS)}, 400, "/v1/align/smc"),
+    ("/v1/completions", {"prompt": ["a", "b"], **ours(constraint=ENDLESS)}, 400, "give one text"),
+    ("/v1/completions", {"prompt": "a", "stop": ["b"], **ours(constraint=ENDLESS)}, 400, "stop: it does not go with"),
+    ("/v1/completions", {"prompt": "a", "max_tokens": 4, **ours(constraint=ENDLESS)}, 422, "no valid answer"),
+    ("/v1/completions", {"prompt": "a", "logprobs": 2}, 400, "processed_logits"),
+    ("/v1/responses", {"input": "a", **ours(constraint=ENDLESS)}, 400, "settings of ours go to"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "status", "said"), BAD, ids=[f"{one[2]} {one[3]}" for one in BAD])
+def test_what_cannot_be_done_is_refused_and_says_why(
+    server: Server, path: str, body: dict[str, Any], status: int, said: str
+) -> None:
+    reply = server.post(path, body)
+    error = reply.json()["error"]
+    assert reply.status_code == status
+    assert said in error["message"]
+    assert error["code"] == status
+    assert error["type"]
+
+
+def test_without_the_key_nothing_is_done(server: Server) -> None:
+    for path in ("/v1/align/smc", "/v1/completions", "/tokenize"):
+        reply = httpx.post(f"{server.url}{path}", json=smc(constraint=ENDLESS), timeout=60)
+        assert reply.status_code == 401
+        assert reply.json()["error"]["type"] == "AuthenticationError"
+
+
+def test_openais_client_understands_a_refusal(server: Server) -> None:
+    with pytest.raises(BadRequestError, match="unclosed group"):
+        server.client.completions.create(model="tiny", prompt="a", extra_body=ours(constraint={"regex": "("}))
+
+
+def assert_nothing_runs(server: Server) -> None:
+    """Long before its time is up."""
+    server.wait_for("align_particles_running", 0, seconds=SECONDS / 2)
+    server.wait_for("vllm:num_requests_running", 0, seconds=SECONDS / 2)
+
+
+def test_a_client_that_hangs_up_takes_its_particles_with_it(server: Server) -> None:
+    body = smc(constraint=ENDLESS, max_tokens=4000, particles=4)
+    with pytest.raises(httpx.ReadTimeout), server.http() as client:
+        client.post("/v1/align/smc", json=body, timeout=0.7)
+    assert_nothing_runs(server)
+    with server.http() as client, client.stream("POST", "/v1/align/smc", json={**body, "stream": True}) as reply:
+        assert next(reply.iter_lines()).startswith("data: ")
+    assert_nothing_runs(server)
+    assert server.metric('align_requests_total{method="awrs-smc",outcome="hung_up"}') == 2
+
+
+def test_a_busy_server_sends_away_and_an_endless_request_is_stopped(server: Server) -> None:
+    """Eight particles run, eight wait, and eight more are over; all are stopped when their time is up."""
+    body = smc(constraint=ENDLESS, max_tokens=4000, particles=PLACES)
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(server.post, "/v1/align/smc", body)
+        server.wait_for("align_particles_running", PLACES, seconds=SECONDS / 2)
+        waiting = pool.submit(server.post, "/v1/align/smc", body)
+        server.wait_for("align_particles_waiting", WAITING, seconds=SECONDS / 2)
+        with pytest.raises(RateLimitError) as refused:
+            server.client.completions.create(model="tiny", prompt="a", extra_body=ours(constraint=ENDLESS))
+        assert int(refused.value.response.headers["Retry-After"]) >= 1
+        assert server.client.completions.create(model="tiny", prompt="a", max_tokens=3).usage  # plain ones go on
+        for stopped in (running.result(), waiting.result()):
+            assert stopped.status_code == 504
+            assert f"took over {SECONDS:g} s" in stopped.json()["error"]["message"]
+    server.wait_for("align_particles_running", 0)
+    server.wait_for("align_particles_waiting", 0)
+    server.wait_for("vllm:num_requests_running", 0)
+    assert server.post("/v1/align/smc", smc(constraint={"regex": "[0-9]"})).json()["valid"]
+
+
+def test_the_metrics_count_all_of_it_beside_vllms(server: Server) -> None:
+    for outcome in ("ok", "bad", "busy", "timeout", "hung_up"):
+        assert server.metric(f'align_requests_total{{method="awrs-smc",outcome="{outcome}"}}') >= 1
+    for line in ("align_tokens_total", "align_evaluations_total", "align_masks_total", "align_dead_particles_total"):
+        assert server.metric(line) >= 1
+    assert server.metric("align_evaluations_per_token_count") >= 1
+    assert server.metric('align_request_seconds_count{method="mask"}') >= 1
+    assert server.metric("vllm:generation_tokens_total") >= 1
+
+
+def test_told_to_stop_it_finishes_what_is_under_way(server: Server) -> None:
+    """The last test: after it there is no server."""
+    body = smc(constraint={"regex": "[a-z]{300}"}, max_tokens=400, particles=2)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(server.post, "/v1/align/smc", body)
+        server.wait_for("align_particles_running", 2)
+        server.process.send_signal(signal.SIGTERM)
+        refused = server.post("/v1/align/smc", body)
+        assert refused.status_code == 503
+        assert "stopping" in refused.json()["error"]["message"]
+        assert running.result().json()["valid"]
+    assert server.process.wait(20) == 0
