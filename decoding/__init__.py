@@ -9,4 +9,7 @@
 - ``engines``      what gives logits of many sequences at once: a transformers model with a cache that forks.
 - ``generate``     requests with constraints and rewards to weighted answers, in one batch; ``request`` says what is
   asked, ``task`` is what is under way.
+- ``transfer_q``   tokens or blocks by what a reward says of where an aligned baseline goes from them, and its
+  relatives (ARGS, Controlled Decoding, best of n); ``guided`` says what is asked and answered, ``values`` what a
+  candidate is worth.
 """

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 from datasets import Dataset
+from typer.testing import CliRunner
 
+from align.cli import app
 from align.config.load import load_recipe
 from align.losses import LOSSES
 from align.reports.methods import reference_of
@@ -35,6 +38,17 @@ def test_python_runs(code, tmp_path, monkeypatch, tiny_tokenizer, make_tiny_mode
     assert len(blocks("python")) == 7
     assert "answer" not in page or page["answer"].valid
     assert "trainer" not in page or page["trainer"].state.global_step == 2
+
+
+def test_the_command_of_transfer_q_runs(tiny_model_dir):
+    """The model and the quickstart's run are a tiny model here, and the answer is short."""
+    (text,) = re.findall(r"^align generate[^`]*--transfer-q[^`]*", README, re.MULTILINE)
+    words = shlex.split(text.replace("\\\n", " "))
+    assert words[words.index("--transfer-q") + 1] == load_recipe("quickstart").output
+    stand_ins = {"smollm2-135m-instruct": str(tiny_model_dir), "runs/quickstart": f"{tiny_model_dir}/"}
+    result = CliRunner().invoke(app, [*(stand_ins.get(word, word) for word in words[1:]), "--max-new-tokens", "4"])
+    assert result.exit_code == 0, result.stderr
+    assert re.search(r"reward [\d.e-]+ · steps \d", result.stderr)
 
 
 def test_the_recipe_is_valid(tmp_path):
