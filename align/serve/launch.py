@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -104,8 +105,20 @@ def check(asked: Serve) -> None:
             load(predicate)
         except ConstraintError as error:
             problems.append(("--predicate", str(error)))
+    try:
+        _listen(asked.host, asked.port)
+    except OSError as error:
+        problems.append(("--host, --port", f"{asked.host} {asked.port}: {error.strerror or error}; choose another"))
     if problems:
         raise ConfigError("align serve", problems)
+
+
+def _listen(host: str, port: int) -> None:
+    """Whether one can, before minutes of loading; OSError where not."""
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    with socket.socket(family, kind) as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        tried.bind(address)
 
 
 def arguments(asked: Serve, machine: Machine, what: Served) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -110,6 +111,15 @@ def test_all_wrong_options_are_told_at_once() -> None:
     text = str(wrong.value)
     for said in ("64 is over --max-num-seqs 4", "'nowhere'", "has no nothing", "os has no function nothing"):
         assert said in text
+
+
+def test_a_port_that_is_taken_is_told_before_anything_is_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"127.0.0.1 {port}: Address already in use; choose another"):
+            check(Serve("model", port=port))
+    with pytest.raises(ConfigError, match="--host, --port"):
+        check(Serve("model", host="nowhere.invalid"))
 
 
 def test_the_command_line_reaches_the_server_and_its_key_is_in_no_argument(
