@@ -12,9 +12,9 @@ from .law import Law
 from .values import Kind
 
 Tokens = tuple[int, ...]
-Reward = Callable[[Sequence[int], Sequence[Tokens]], Sequence[float]]
+Reward = Callable[[Sequence[int], Sequence[Tokens]], Sequence[float | None]]
 """Rewards of answers, from the numbers of their queries and their tokens; an end token is among them where there is
-one, and without one the answer is unfinished. -inf is an answer that must not be.
+one, and without one the answer is unfinished. -inf is an answer that must not be; None ends the query.
 """
 WHOLE = 2**31 - 1
 """A block that no answer is longer than."""

@@ -158,8 +158,8 @@ class _Work:
             self.close(run)
         self._ask(self._judge, [(run, run.tokens) for run in runs if not run.reason])
         answers = {run.number: run.answer(self._judge) for run in runs}
-        for judge in (self._judge, self._other):
-            for number in answers if judge is not None else ():
+        for judge in filter(None, (self._judge, self._other)):
+            for number in answers:
                 judge.forget(number)
         return answers
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -47,7 +48,7 @@ def roll_out(
         raise ValueError(f"prompts[{wanted.index(())}] has no tokens")
     if not wanted:
         return []
-    stems = _stems(sorted(set(wanted)))
+    stems = _stems(Counter(wanted))
     shared = set(stems.values())
     order = sorted(range(len(wanted)), key=lambda number: wanted[number])
     found: dict[int, Rollout] = {}
@@ -169,17 +170,24 @@ def _tokens(law: Law, logits: Tensor, places: Sequence[int], rows: Sequence[_Row
     ]
 
 
-def _stems(prompts: Sequence[Tokens]) -> dict[Tokens, Tokens]:
-    """What each prompt has in common with another, if the rest is short; else all of it.
+def _stems(prompts: Mapping[Tokens, int]) -> dict[Tokens, Tokens]:
+    """What is kept of each prompt: what it has in common with another, if the rest is short.
+
+    Of one that is alone all but the last token, since the next call may try another there; all of it where it is
+    rolled out several times, and so is where they part.
 
     Args:
-        prompts: all different, in order, so that those with most in common are neighbours.
+        prompts: how often each is rolled out.
     """
-    common = [_common(one, other) for one, other in pairwise(prompts)]
+    ordered = sorted(prompts)  # those with most in common are neighbours
+    common = [_common(one, other) for one, other in pairwise(ordered)]
     stems = {}
-    for prompt, before, after in zip(prompts, [0, *common], [*common, 0], strict=True):
+    for prompt, before, after in zip(ordered, [0, *common], [*common, 0], strict=True):
         size = max(before, after)
-        stems[prompt] = prompt[:size] if size and len(prompt) - size <= TAIL else prompt
+        if size and len(prompt) - size <= TAIL:
+            stems[prompt] = prompt[:size]
+        else:
+            stems[prompt] = prompt if prompts[prompt] > 1 else prompt[:-1] or prompt
     return stems
 
 

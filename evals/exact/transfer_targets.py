@@ -250,7 +250,7 @@ def _changed_by_range(stack: Stack) -> float:
                 reward,
                 [Query((2,), max_new_tokens=2)],
                 WORDS,
-                TransferQ(alpha=BETA, **savings),  # type: ignore[arg-type]
+                TransferQ(alpha=BETA, **savings),
             )[0].tokens
             for savings in ({}, {"reward_range": (0.0, 1.0)}, {"reward_range": (0.0, 1.0), "at_once": 1})
         }

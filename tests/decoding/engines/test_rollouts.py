@@ -87,6 +87,9 @@ def test_common_beginnings_are_computed_once_and_kept_for_the_next_call(llama: A
     far = engine.rollouts([[2] * 20, [2, *[3] * 20]], seeds=[0] * 2, **settings)
     assert [rollout.cached_tokens for rollout in far] == [0, 0], "too far apart to add token by token"
     assert len(engine._sequences) == 2, "only what is kept is open"
+    for prompts, cached in (([[*SHARED, 1]], [0]), ([[*SHARED, 5]], [6]), ([[*SHARED, 5, 2]] * 2, [6, 8])):
+        one = engine.rollouts(prompts, seeds=[0] * len(prompts), **settings)
+        assert [rollout.cached_tokens for rollout in one] == cached, "alone, one after the other"
 
 
 def test_a_rollout_stops_where_the_context_is_full(llama: Any) -> None:
