@@ -123,7 +123,11 @@ def _listen(host: str, port: int) -> None:
 
 def arguments(asked: Serve, machine: Machine, what: Served) -> list[str]:
     """Arguments of vLLM's own server."""
-    ours = {"predicates": list(asked.options.predicates), "server": asked.options.to_json()}
+    ours = {
+        "predicates": list(asked.options.predicates),
+        "end_with_parent": True,
+        "server": asked.options.to_json(),
+    }
     given: dict[str, Any] = {
         **machine.engine,
         "model": what.path,

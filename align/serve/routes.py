@@ -38,8 +38,8 @@ def attach(app: FastAPI) -> None:
     app.add_api_route("/v1/completions", completions, **checks)
     app.add_api_route("/v1/align/smc", smc, **checks)
     app.add_api_route("/v1/align/score", score, **checks)
-    if PAGE.is_file():
-        app.add_api_route("/", page, methods=["GET"], include_in_schema=False)
+    app.add_api_route("/v1/align", about, methods=["GET"])
+    app.add_api_route("/", page, methods=["GET"], include_in_schema=False)
 
 
 async def chat_completions(request: ChatCompletionRequest, raw_request: Request) -> Response:
@@ -72,6 +72,14 @@ async def score(raw_request: Request) -> Response:
         return JSONResponse({"object": "align.score", "reward": body.reward, "scores": scores})
 
     return await _measured(raw_request, work)
+
+
+async def about(raw_request: Request) -> Response:
+    """What this server has: its model, the rewards and predicates that its operator named, and a limit."""
+    options = raw_request.app.state.align.options
+    model = raw_request.app.state.openai_serving_models.model_name()
+    names = {"rewards": sorted(options.rewards), "predicates": sorted(options.predicates)}
+    return JSONResponse({"object": "align", "model": model, **names, "max_particles": options.max_particles})
 
 
 async def page() -> Response:

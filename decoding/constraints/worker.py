@@ -125,7 +125,7 @@ def main(name: str, parent: int) -> None:
     questions, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
-    _end_with(parent)
+    end_with(parent)
 
     def say(answer: dict[str, Any]) -> None:
         print(json.dumps(answer), file=answers, flush=True)
@@ -150,7 +150,7 @@ def main(name: str, parent: int) -> None:
                 break
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
     """Where ``parent`` is killed a call would go on without end: on Linux the kernel ends this process with it.
 
     Elsewhere it looks every second whether ``parent`` is still there, which a call that stays in C code puts off.

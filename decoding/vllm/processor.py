@@ -7,13 +7,16 @@ vLLM reports for a token is its log-weight. Requests without it are not touched.
 group for processors on purpose: it would load this one into every engine on the machine.
 
 In the engine's process alone; ``additional_config["align"]`` may hold ``ends`` (ids of end tokens, those of the
-tokenizer and of the model's generation settings by default) and ``predicates`` (names of the Python functions that
-constraints may call, none by default).
+tokenizer and of the model's generation settings by default), ``predicates`` (names of the Python functions that
+constraints may call, none by default) and ``end_with_parent`` (an engine in a process of its own is killed with the
+one that started it).
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from multiprocessing import parent_process
 from typing import Any
 from weakref import WeakSet
 
@@ -26,6 +29,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, 
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as SecondRunner
 
 from align.decoding.constraints import Vocabulary
+from align.decoding.constraints.worker import end_with
 
 from .rows import Row, Rows
 from .settings import KEY, read, validate
@@ -59,6 +63,8 @@ class AlignProcessor(FirstRunner, SecondRunner):  # type: ignore[misc]
                 f"align: logprobs_mode is {mode!r}, so that weights would not come out; start with 'processed_logits'"
             )
         config = (vllm_config.additional_config or {}).get(KEY, {})
+        if config.get("end_with_parent") and parent_process() is not None:
+            end_with(os.getppid())  # an engine whose server was killed would keep its memory for ever
         self._rows = Rows(vocabulary_of(vllm_config.model_config, config.get("ends")), config.get("predicates", ()))
         _here.add(self._rows)
         if is_pin_memory is not None and torch.device(place).type == "cpu":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -26,6 +27,7 @@ from align.decoding.engines import TransformersEngine
 from align.decoding.generate import generate
 from align.decoding.request import Answer, Request
 
+README = Path(__file__).parents[3] / "README.md"
 KEY = "secret"
 PLACES, WAITING, SECONDS = 8, 8, 6.0
 MODULE = """
@@ -328,6 +330,39 @@ def test_openais_client_understands_a_refusal(server: Server) -> None:
         server.client.completions.create(model="tiny", prompt="a", extra_body=ours(constraint={"regex": "("}))
 
 
+def of_readme(language: str) -> str:
+    (found,) = re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    return str(found)
+
+
+def test_the_readmes_curl_gets_what_it_promises(server: Server) -> None:
+    """White space is left out, since this model would write little else."""
+    _, url, *rest = shlex.split(of_readme("bash"))
+    body = json.loads(rest[rest.index("-d") + 1])
+    settings = json.loads(body["vllm_xargs"]["align"])
+    settings["constraint"]["json"]["x-guidance"] = {"whitespace_flexible": False}
+    reply = server.post(httpx.URL(url).path, {**body, "model": "tiny", **ours(**settings)}).json()
+    found = json.loads(reply["choices"][0]["message"]["content"])
+    assert re.fullmatch("[0-9]{4}-[01][0-9]-[0-3][0-9]", found["date"])
+    assert re.fullmatch("[0-2][0-9]:[0-5][0-9]", found["time"])
+    assert reply["align"]["log_weight"] < 0
+
+
+def test_the_readmes_python_runs(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    code = of_readme("python3")
+    for theirs, here in (
+        ("http://127.0.0.1:8000", server.url),
+        ('api_key="none"', f'api_key="{KEY}"'),
+        ('"quickstart"', '"tiny"'),
+    ):
+        assert theirs in code
+        code = code.replace(theirs, here)
+    exec(code, {})
+    year, numbers = capsys.readouterr().out.splitlines()
+    assert re.fullmatch("20[0-9]{2}", year)
+    assert len([float(number) for number in numbers.split()]) == 3
+
+
 def assert_nothing_runs(server: Server) -> None:
     """Long before its time is up."""
     server.wait_for("align_particles_running", 0, seconds=SECONDS / 2)
@@ -374,6 +409,57 @@ def test_the_metrics_count_all_of_it_beside_vllms(server: Server) -> None:
     assert server.metric("align_evaluations_per_token_count") >= 1
     assert server.metric('align_request_seconds_count{method="mask"}') >= 1
     assert server.metric("vllm:generation_tokens_total") >= 1
+
+
+def test_the_page_shows_particles_as_they_grow(server: Server, browser: Any) -> None:
+    """The page in a real browser: a run with its columns, a refusal in words, and the three ways side by side."""
+    browser.call("Page.navigate", url=f"{server.url}/")
+    browser.wait_for("document.querySelector('#error')?.hidden === false")  # no key yet, so the server is silent
+    assert browser.run("document.querySelector('#key-label').checkVisibility()")
+    browser.run(
+        "var type = (id, value) => { const field = document.getElementById(id); field.value = value;"
+        f" field.dispatchEvent(new Event('change')); }}; type('key', {json.dumps(KEY)})"
+    )
+    browser.wait_for(
+        "document.querySelector('#model').textContent === 'tiny' && document.querySelector('#error').hidden"
+    )
+    assert browser.run("[...document.querySelectorAll('#reward option')].map((one) => one.value)") == [
+        "",
+        "same",
+        "short",
+    ]
+    browser.complaints.clear()  # the browser's own line on the 401
+
+    browser.run("type('constraint', '(ab?){6}|[0-9]{3}'); type('longest', 20); type('count', 4); type('seed', 5)")
+    browser.run("document.querySelector('#run').click()")
+    browser.wait_for("document.querySelectorAll('#numbers dd').length")
+    texts = browser.run(
+        "[...document.querySelectorAll('.particle .text')].map((text) =>"
+        " [...text.querySelectorAll('span')].map((span) => span.textContent).join(''))"
+    )
+    assert len(texts) == 4
+    assert all(re.fullmatch(r"(ab?){6}|[0-9]{3}", text) for text in texts)
+    assert browser.run("document.querySelectorAll('.particle .text s').length") > 0
+    shares = browser.run(
+        "[...document.querySelectorAll('.head span:last-child')].map((one) => parseInt(one.textContent))"
+    )
+    assert sum(shares) == pytest.approx(100, abs=2)
+    assert browser.run("document.querySelector('#numbers dd').textContent") in texts
+    assert browser.complaints == []
+
+    browser.run("type('constraint', '(')")
+    browser.run("document.querySelector('#run').click()")
+    assert "regex" in browser.wait_for("document.querySelector('#error').textContent")
+    browser.run("type('constraint', '[ab]{3}'); document.querySelector('#side').click()")
+    browser.wait_for(
+        "[...document.querySelectorAll('#compare section .text')].every((text) => text.textContent !== '…')"
+    )
+    sides = browser.run("[...document.querySelectorAll('#compare section .text')].map((text) => text.textContent)")
+    assert len(sides) == 3
+    assert all(re.fullmatch("[ab]{3}", text) for text in sides[1:])
+    assert {url.split("/")[2] for url in browser.asked if url.startswith("http")} == {server.url.split("/")[2]}
+    browser.call("Emulation.setDeviceMetricsOverride", width=380, height=800, deviceScaleFactor=1, mobile=True)
+    assert browser.run("document.documentElement.scrollWidth") <= 380
 
 
 def test_told_to_stop_it_finishes_what_is_under_way(server: Server) -> None:
