@@ -7,6 +7,7 @@
 - ``gate``       before every route: API key, size of the body, draining. ``admission``: how many particles at a time.
 - ``wire``       what requests may say; ``replies``: what they get. ``errors``: what is refused, and how it is said.
 - ``checker``    constraints are compiled in a process that can be killed before anybody else sees them.
+- ``streams``    server-sent events. ``events``: what happens to particles, as such.
 - ``work``       one request from its settings to its answer. ``rewards``: scores by name. ``metrics``: Prometheus.
 
 vLLM is imported by ``server``, ``plugin``, ``routes`` and ``work`` alone.

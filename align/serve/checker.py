@@ -18,7 +18,11 @@ from typing import Any
 
 from align.decoding.constraints import ConstraintError
 
+from .errors import RefusedError
+
 KEPT = 4096
+WAITING = 64
+"""Constraints that may wait for those before them."""
 START_SECONDS = 60.0
 MEMORY = 2 << 30
 LONGEST = 2000
@@ -39,21 +43,29 @@ class Checker:
         self._known: OrderedDict[bytes, str] = OrderedDict()
         self._one = asyncio.Lock()
         self._process: asyncio.subprocess.Process | None = None
+        self._waiting = 0
 
     async def check(self, spec: Mapping[str, Any]) -> None:
         """Look at a constraint.
 
         Raises:
             ConstraintError: it is none, or is not compiled within its limits.
+            RefusedError: too many wait to be looked at: 429.
         """
         text = json.dumps(spec)
         digest = sha256(text.encode()).digest()
         if digest not in self._known:
-            async with self._one:
-                if digest not in self._known:
-                    self._known[digest] = await self._asked(text)
-                    if len(self._known) > KEPT:
-                        self._known.popitem(last=False)
+            if self._waiting >= WAITING:
+                raise RefusedError(429, "busy: too many new constraints wait to be compiled", {"Retry-After": "5"})
+            self._waiting += 1
+            try:
+                async with self._one:
+                    if digest not in self._known:
+                        self._known[digest] = await self._asked(text)
+                        if len(self._known) > KEPT:
+                            self._known.popitem(last=False)
+            finally:
+                self._waiting -= 1
         if problem := self._known[digest]:
             raise ConstraintError(problem)
 

@@ -19,6 +19,10 @@ TYPES = {
 }
 
 
+class HungUpError(Exception):
+    """The client has gone."""
+
+
 class RefusedError(Exception):
     """A request that gets no answer.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from align.decoding.constraints import Vocabulary
 from align.decoding.smc import Action, Copy, Extended, Resampled, Stop
@@ -46,7 +46,7 @@ class Told:
         return []
 
 
-async def lines(service: Service, job: Job, model: str) -> AsyncIterator[Json]:
+async def lines(service: Service, job: Job, model: str) -> AsyncGenerator[Json, None]:
     """What happens, and the answer in the end."""
     told = Told(service.vocabulary)
     async for event in _watched(service, job):
@@ -57,7 +57,7 @@ async def lines(service: Service, job: Job, model: str) -> AsyncIterator[Json]:
                 yield line
 
 
-async def pieces(service: Service, job: Job, *, model: str, chat: bool, usage: bool) -> AsyncIterator[Json]:
+async def pieces(service: Service, job: Job, *, model: str, chat: bool, usage: bool) -> AsyncGenerator[Json, None]:
     """The one particle of a job as chunks of OpenAI's kind; the last has ``align`` and why it ended.
 
     Raises:
@@ -80,7 +80,7 @@ async def pieces(service: Service, job: Job, *, model: str, chat: bool, usage: b
             first = False
 
 
-async def _watched(service: Service, job: Job) -> AsyncIterator[Action | Extended | Json]:
+async def _watched(service: Service, job: Job) -> AsyncGenerator[Action | Extended | Json, None]:
     """What happens, as it does, and then the answer. Where nobody takes them any more, the job is stopped."""
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[Action | Extended | None] = asyncio.Queue()

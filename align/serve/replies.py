@@ -121,9 +121,9 @@ class Text:
         self._vocabulary = vocabulary
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def __call__(self, token: int | None) -> str:
+    def __call__(self, token: int) -> str:
         """What the token adds."""
-        return self._decoder.decode(b"" if token is None else self._vocabulary.tokens[token] or b"")
+        return self._decoder.decode(self._vocabulary.tokens[token] or b"")
 
     def rest(self) -> str:
         """What was never made whole."""

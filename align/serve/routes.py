@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from fastapi import Depends, FastAPI, Request
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, Response
 from vllm.entrypoints.openai.chat_completion.api_router import create_chat_completion
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.api_router import create_completion
@@ -20,9 +19,10 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
 from . import replies, wire
-from .errors import RefusedError
+from .errors import HungUpError, RefusedError
 from .events import lines, pieces
-from .work import Drawing, HungUpError, Job, Service, outcome, unless_gone
+from .streams import Events
+from .work import Drawing, Job, Service, outcome, unless_gone
 
 PAGE = Path(__file__).parent / "page.html"
 OpenAI = Any
@@ -94,7 +94,7 @@ async def _measured(http: Request, work: Callable[[], Awaitable[Response]]) -> R
     streamed = False
     try:
         response = await work()
-        streamed = isinstance(response, StreamingResponse)
+        streamed = isinstance(response, Events)
         return response
     except RefusedError as refused:
         error = refused
@@ -168,9 +168,22 @@ async def _smc(http: Request) -> Response:
 
 
 async def _admitted(http: Request, request: OpenAI, settings: wire.Settings, drawing: Drawing, name: str) -> Job:
-    """The prompt's tokens by vLLM's own rendering, and a place among the particles."""
+    """A place among the particles, once everything about the request is known to be right."""
     service: Service = http.app.state.align
-    deadline = asyncio.get_running_loop().time() + service.options.timeout
+    seconds = service.options.timeout
+    deadline = asyncio.get_running_loop().time() + seconds
+    try:
+        async with asyncio.timeout_at(deadline):
+            ids, said = await _rendered(http, request)
+            return await service.admit(name, settings, drawing, ids, said, deadline)
+    except TimeoutError:
+        raise RefusedError(
+            504, f"the constraint's turn to be compiled did not come in {seconds:g} s; try again"
+        ) from None
+
+
+async def _rendered(http: Request, request: OpenAI) -> tuple[list[int], Any]:
+    """The prompt's tokens by vLLM's own rendering, and what a reward sees of it."""
     said: Any
     if isinstance(request, ChatCompletionRequest):
         rendered = await http.app.state.openai_serving_chat.render_chat_request(request)
@@ -185,8 +198,8 @@ async def _admitted(http: Request, request: OpenAI, settings: wire.Settings, dra
         raise RefusedError(400, "prompt: give one text, or the tokens of one")
     ids = inputs[0]["prompt_token_ids"]
     if not isinstance(said, str) and not isinstance(request, ChatCompletionRequest):
-        said = service.vocabulary.text(ids)
-    return await service.admit(name, settings, drawing, ids, said, deadline)
+        said = http.app.state.align.vocabulary.text(ids)
+    return ids, said
 
 
 def _max_tokens(request: OpenAI) -> int | None:
@@ -194,31 +207,16 @@ def _max_tokens(request: OpenAI) -> int | None:
     return request.max_tokens if "max_tokens" in request.model_fields_set else None
 
 
-def _stream(http: Request, job: Job, lines: AsyncIterator[Any]) -> StreamingResponse:
-    """Lines of JSON as server-sent events; where the client hangs up, what makes them is stopped."""
+def _stream(http: Request, job: Job, lines: AsyncGenerator[dict[str, Any], None]) -> Events:
+    """Lines as events; their job gives its places back when they end."""
     metrics = http.app.state.align.metrics
     began = time.monotonic()
 
-    async def body() -> AsyncIterator[str]:
-        error: BaseException | None = None
-        try:
-            async for line in lines:
-                yield f"data: {json.dumps(line)}\n\n"
-            yield "data: [DONE]\n\n"
-        except RefusedError as refused:
-            error = refused
-            yield f"data: {json.dumps({'event': 'error', 'message': refused.message, **refused.body})}\n\n"
-            yield "data: [DONE]\n\n"
-        except BaseException as other:
-            error = other if not isinstance(other, GeneratorExit) else HungUpError()
-            raise
-        finally:
-            with suppress(Exception):
-                await lines.aclose()  # type: ignore[attr-defined]
-            job.ticket.leave()
-            metrics.done(job.settings.method, outcome(error), time.monotonic() - began)
+    def over(error: BaseException | None) -> None:
+        job.ticket.leave()
+        metrics.done(job.settings.method, outcome(error), time.monotonic() - began)
 
-    return StreamingResponse(body(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    return Events(lines, over)
 
 
 async def _json(http: Request) -> Any:

@@ -25,7 +25,7 @@ from align.decoding.vllm.online import run
 
 from .admission import Admission, Ticket
 from .checker import Checker
-from .errors import RefusedError
+from .errors import HungUpError, RefusedError
 from .metrics import OUTCOMES, Metrics
 from .options import Options
 from .replies import Json, answer_json
@@ -37,10 +37,6 @@ KEPT = 64
 """Constraints that are kept as they were built."""
 Result = TypeVar("Result")
 Happened = Callable[[Action | Extended], None]
-
-
-class HungUpError(Exception):
-    """The client has gone."""
 
 
 @dataclass(frozen=True)

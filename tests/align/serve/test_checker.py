@@ -11,6 +11,7 @@ import pytest
 
 from align.decoding.constraints import ConstraintError
 from align.serve.checker import Checker
+from align.serve.errors import RefusedError
 
 SLOW = {"json": {"allOf": [{"type": "string", "pattern": f".*{letter}.*"} for letter in "abcdefghijklmnop"]}}
 """Seconds of compiling: a product of automata."""
@@ -60,6 +61,21 @@ def test_a_slow_one_is_stopped_while_the_loop_goes_on_and_is_known_the_next_time
         await checker.check({"regex": "[a-z]"})  # a new process has taken its place
 
     run(work, seconds=0.3)
+
+
+def test_only_so_many_may_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("align.serve.checker.WAITING", 2)
+
+    async def work(checker: Checker) -> None:
+        waiting = [asyncio.create_task(checker.check({"regex": f"[0-9]{{{number}}}"})) for number in (1, 2)]
+        await asyncio.sleep(0)
+        with pytest.raises(RefusedError, match="busy") as refused:
+            await checker.check({"regex": "a"})
+        assert refused.value.status == 429
+        await asyncio.gather(*waiting)
+        await checker.check({"regex": "a"})
+
+    run(work)
 
 
 def test_a_question_that_is_given_up_does_not_answer_the_next_one() -> None:
