@@ -126,7 +126,7 @@ def server(
 
 
 def _wait_until_up(server: Server) -> None:
-    end = time.monotonic() + 180
+    end = time.monotonic() + 300
     while True:
         assert server.process.poll() is None, server.log.read_text(encoding="utf-8", errors="replace")[-4000:]
         assert time.monotonic() < end, "the server does not come up"
