@@ -14,7 +14,7 @@ from .errors import HungUpError, RefusedError
 DONE = "data: [DONE]\n\n"
 
 
-class Events(StreamingResponse):
+class Events(StreamingResponse):  # type: ignore[misc]
     """Lines of JSON as events; a refusal on the way is the last of them.
 
     Args:
