@@ -12,6 +12,7 @@ from typing import Any
 
 from align.decoding.constraints import ConstraintError
 from align.decoding.constraints.predicate import load
+from align.decoding.engines.vllm import PROCESSOR, WORKER
 from align.decoding.vllm.machine import Machine, settings, vllm_version
 from align.errors import AlignError, ConfigError
 from align.rewards.named import is_rule, load_reward, reward_folder
@@ -19,8 +20,6 @@ from align.rewards.named import is_rule, load_reward, reward_folder
 from .models import Served, served
 from .options import Options
 
-PROCESSOR = "align.decoding.vllm.processor:AlignProcessor"
-WORKER = "align.decoding.vllm.processor.AlignWorker"
 KEY_VARIABLE = "ALIGN_API_KEY"
 
 
