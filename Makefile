@@ -18,7 +18,7 @@ TORCH := $(TORCH)+cpu
 endif
 endif
 
-.PHONY: help quickstart test lint types imports installed-tree bench bench-ches browser
+.PHONY: help quickstart test lint types imports installed-tree bench bench-ches bench-serve browser
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -30,8 +30,10 @@ quickstart: $(VENV)/.installed-run  ## align a small chat model on this machine,
 	else $(BIN)/align train recipes/quickstart.yaml; fi
 
 # One thread and one file of tests for each core: the models are tiny, and more threads would wait for each other.
+# Then what runs on vLLM: an engine in this process and a server, one of each.
 test: $(VENV)/.installed-vllm browser  ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m 'not serving' tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m serving tests
 
 lint: $(VENV)/.installed-dev  ## ruff, mypy --strict and the import contracts
 	$(BIN)/ruff check .
@@ -43,6 +45,10 @@ bench: $(VENV)/.installed-run  ## time training steps of the packaged model
 
 bench-ches: $(VENV)/.installed-run  ## time CHES against a plain loop: pairs a second, memory, errors
 	$(BIN)/python tests/bench/ches.py
+
+# BENCH_ARGS=--quick for minutes instead of an hour, '--peer-python <a Python that has genlm-control>' for the comparison.
+bench-serve: $(VENV)/.installed-vllm  ## time decoding inside vLLM and its server: tokens a second, waits, memory, load
+	$(BIN)/python tests/bench/serving.py --output docs/results/serving.md $(BENCH_ARGS)
 
 # `losses/` is `align.losses` only once installed: mypy and import-linter look at the wheel, not at the checkout.
 types: installed-tree

@@ -24,10 +24,14 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from align.decoding.constraints import Vocabulary, build
 from align.decoding.engines import TransformersEngine
+from align.decoding.engines.remote import RemoteRollouts
 from align.decoding.generate import generate
+from align.decoding.law import Law
 from align.decoding.request import Answer, Request
 
 README = Path(__file__).parents[3] / "README.md"
+pytestmark = [pytest.mark.serving, pytest.mark.xdist_group("server")]
+
 KEY = "secret"
 PLACES, WAITING, SECONDS = 8, 8, 6.0
 MODULE = """
@@ -210,6 +214,22 @@ def test_the_server_draws_what_is_drawn_without_one(
     weights = [sample["log_weight"] for sample in found["samples"]]
     assert weights == pytest.approx([sample.log_weight for sample in result.samples], abs=2e-3)
     assert found["log_normaliser"] == pytest.approx(result.log_normaliser, abs=2e-3)
+
+
+def test_it_is_a_baseline_of_transfer_q(
+    server: Server, model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Its greedy rollouts, more of them than it has places and seats, are those of transformers; by seed the rest."""
+    baseline = RemoteRollouts(server.url, tiny_tokenizer, key=KEY)
+    prompts = [[5 + place % 40, 9, 5 + place % 7] for place in range(50)]
+    settings: dict[str, Any] = {"max_new_tokens": 12, "seeds": range(50), "ends": {tiny_tokenizer.eos_token_id}}
+    found = baseline.rollouts(prompts, law=Law(top_k=1), **settings)
+    expected = TransformersEngine(model).rollouts(prompts, law=Law(top_k=1), **settings)
+    assert [(one.tokens, one.ended) for one in found] == [(one.tokens, one.ended) for one in expected]
+    law = Law(1.5, top_k=40, top_p=0.95)
+    drawn = [[one.tokens for one in baseline.rollouts(prompts, law=law, **settings)] for _ in range(2)]
+    assert drawn[0] == drawn[1]
+    assert any(one.ended for one in found) or any(tiny_tokenizer.eos_token_id in tokens for tokens in drawn[0])
 
 
 def result_of(answer: Answer) -> Any:

@@ -18,8 +18,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from align.decoding.constraints import Vocabulary
 from align.decoding.engines.vllm import VLLMEngine
 
+HERE = Path(__file__).parent
 END = 4
 WORDS = ["a", "b", "ab", "<pad>", "<end>"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What uses the engine runs where it is, one a session."""
+    for item in items:
+        if item.path.is_relative_to(HERE) and "engine" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.serving)
+            item.add_marker(pytest.mark.xdist_group("engine"))
 
 
 @pytest.fixture(scope="session")
