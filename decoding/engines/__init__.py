@@ -2,6 +2,7 @@
 
 - ``protocol``      the few methods that the decoders ask for.
 - ``rollouts``      continuations by those methods, with common beginnings computed once.
+- ``remote``        rollouts of a model behind a server.
 - ``transformers``  any causal model whose cache transformers keeps as keys and values, or as recurrent states.
 """
 

@@ -22,6 +22,18 @@ TAIL = 16
 Tokens = tuple[int, ...]
 
 
+def checked(prompts: Sequence[Sequence[int]], seeds: Sequence[int], max_new_tokens: int) -> list[Tokens]:
+    """The prompts as tuples, if they and what goes with them are as ``Rollouts.rollouts`` wants them."""
+    wanted = [tuple(prompt) for prompt in prompts]
+    if len(seeds) != len(wanted):
+        raise ValueError(f"there are {len(seeds):,} seeds for {len(wanted):,} prompts: each prompt has its own")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}: it must be 1 or more")
+    if () in wanted:
+        raise ValueError(f"prompts[{wanted.index(())}] has no tokens")
+    return wanted
+
+
 def roll_out(
     engine: Engine,
     kept: dict[Tokens, int],
@@ -39,13 +51,7 @@ def roll_out(
             their place, so that prompts which grow from call to call are computed once. Where something is raised, it
             is left empty, and every sequence is closed.
     """
-    wanted = [tuple(prompt) for prompt in prompts]
-    if len(seeds) != len(wanted):
-        raise ValueError(f"there are {len(seeds):,} seeds for {len(wanted):,} prompts: each prompt has its own")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}: it must be 1 or more")
-    if () in wanted:
-        raise ValueError(f"prompts[{wanted.index(())}] has no tokens")
+    wanted = checked(prompts, seeds, max_new_tokens)
     if not wanted:
         return []
     stems = _stems(Counter(wanted))
