@@ -20,3 +20,8 @@
 
 Private attributes of TRL that are used here are named in ``tests/align/trainers/test_trl_contract.py``.
 """
+
+import warnings
+
+# Of its own path to vLLM, which is not taken here.
+warnings.filterwarnings("ignore", "TRL currently supports vLLM versions", UserWarning)
