@@ -16,6 +16,7 @@ from align.errors import AlignError
 from align.models.load import load_run
 from align.rewards.encoding import as_answer
 
+from .baselines import is_url, other_tokens, server
 from .controlled import load_reward
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class Transfer:
     """How a reward guides answers, in the words of the command line; see ``align.decoding.transfer_q``.
 
     Args:
-        transfer_q: the baseline: run folder, adapter folder, model folder, packaged name or hub id.
+        transfer_q: the baseline: run folder, adapter folder, model folder, packaged name, hub id or URL of a server.
         reward: rule or reward model.
         q_candidates: likeliest tokens that are tried, or blocks that are drawn.
         q_rollouts: of each.
@@ -105,8 +106,8 @@ class Guide:
         transfer: the baseline, the reward, and how they guide.
 
     Raises:
-        AlignError: a model's cache cannot be forked, the baseline or the reward cannot be loaded, the reward compares
-            answers instead of scoring them, or the two models have different tokens.
+        AlignError: a model's cache cannot be forked, the baseline or the reward cannot be loaded or reached, the
+            reward compares answers instead of scoring them, or the two models have different tokens.
     """
 
     def __init__(self, answerer: Answerer, transfer: Transfer) -> None:
@@ -130,20 +131,26 @@ class Guide:
             encoded: token ids of the prompts, by number of the row.
             rows: the rows, with their columns.
             write: takes the columns that a row gains. Where a row fails, they say why.
+
+        Raises:
+            AlignError: the baseline's server does not answer; rows that were written stay.
         """
         numbers, settings = list(encoded), self.answerer.settings
-        transfer_q(
-            self.engine,
-            self.baseline,
-            lambda places, answers: self._rewards([rows[numbers[place]] for place in places], answers),
-            [
-                Query(ids, settings.seed * 1_000_003 + number, settings.max_new_tokens)
-                for number, ids in encoded.items()
-            ],
-            self.vocabulary,
-            self.settings,
-            on_answer=lambda place, answer: write({numbers[place]: self._columns(answer)}),
-        )
+        try:
+            transfer_q(
+                self.engine,
+                self.baseline,
+                lambda places, answers: self._rewards([rows[numbers[place]] for place in places], answers),
+                [
+                    Query(ids, settings.seed * 1_000_003 + number, settings.max_new_tokens)
+                    for number, ids in encoded.items()
+                ],
+                self.vocabulary,
+                self.settings,
+                on_answer=lambda place, answer: write({numbers[place]: self._columns(answer)}),
+            )
+        except ConnectionError as error:
+            raise AlignError(f"--transfer-q: {error}") from error
 
     def _load_baseline(self, columns: int) -> Rollouts | None:
         if self.settings.length == 0:
@@ -151,13 +158,12 @@ class Guide:
         name = self.transfer.transfer_q
         if name == self.answerer.settings.model:
             return self.engine
+        if is_url(name):
+            return server(name, self.answerer.tokenizer)
         loaded = load_run(name)
         same = loaded.tokenizer.get_vocab() == self.answerer.tokenizer.get_vocab()
         if not same or _columns_of(loaded.model) != columns:
-            raise AlignError(
-                f"{name}: its tokens are not those of {self.answerer.settings.model}; a baseline goes on from the "
-                "model's own tokens, so give one that was trained from it, or that has the same tokenizer"
-            )
+            raise AlignError(other_tokens(name, self.answerer.settings.model))
         try:
             return TransformersEngine(loaded.model)
         except ValueError as error:

@@ -102,7 +102,8 @@ def generate(
         str | None,
         typer.Option(
             metavar="BASELINE",
-            help="Choose tokens by what --reward says of where this aligned model goes from them; named as --model.",
+            help="Choose tokens by what --reward says of where this aligned model goes from them; named as --model, "
+            "or the URL of a server.",
             rich_help_panel=TRANSFER,
         ),
     ] = None,
