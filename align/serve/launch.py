@@ -12,7 +12,7 @@ from typing import Any
 
 from align.decoding.constraints import ConstraintError
 from align.decoding.constraints.predicate import load
-from align.decoding.engines.vllm import PROCESSOR, WORKER
+from align.decoding.engines.vllm import PROCESSOR, SCHEDULER, WORKER
 from align.decoding.vllm.machine import Machine, settings, vllm_version
 from align.errors import AlignError, ConfigError
 from align.rewards.named import is_rule, load_reward, reward_folder
@@ -138,6 +138,7 @@ def arguments(asked: Serve, machine: Machine, what: Served) -> list[str]:
         "trust_remote_code": what.trusted,
         "logits_processors": PROCESSOR,
         "worker_extension_cls": WORKER,
+        "scheduler_cls": SCHEDULER,
         "logprobs_mode": "processed_logits",
         "additional_config": json.dumps({"align": ours}),
         "allowed_origins": "[]",  # other sites' pages have no business here; ours is served from the same place

@@ -50,7 +50,6 @@ async def _serve(args: Namespace) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
-    address, sock = setup_server(args, reuse_port=False)
     engine = AsyncEngineArgs.from_cli_args(args)
     config = engine.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     if current_platform.is_cpu() and os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
@@ -62,6 +61,8 @@ async def _serve(args: Namespace) -> None:
         enable_log_requests=engine.enable_log_requests,
     )
     try:
+        # Not before: a forked engine would hold the socket too, and the port with it when this process is gone.
+        address, sock = setup_server(args, reuse_port=False)
         stopped = await build_and_serve(client, address, sock, args)
     finally:
         client.shutdown(timeout=0)

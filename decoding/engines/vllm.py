@@ -33,6 +33,7 @@ from .protocol import Rollout
 
 PROCESSOR = "align.decoding.vllm.processor:AlignProcessor"
 WORKER = "align.decoding.vllm.processor.AlignWorker"
+SCHEDULER = "align.decoding.vllm.forks.scheduler"
 GREEDY = Law(top_k=1)
 
 
@@ -84,6 +85,7 @@ class VLLMEngine:
                 **options,
                 "logits_processors": [PROCESSOR],
                 "worker_extension_cls": WORKER,
+                "scheduler_cls": SCHEDULER,
                 "logprobs_mode": "processed_logits",
                 "additional_config": {KEY: own},
             },

@@ -163,12 +163,14 @@ class Particles:
         stuck = next((record["why"] for record in found if record["why"]), "")
         return finished(self._request, self._vocabulary, self._result, evaluations, masks, cut, stuck)
 
-    def _add(self, number: int, tokens: tuple[int, ...]) -> Add:
+    def _add(self, number: int, tokens: tuple[int, ...], source: int | None = None) -> Add:
         self._tokens[number] = tokens
         self._running.add(number)
         name = f"{self._name}-{number}"
         self._names.append(name)
         own = {"particle": number, "prefix": len(tokens), "name": name}
+        if source is not None:
+            own["source"] = f"{self._name}-{source}"
         left = self._request.max_new_tokens - len(tokens)
         return Add(number, (*self._request.prompt, *tokens), {**self._settings, **own}, left, self._vocabulary.ends)
 
@@ -188,7 +190,7 @@ class Particles:
     def _act(self, action: Action) -> list[Add | Abort]:
         match action:
             case Copy(source, target, at):
-                return [self._add(target, self._tokens[source][: at + 1])]
+                return [self._add(target, self._tokens[source][: at + 1], source)]
             case Stop(number) if number in self._running:
                 self._running.discard(number)
                 return [Abort(number)]

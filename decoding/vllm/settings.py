@@ -12,6 +12,8 @@ texts). All but ``constraint`` may be left out:
 - ``prefix``          how many of the prompt's last tokens belong to the answer already.
 - ``max_new_tokens``  longest answer, ``prefix`` included; by default the request's ``max_tokens``.
 - ``name``            by which ``AlignWorker.align_pop`` gives what the request took.
+- ``source``          name of the request that the prompt is the beginning of: while that runs, what is computed of it
+                      need not be computed again (``forks``).
 - ``trace``           keep the tokens that were refused, too.
 - ``capture``         draw nothing: keep the logits for ``align_pop``.
 """
@@ -46,6 +48,7 @@ KNOWN = {
     "prefix": (int,),
     "max_new_tokens": (int,),
     "name": (str,),
+    "source": (str,),
     "trace": (bool,),
     "capture": (bool,),
 }
