@@ -231,6 +231,8 @@ def wrong(text: str, spec: dict[str, Any]) -> str:
     """Why the text is not what the constraint says, by other means than ours."""
     if "regex" in spec:
         return "" if re.fullmatch(spec["regex"], text) else f"{text!r} does not match"
+    if "words" in spec:
+        return "" if text in spec["words"] else f"{text!r} is not among the words"
     try:
         found = json.loads(text)
     except ValueError as error:
