@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch import Tensor
 from align.decoding.constraints import ConstraintError, Vocabulary
 from align.decoding.law import Law
 from align.decoding.request import Answer, Request
-from align.decoding.vllm.particles import Abort, Add, Drawn, Particles
+from align.decoding.vllm.particles import Abort, Add, Drawn, Lost, Particles, merged
 from align.decoding.vllm.settings import KEY
 
 from .protocol import Rollout
@@ -47,6 +47,11 @@ class _Task:
 
 class VLLMEngine:
     """A model in vLLM, in this process.
+
+    Attributes:
+        llm: vLLM's own.
+        columns: of the logits.
+        vocabulary: of the model's tokenizer, with ``ends``.
 
     Args:
         model: folder of a causal model with its tokenizer, or a hub id.
@@ -74,6 +79,8 @@ class VLLMEngine:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         from vllm import LLM
 
+        from align.decoding.vllm.processor import vocabulary_of
+
         own: dict[str, Any] = {} if ends is None else {"ends": sorted(ends)}
         own["predicates"] = None if predicates is None else sorted(predicates)
         self.llm = LLM(
@@ -93,10 +100,12 @@ class VLLMEngine:
         self._engine = self.llm.llm_engine
         config = self._engine.model_config
         self.columns: int = config.get_vocab_size()
+        self.vocabulary: Vocabulary = vocabulary_of(config, own.get("ends"))
         self._context: int = config.max_model_len
         self._names = count()
         self._sequences: dict[int, tuple[int, ...]] = {}
         self._handles = count()
+        self._adapters = count(1)
 
     @property
     def context(self) -> int | None:
@@ -123,13 +132,11 @@ class VLLMEngine:
             The answers in the order of ``requests``.
 
         Raises:
-            ValueError: the vocabulary has more or fewer tokens than the model's logits have columns.
+            ValueError: the vocabulary is not that of the model, or has other end tokens than the engine.
         """
-        if vocabulary.size != self.columns:
-            raise ValueError(
-                f"the vocabulary has {vocabulary.size:,} tokens and the model's logits {self.columns:,} columns: they "
-                f"must be as many; build it by Vocabulary.of(tokenizer, size={self.columns}) of the model's tokenizer"
-            )
+        from vllm.exceptions import VLLMClientError
+
+        self._check(vocabulary)
         rows = rows or self._engine.vllm_config.scheduler_config.max_num_seqs
         answers: dict[int, Answer] = {}
         waiting, running = deque(enumerate(requests)), dict[str, _Task]()
@@ -151,60 +158,74 @@ class VLLMEngine:
                         answered(number, Answer(None, (), False, str(error)))
                         continue
                     busy += request.particles
-                    running[name] = _Task(number, particles)
-                    self._do(name, particles.start())
+                    task = running[name] = _Task(number, particles)
+                    try:
+                        self._do(name, particles.start())
+                    except (ValueError, VLLMClientError) as error:
+                        self._do(name, task.particles.stop(str(error)))
                 for name, events in self._step().items():
                     if name in running:
                         self._do(name, running[name].particles.receive(events))
                 for name, task in list(running.items()):
                     if task.particles.done:
                         del running[name]
-                        records = self.llm.collective_rpc("align_pop", args=(task.particles.names,))[0]
-                        answered(task.number, task.particles.answer(records))
+                        answered(task.number, task.particles.answer(self._pop(task.particles.names)))
         finally:
             for name, task in running.items():
                 self._do(name, task.particles.stop("interrupted"))
+                self._pop(task.particles.names)
         return [answers[number] for number in range(len(requests))]
 
     def rollouts(
         self,
         prompts: Sequence[Sequence[int]],
         *,
-        max_new_tokens: int | None,
+        max_new_tokens: int,
         law: Law,
         seeds: Sequence[int],
         ends: Collection[int],
+        adapter: Any = None,
     ) -> list[Rollout]:
-        """Go on with every prompt until an end token, the length or the context; see ``Rollouts``."""
+        """Go on with every prompt until an end token, the length or the context; see ``Rollouts``.
+
+        Args:
+            adapter: vLLM's ``LoRARequest``; see ``adapted``.
+        """
+        if len(seeds) != len(prompts):
+            raise ValueError(f"there are {len(seeds):,} seeds for {len(prompts):,} prompts: each prompt has its own")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}: it must be 1 or more")
+        _check_prompts(prompts)
         found: list[Rollout] = [Rollout((), False)] * len(prompts)
-        of_name: dict[str, int] = {}
-        for number, prompt in enumerate(prompts):
-            if not len(prompt):
-                raise ValueError(f"prompts[{number}] has no tokens")
-            room = self._context - len(prompt)
-            length = room if max_new_tokens is None else min(max_new_tokens, room)
-            if length < 1:
-                found[number] = Rollout((), False)
-                continue
-            name = f"rollout-{next(self._names)}"
-            own = None if law == GREEDY else {"law": asdict(law), "seed": seeds[number], "max_new_tokens": length + 1}
-            of_name[name] = number
-            self._add(name, prompt, length, own, stops=ends)
-        while of_name:
-            for output in self._engine.step():
-                name = output.request_id
-                if output.finished and name in of_name:
-                    (made,) = output.outputs
-                    tokens = tuple(made.token_ids)
-                    ended = bool(tokens) and tokens[-1] in ends
-                    found[of_name.pop(name)] = Rollout(tokens, ended, output.num_cached_tokens or 0)
+        roomy = [number for number, prompt in enumerate(prompts) if len(prompt) < self._context]
+        of_name = {f"rollout-{next(self._names)}": number for number in roomy}
+        try:
+            for name, number in of_name.items():
+                length = min(max_new_tokens, self._context - len(prompts[number]))
+                own = {"law": asdict(law), "seed": seeds[number], "max_new_tokens": length + 1}
+                own_or_none = None if law == GREEDY else own
+                self._add(name, prompts[number], length, own_or_none, stops=ends, adapter=adapter)
+            while of_name:
+                for output in self._engine.step():
+                    if output.finished and output.request_id in of_name:
+                        tokens = tuple(output.outputs[0].token_ids)
+                        ended = bool(tokens) and tokens[-1] in ends
+                        number = of_name.pop(output.request_id)
+                        found[number] = Rollout(tokens, ended, output.num_cached_tokens or 0)
+        finally:
+            self._engine.abort_request(list(of_name))
         return found
+
+    def adapted(self, adapter: str | Path) -> Adapted:
+        """The model with a LoRA adapter, for rollouts; the engine needs ``enable_lora`` and ``max_lora_rank``.
+
+        On a GPU this spares a second engine's memory. On a CPU a second engine with merged weights is faster.
+        """
+        return Adapted(self, str(adapter), next(self._adapters))
 
     def open(self, prompts: Sequence[Sequence[int]]) -> list[int]:
         """A sequence for each prompt."""
-        for number, prompt in enumerate(prompts):
-            if not len(prompt):
-                raise ValueError(f"prompts[{number}] has no tokens")
+        _check_prompts(prompts)
         return [self._sequence(tuple(prompt)) for prompt in prompts]
 
     def extend(self, handle: int, token: int) -> None:
@@ -224,15 +245,35 @@ class VLLMEngine:
         rows: dict[tuple[int, ...], int] = {}
         places = [rows.setdefault(self._sequences[handle], len(rows)) for handle in handles]
         names = [f"logits-{next(self._names)}" for _ in rows]
-        for name, tokens in zip(names, rows, strict=True):
-            self._add(name, tokens, 1, {"capture": True, "name": name, "law": {}})
         waiting = set(names)
-        while waiting:
-            waiting -= {output.request_id for output in self._engine.step() if output.finished}
-        records = self.llm.collective_rpc("align_pop", args=(names,))[0]
-        return torch.stack(
-            [torch.from_numpy(np.frombuffer(r["logits"], dtype=np.float32).copy()) for r in records]
-        ), places
+        try:
+            for name, tokens in zip(names, rows, strict=True):
+                self._add(name, tokens, 1, {"capture": True, "name": name, "law": {}})
+            while waiting:
+                waiting -= {output.request_id for output in self._engine.step() if output.finished}
+        finally:
+            self._engine.abort_request(list(waiting))
+            records = self._pop(names)
+        logits = [np.frombuffer(record["logits"], dtype=np.float32) for record in records if record is not None]
+        return torch.from_numpy(np.stack(logits)), places
+
+    def _check(self, vocabulary: Vocabulary) -> None:
+        if vocabulary.size != self.columns:
+            raise ValueError(
+                f"the vocabulary has {vocabulary.size:,} tokens and the model's logits {self.columns:,} columns: they "
+                f"must be as many; build it by Vocabulary.of(tokenizer, size={self.columns}) of the model's tokenizer"
+            )
+        if vocabulary.ends != self.vocabulary.ends:
+            own, theirs = sorted(self.vocabulary.ends), sorted(vocabulary.ends)
+            raise ValueError(
+                f"the vocabulary ends answers by {theirs} and the engine by {own}; start the engine with ends={theirs}"
+            )
+        if vocabulary.tokens != self.vocabulary.tokens:
+            raise ValueError("the vocabulary has other tokens than the model's tokenizer; use the engine's own")
+
+    def _pop(self, names: list[str]) -> list[Mapping[str, Any] | None]:
+        """What these requests took; it is forgotten there."""
+        return merged(self.llm.collective_rpc("align_pop", args=(names,)))
 
     def _sequence(self, tokens: tuple[int, ...]) -> int:
         handle = next(self._handles)
@@ -247,13 +288,13 @@ class VLLMEngine:
                 case Abort(particle):
                     self._engine.abort_request([f"{name}/{particle}"])
 
-    def _step(self) -> dict[str, list[Drawn]]:
+    def _step(self) -> dict[str, list[Drawn | Lost]]:
         """One step of the engine: what was drawn, by request."""
-        events: dict[str, list[Drawn]] = {}
+        events: dict[str, list[Drawn | Lost]] = {}
         for output in self._engine.step():
             name, slash, particle = output.request_id.partition("/")
             if slash:
-                events.setdefault(name, []).extend(drawn(int(particle), output.outputs[0]))
+                events.setdefault(name, []).extend(drawn(int(particle), output))
         return events
 
     def _add(
@@ -265,12 +306,36 @@ class VLLMEngine:
         *,
         stops: Collection[int] = (),
         weights: bool = False,
+        adapter: Any = None,
     ) -> None:
         from vllm.sampling_params import RequestOutputKind
 
         params = sampling(length, own, stops, weights)
         params.output_kind = RequestOutputKind.DELTA if weights else RequestOutputKind.FINAL_ONLY
-        self._engine.add_request(name, {"prompt_token_ids": list(prompt)}, params)
+        self._engine.add_request(name, {"prompt_token_ids": list(prompt)}, params, lora_request=adapter)
+
+
+class Adapted:
+    """An engine's model with a LoRA adapter, as ``Rollouts``; ``VLLMEngine.adapted`` makes it."""
+
+    def __init__(self, engine: VLLMEngine, folder: str, number: int) -> None:
+        from vllm.lora.request import LoRARequest
+
+        self._engine, self._adapter = engine, LoRARequest(f"adapter-{number}", number, folder)
+
+    def rollouts(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        law: Law,
+        seeds: Sequence[int],
+        ends: Collection[int],
+    ) -> list[Rollout]:
+        """Go on with every prompt until an end token, the length or the context; see ``Rollouts``."""
+        return self._engine.rollouts(
+            prompts, max_new_tokens=max_new_tokens, law=law, seeds=seeds, ends=ends, adapter=self._adapter
+        )
 
 
 def sampling(length: int, own: dict[str, Any] | None, stops: Collection[int] = (), weights: bool = False) -> Any:
@@ -296,7 +361,15 @@ def sampling(length: int, own: dict[str, Any] | None, stops: Collection[int] = (
     )
 
 
-def drawn(particle: int, output: Any) -> list[Drawn]:
-    """What a piece of vLLM's output says that a particle has drawn."""
-    tokens, logprobs = output.token_ids, output.logprobs or []
-    return [Drawn(particle, token, row[token].logprob) for token, row in zip(tokens, logprobs, strict=True)]
+def drawn(particle: int, output: Any) -> list[Drawn | Lost]:
+    """What an output of vLLM, a piece of the whole, says that a particle has drawn."""
+    made = output.outputs[0]
+    rows = zip(made.token_ids, made.logprobs or [], strict=True)
+    found: list[Drawn | Lost] = [Drawn(particle, token, row[token].logprob) for token, row in rows]
+    return [*found, Lost(particle, str(made.finish_reason))] if output.finished else found
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]]) -> None:
+    for number, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompts[{number}] has no tokens")

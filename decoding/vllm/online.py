@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from align.decoding.constraints import Vocabulary
 from align.decoding.engines.vllm import drawn, sampling
 from align.decoding.request import Answer, Request
 
-from .particles import Abort, Add, Drawn, Happened, Particles
+from .particles import Abort, Add, Drawn, Event, Happened, Lost, Particles, merged
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -36,15 +36,17 @@ async def run(
         vocabulary: of the model.
         name: different from that of any other request that runs.
         trace: fetch the tokens that were refused, too.
-        happened: told of every event and action, in order, as they come.
+        happened: told of every event and action, in order, as they come, in the loop's thread.
 
     Raises:
         ConstraintError: the prompt cannot be used, or the constraint cannot be sent to the engine.
     """
     context = client.vllm_config.model_config.max_model_len
-    particles = Particles(request, vocabulary, context, name, trace=trace, happened=happened)
-    events: asyncio.Queue[list[Drawn] | Exception] = asyncio.Queue()
+    told: list[Event] = []
+    particles = Particles(request, vocabulary, context, name, trace=trace, happened=told.append)
+    events: asyncio.Queue[list[Drawn | Lost] | Exception] = asyncio.Queue()
     running: dict[int, asyncio.Task[None]] = {}
+    ending: list[asyncio.Task[None]] = []
 
     def do(actions: Sequence[Add | Abort]) -> None:
         for action in actions:
@@ -53,6 +55,22 @@ async def run(
                 running[action.particle] = asyncio.create_task(work)
             elif (task := running.pop(action.particle, None)) is not None:
                 task.cancel()  # which aborts it in the engine
+                ending.append(task)
+
+    def tell() -> None:
+        for one in told if happened is not None else ():
+            happened(one)
+        told.clear()
+
+    async def finish() -> list[Mapping[str, Any] | None] | Exception:
+        """Abort what still runs, and fetch what all have taken."""
+        for task in (*running.values(), *ending):
+            task.cancel()
+        await asyncio.gather(*running.values(), *ending, return_exceptions=True)
+        try:
+            return merged(await client.collective_rpc("align_pop", args=(particles.names,)))
+        except Exception as error:
+            return error
 
     try:
         do(particles.start())
@@ -60,7 +78,7 @@ async def run(
             waiting = [await events.get()]
             while not events.empty():
                 waiting.append(events.get_nowait())
-            came: list[Drawn] = []
+            came: list[Drawn | Lost] = []
             for event in waiting:
                 if isinstance(event, Exception):
                     raise event
@@ -69,22 +87,24 @@ async def run(
                 do(particles.receive(came))
             else:
                 do(await asyncio.to_thread(particles.receive, came))
+            tell()
+        records = await finish()
+    except asyncio.CancelledError:
+        await asyncio.wait([asyncio.create_task(finish())], timeout=KEPT_WAITING)
+        raise
     except Exception as error:
         do(particles.stop(f"{type(error).__name__}: {error}"))
-    finally:
-        tasks = list(running.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        if not particles.done:  # cancelled: what the engine keeps of it is dropped, if it still answers
-            pop = client.collective_rpc("align_pop", args=(particles.names,))
-            await asyncio.wait_for(asyncio.shield(pop), KEPT_WAITING)
-    records: list[Any] = (await client.collective_rpc("align_pop", args=(particles.names,)))[0]
-    return particles.answer(records)
+        records = await finish()
+    if isinstance(records, Exception):
+        particles.stop(particles.failed or f"{type(records).__name__}: {records}")
+        records = []
+    answer = particles.answer(records)
+    tell()
+    return answer
 
 
 async def _follow(
-    client: EngineClient, name: str, action: Add, events: asyncio.Queue[list[Drawn] | Exception]
+    client: EngineClient, name: str, action: Add, events: asyncio.Queue[list[Drawn | Lost] | Exception]
 ) -> None:
     """Pass on what the particle's request draws."""
     from vllm.sampling_params import RequestOutputKind
@@ -93,7 +113,7 @@ async def _follow(
     params.output_kind = RequestOutputKind.DELTA
     try:
         async for output in client.generate({"prompt_token_ids": list(action.prompt)}, params, name):
-            found = drawn(action.particle, output.outputs[0])
+            found = drawn(action.particle, output)
             if found:
                 events.put_nowait(found)
     except Exception as error:

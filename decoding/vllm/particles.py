@@ -48,7 +48,25 @@ class Drawn:
     log_weight: float
 
 
-Happened = Callable[[Action | Extended], None]
+@dataclass(frozen=True)
+class Lost:
+    """vLLM has ended the request of a particle; its reason, which counts if the particle was not done."""
+
+    particle: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Tokens that the constraint refused before a particle's token of that step was drawn; known in the end."""
+
+    particle: int
+    step: int
+    tokens: tuple[int, ...]
+
+
+Event = Action | Extended | Refused
+Happened = Callable[[Event], None]
 
 
 class Particles:
@@ -87,15 +105,17 @@ class Particles:
         )
         self._tokens: dict[int, tuple[int, ...]] = {}
         self._running: set[int] = set()
+        self._broken: dict[int, int] = {}  # particles whose constraint failed, and at which step
         self._result: Result | None = None
-        self._names: list[str] = []
+        self._names: dict[int, str] = {}
+        self._culprit: int | None = None
         self.failed = ""
         self.drawn = 0
 
     @property
     def names(self) -> list[str]:
         """Names of all requests, under which the engine keeps what they took."""
-        return self._names
+        return list(self._names.values())
 
     @property
     def done(self) -> bool:
@@ -107,16 +127,17 @@ class Particles:
         self._smc.start()
         return [self._add(number, ()) for number in range(self._request.particles)]
 
-    def receive(self, events: Sequence[Drawn]) -> list[Add | Abort]:
+    def receive(self, events: Sequence[Drawn | Lost]) -> list[Add | Abort]:
         """What follows on tokens that came together; potentials are evaluated here, for all of them at once.
 
-        Once the constraint has failed, the rest is aborted.
+        Where a constraint has failed, the request fails once all have come as far: a particle that was ahead may be
+        stopped before, and then nothing is lost.
         """
         actions: list[Add | Abort] = []
         waiting = list(events)
         while waiting and not self.done:
-            together: dict[int, Drawn] = {}  # one of each particle, so that a potential sees its text as it was then
-            later: list[Drawn] = []
+            together: dict[int, Drawn | Lost] = {}  # one of each particle: a potential sees its text as it was then
+            later: list[Drawn | Lost] = []
             for event in waiting:
                 if event.particle in together:
                     later.append(event)
@@ -126,20 +147,31 @@ class Particles:
             waiting = later
         return actions
 
-    def _together(self, events: Sequence[Drawn]) -> list[Add | Abort]:
-        if any(event.log_weight <= (DEAD + FAILED) / 2 for event in events):
-            return self._fail("the constraint failed")
-        happened: Sequence[Extended] = [self._extended(event) for event in events]
-        try:
-            happened = with_potentials(self._request, self._tokens, happened)
-        except (Exception, SystemExit) as error:  # a potential is anyone's code
-            return self._fail(str(error) if isinstance(error, ConstraintError) else f"{type(error).__name__}: {error}")
+    def _together(self, events: Sequence[Drawn | Lost]) -> list[Add | Abort]:
         actions: list[Add | Abort] = []
-        for extended in happened:
-            self._tell(extended)
-            for action in self._smc.receive(extended):
-                self._tell(action)
-                actions += self._act(action)
+        drawn: list[Drawn] = []
+        for event in events:
+            if isinstance(event, Lost):
+                return self._fail(f"vLLM ended the request of a particle that was not done: {event.reason}")
+            if event.log_weight <= (DEAD + FAILED) / 2:
+                self._running.discard(event.particle)
+                self._broken[event.particle] = len(self._tokens[event.particle])
+            else:
+                drawn.append(event)
+        extended = [self._extended(event) for event in drawn]
+        try:
+            for one in with_potentials(self._request, self._tokens, extended):
+                self._tell(one)
+                for action in self._smc.receive(one):
+                    self._tell(action)
+                    actions += self._act(action)
+        except (Exception, SystemExit) as error:  # a potential is anyone's code
+            reason = str(error) if isinstance(error, ConstraintError) else f"{type(error).__name__}: {error}"
+            return [*actions, *self._fail(reason)]
+        culprits = [number for number, at in self._broken.items() if at == self._smc.step]
+        if culprits and not self.done:
+            self._culprit = min(culprits)
+            return [*actions, *self._fail("the constraint failed")]
         return actions
 
     def stop(self, reason: str) -> list[Add | Abort]:
@@ -150,14 +182,18 @@ class Particles:
         """What it came to.
 
         Args:
-            records: what the engine kept under ``names``, in their order; None where it has lost one.
+            records: what the engine kept under ``names``, in their order; None where it has lost one, and none at all
+                where it does not answer any more.
         """
+        for number, record in zip(self._names, records, strict=False):
+            for step, tokens in record["refused"] if record is not None else ():
+                self._tell(Refused(number, step, tuple(tokens)))
         found = [record for record in records if record is not None]
         evaluations = tuple(count for record in found for count in record["evaluations"])
         masks = sum(record["masks"] for record in found)
         if self.failed:
-            errors = [record["error"] for record in found if record["error"]]
-            return Answer(None, evaluations, False, errors[0] if errors else self.failed, masks)
+            culprit = dict(zip(self._names, records, strict=True)).get(self._culprit) if records else None
+            return Answer(None, evaluations, False, (culprit or {}).get("error") or self.failed, masks)
         assert self._result is not None
         cut = sum(bool(record["cut"]) for record in found)
         stuck = next((record["why"] for record in found if record["why"]), "")
@@ -166,11 +202,10 @@ class Particles:
     def _add(self, number: int, tokens: tuple[int, ...], source: int | None = None) -> Add:
         self._tokens[number] = tokens
         self._running.add(number)
-        name = f"{self._name}-{number}"
-        self._names.append(name)
-        own = {"particle": number, "prefix": len(tokens), "name": name}
+        self._names[number] = f"{self._name}-{number}"
+        own = {"particle": number, "prefix": len(tokens), "name": self._names[number]}
         if source is not None:
-            own["source"] = f"{self._name}-{source}"
+            own["source"] = self._names[source]
         left = self._request.max_new_tokens - len(tokens)
         return Add(number, (*self._request.prompt, *tokens), {**self._settings, **own}, left, self._vocabulary.ends)
 
@@ -191,9 +226,11 @@ class Particles:
         match action:
             case Copy(source, target, at):
                 return [self._add(target, self._tokens[source][: at + 1], source)]
-            case Stop(number) if number in self._running:
-                self._running.discard(number)
-                return [Abort(number)]
+            case Stop(number):
+                self._broken.pop(number, None)
+                if number in self._running:
+                    self._running.discard(number)
+                    return [Abort(number)]
             case Finished(result):
                 self._result = result
                 return self._abort()
@@ -207,7 +244,7 @@ class Particles:
         running, self._running = sorted(self._running), set()
         return [Abort(number) for number in running]
 
-    def _tell(self, event: Action | Extended) -> None:
+    def _tell(self, event: Event) -> None:
         if self._happened is not None:
             self._happened(event)
 
@@ -225,8 +262,13 @@ def _settings(request: Request, trace: bool) -> dict[str, Any]:
         "constraint": None if constraint is None else constraint.spec,
         "method": "awrs" if request.method == "awrs-smc" else request.method,
         "law": asdict(request.law),
-        "seed": request.seed,
-        "max_new_tokens": request.max_new_tokens,
-        "max_draws": request.max_draws,
+        "seed": int(request.seed),
+        "max_new_tokens": int(request.max_new_tokens),
+        "max_draws": None if request.max_draws is None else int(request.max_draws),
         "trace": trace,
     }
+
+
+def merged(found: Sequence[Sequence[Mapping[str, Any] | None]]) -> list[Mapping[str, Any] | None]:
+    """Records, of what each of the engine's workers says: those that sample have kept them."""
+    return [next((record for record in one if record is not None), None) for one in zip(*found, strict=True)]

@@ -165,8 +165,9 @@ class Rows:
     def _one(self, row: Row, tokens: Sequence[int], live: Live | ValueError, logits: Tensor) -> tuple[int, float]:
         """The token and the log-weight of a row; never raises."""
         settings, record, position = row.settings, row.record, len(tokens)
-        if record.error:
+        if settings.constraint is not None and row.request.constraint is None:
             return self._end, FAILED * settings.scale
+        record.error = ""  # of a token that was drawn in the middle of the prompt and thrown away
         try:
             if isinstance(live, ValueError):
                 raise live
@@ -186,7 +187,7 @@ class Rows:
             return done.draw.token, weight * settings.scale
         except ConstraintError as error:
             record.error = str(error)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             record.error = f"{type(error).__name__}: {error}"
         return self._end, FAILED * settings.scale
 

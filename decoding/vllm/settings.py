@@ -38,6 +38,8 @@ KEY = "align"
 DEAD, FAILED = -1e9, -2e9
 """Log-weights of a dead end and of a constraint that failed: finite, since JSON has no infinity."""
 
+LONGEST = 1 << 31
+"""Longest answer where the request does not say how long."""
 KNOWN = {
     "constraint": (dict, type(None)),
     "method": (str,),
@@ -104,9 +106,11 @@ def read(params: SamplingParams) -> Settings | None:
     prefix = given.get("prefix", 0)
     if prefix < 0:
         raise ValueError(f"{KEY}.prefix is {prefix}: it must be 0 or more")
-    longest = given.get("max_new_tokens", prefix + (params.max_tokens or 0))
+    length = params.max_tokens if params.max_tokens is not None else LONGEST  # vLLM fills it in after it has validated
+    longest = given.get("max_new_tokens", prefix + length)
     constraint = given.get("constraint")
     try:
+        written = None if constraint is None else json.dumps(constraint)
         request = Request(
             (),
             None,
@@ -116,11 +120,11 @@ def read(params: SamplingParams) -> Settings | None:
             max_new_tokens=longest,
             max_draws=given.get("max_draws"),
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{KEY}: {error}") from None
     return Settings(
         request=request,
-        constraint=None if constraint is None else json.dumps(constraint),
+        constraint=written,
         particle=given.get("particle", 0),
         prefix=prefix,
         name=given.get("name", ""),
@@ -138,11 +142,12 @@ def validate(params: SamplingParams) -> None:
     """
     settings = read(params)
     if settings is None:
-        if params.logprobs is not None or params.prompt_logprobs is not None:
+        asked = [name for name in LOGPROBS if getattr(params, name, None) is not None]
+        if asked:
             raise ValueError(
-                "logprobs: this engine reports the logits that it draws from (logprobs_mode=processed_logits), since "
-                "they carry the weights of constrained answers, so a plain request gets none; ask for them without "
-                f"{KEY}'s logits processor"
+                f"{asked[0]}: this engine reports the logits that it draws from (logprobs_mode=processed_logits), "
+                "since they carry the weights of constrained answers, so a plain request gets none; ask for them "
+                f"without {KEY}'s logits processor"
             )
         return
     for name, plain in PLAIN.items():
@@ -159,6 +164,8 @@ def validate(params: SamplingParams) -> None:
         raise ValueError(reason)
 
 
+LOGPROBS = ("logprobs", "prompt_logprobs", "logprob_token_ids", "prompt_logprob_token_ids")
+"""vLLM's settings that ask for what carries our weights."""
 PLAIN = {
     "min_p": 0.0,
     "presence_penalty": 0.0,

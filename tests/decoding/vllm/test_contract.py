@@ -1,0 +1,142 @@
+"""Everything private or moving of vLLM that is touched here: where an upgrade changes it, it fails here first."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+from vllm import LLM, SamplingParams
+from vllm.config import ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.engine.protocol import EngineClient
+from vllm.exceptions import VLLMClientError, VLLMValidationError
+from vllm.logprobs import Logprob
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.v1.sample import sampler
+from vllm.v1.sample.logits_processor import interface as first
+from vllm.v1.worker.gpu.sample.logits_processor import interface as second
+from vllm.v1.worker.worker_base import WorkerBase
+
+from align.decoding.vllm.processor import AlignProcessor, AlignWorker
+from align.decoding.vllm.settings import LOGPROBS, PLAIN
+
+
+def names(function: Callable[..., Any]) -> list[str]:
+    return [name for name in inspect.signature(function).parameters if name != "self"]
+
+
+def fields(kind: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
+
+
+def test_the_first_runners_interface() -> None:
+    assert names(first.LogitsProcessor.__init__) == ["vllm_config", "device", "is_pin_memory"]
+    assert names(first.LogitsProcessor.apply) == ["logits"]
+    assert names(first.LogitsProcessor.update_state) == ["batch_update"]
+    assert names(first.LogitsProcessor.validate_params) == ["sampling_params"]
+    assert first.LogitsProcessor.__abstractmethods__ == {"__init__", "apply", "is_argmax_invariant", "update_state"}
+    assert list(first.BatchUpdate.__dataclass_fields__) == ["batch_size", "removed", "added", "moved"]
+    assert [way.name for way in first.MoveDirectionality] == ["UNIDIRECTIONAL", "SWAP"]
+    assert first.AddedRequest.__args__[:2] == (int, SamplingParams)
+    assert "removed, added, moved" in inspect.getsource(first.BatchUpdate)
+
+
+def test_the_second_runners_interface() -> None:
+    assert names(second.LogitsProcessor.__init__) == ["vllm_config", "req_states"]
+    assert names(second.LogitsProcessor.apply) == ["logits", "ctx"]
+    assert names(second.LogitsProcessor.add_request) == ["req_idx", "sampling_params"]
+    assert names(second.LogitsProcessor.validate_params) == ["sampling_params"]
+    assert second.LogitsProcessor.__abstractmethods__ == {"apply"}
+    assert {"all_token_ids", "prompt_len"} <= fields(second.LogitsProcRequestState)
+    assert {"idx_mapping_np", "seq_lens_upper_bound_np"} <= fields(second.LogitsContext)
+
+
+def test_one_class_is_taken_by_both_loaders() -> None:
+    from vllm.v1.sample.logits_processor import cached_load_custom_logitsprocs
+    from vllm.v1.worker.gpu.sample.logits_processor.loader import build_custom_logits_processors_params_validator
+
+    path = "align.decoding.vllm.processor:AlignProcessor"
+    assert cached_load_custom_logitsprocs((path,)) == [AlignProcessor]
+    validate = build_custom_logits_processors_params_validator((path,))
+    validate(SamplingParams())
+    with pytest.raises(VLLMValidationError, match="give a seed"):
+        validate(SamplingParams(extra_args={"align": {}}))
+    assert not AlignProcessor.is_argmax_invariant(None)  # type: ignore[arg-type]
+
+
+def test_sampling_parameters() -> None:
+    found = {field.name for field in msgspec.structs.fields(SamplingParams)}
+    ours = {"n", "temperature", "top_k", "top_p", "seed", "max_tokens", "extra_args", "structured_outputs"}
+    sent = {"stop_token_ids", "ignore_eos", "detokenize", "output_kind", "skip_clone"}
+    assert found >= ours | sent | set(PLAIN) | set(LOGPROBS)
+    plain = SamplingParams()
+    assert all(getattr(plain, name) in (value, None, []) for name, value in PLAIN.items())
+    assert {kind.name for kind in RequestOutputKind} >= {"DELTA", "FINAL_ONLY"}
+    # What does not change the law, or is looked at: a field that comes anew has to be put on one side.
+    harmless = {"stop", "include_stop_str_in_output", "stream_interval", "flat_logprobs", "prompt_logprob_start"}
+    harmless |= {"skip_special_tokens", "spaces_between_special_tokens", "output_text_buffer_length"}
+    harmless |= {"skip_reading_prefix_cache", "repetition_detection", "routed_experts_prompt_start", "watermarking"}
+    public = {name for name in found if not name.startswith("_")}
+    assert public == ours | sent | set(PLAIN) | set(LOGPROBS) | harmless
+
+
+def test_validation_errors_are_the_clients() -> None:
+    assert issubclass(VLLMValidationError, VLLMClientError)
+    assert not issubclass(VLLMClientError, ValueError)
+
+
+def test_outputs() -> None:
+    assert {"token_ids", "logprobs", "finish_reason"} <= fields(CompletionOutput)
+    given = names(RequestOutput.__init__)
+    assert {"request_id", "outputs", "finished", "num_cached_tokens"} <= set(given)
+    assert "logprob" in (Logprob.__annotations__ or fields(Logprob))
+
+
+def test_the_engine() -> None:
+    assert names(LLMEngine.abort_request)[0] == "request_ids"
+    assert names(LLMEngine.add_request)[:3] == ["request_id", "prompt", "params"]
+    assert {"step", "get_num_unfinished_requests", "has_unfinished_requests"} <= set(dir(LLMEngine))
+    source = inspect.getsource(LLMEngine.__init__)
+    for attribute in ("vllm_config", "model_config", "engine_core"):
+        assert f"self.{attribute} = " in source or f"self.{attribute}: " in source
+    assert names(LLM.collective_rpc)[:3] == ["method", "timeout", "args"]
+    assert "self.llm_engine = " in inspect.getsource(LLM.__init__)
+    wanted = {"logits_processors", "worker_extension_cls", "logprobs_mode", "additional_config"}
+    wanted |= {"enable_prefix_caching", "disable_log_stats", "kv_cache_memory_bytes", "enforce_eager", "block_size"}
+    assert fields(EngineArgs) >= wanted | {"max_model_len", "max_num_seqs", "dtype", "scheduler_cls"}
+    assert fields(VllmConfig) >= {"speculative_config", "additional_config", "model_config", "scheduler_config"}
+    assert {"logprobs_mode", "tokenizer", "tokenizer_revision", "trust_remote_code"} <= fields(ModelConfig)
+    assert {"get_vocab_size", "try_get_generation_config"} <= set(dir(ModelConfig))
+    assert "max_num_seqs" in fields(SchedulerConfig)
+    assert "worker_extension_cls" in fields(ParallelConfig)
+    assert "_preempt_request" in dir(Scheduler)  # a test's
+
+
+def test_the_worker_is_extended_without_a_clash() -> None:
+    """One class is made of both, and names that the worker has are refused."""
+    own = {name for name in dir(AlignWorker) if not name.startswith("__")}
+    assert own == {"align_pop", "align_waiting"}
+    assert not own & set(dir(WorkerBase))
+
+
+def test_the_client_and_its_plugins() -> None:
+    assert names(EngineClient.generate)[:3] == ["prompt", "sampling_params", "request_id"]
+    assert names(AsyncLLM.generate)[:3] == ["prompt", "sampling_params", "request_id"]
+    assert names(AsyncLLM.collective_rpc)[:3] == ["method", "timeout", "args"]
+    assert names(EndpointPlugin.attach_router) == ["app"]
+    assert names(EndpointPlugin.init_state) == ["engine_client", "state", "args"]
+    assert set(EndpointPlugin.__annotations__) == {"name", "required_tasks"}
+
+
+def test_what_the_processor_puts_in_the_samplers_place() -> None:
+    assert names(sampler.batched_count_greater_than) in (["x", "values"], ["logprobs", "of"])
+    assert "batched_count_greater_than(" in inspect.getsource(sampler)
