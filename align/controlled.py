@@ -8,15 +8,23 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from align.data.rows import Content
-from align.decoding.constraints import Constraint, ConstraintError, Memo, Vocabulary, file_of, parse, read_schemas
+from align.decoding.constraints import (
+    Built,
+    Constraint,
+    ConstraintError,
+    Memo,
+    Vocabulary,
+    file_of,
+    parse,
+    read_schemas,
+    written,
+)
 from align.decoding.constraints.wire import BYTES
-from align.decoding.engines import TransformersEngine
-from align.decoding.generate import generate
 from align.decoding.law import Law
 from align.decoding.request import Answer, Method, Potential, Request, satisfies
 from align.errors import AlignError, ConfigError
@@ -32,6 +40,18 @@ ROWS = 512
 KEPT = 64
 """Constraints of rows that are kept for rows to come."""
 Write = Callable[[Mapping[int, dict[str, Any]]], None]
+
+
+class Decode(Protocol):
+    """``align.decoding.generate`` on some engine."""
+
+    def __call__(
+        self,
+        requests: Sequence[Request],
+        vocabulary: Vocabulary,
+        *,
+        on_answer: Callable[[int, Answer], None] | None = None,
+    ) -> list[Answer]: ...
 
 
 @dataclass(frozen=True)
@@ -104,12 +124,9 @@ class Controller:
 
     def __init__(self, answerer: Answerer, control: Control) -> None:
         self.answerer, self.control = answerer, control
-        model = answerer.model
         try:
             self.law = Law(answerer.settings.temperature, control.top_k, control.top_p)
-            self.engine = TransformersEngine(model)
-            columns = model.get_output_embeddings().weight.shape[0]
-            self.vocabulary = Vocabulary.of(answerer.tokenizer, size=columns, ends=answerer.eos_ids)
+            self.vocabulary, self._decode = answerer.decoder()
         except ValueError as error:
             raise AlignError(f"{answerer.settings.model}: {error}") from error
         self.scorer = load_reward(control.reward) if control.reward else None
@@ -151,8 +168,7 @@ class Controller:
                 numbers.append(number)
             except ConstraintError as error:
                 write({number: self._columns(Answer(None, (), False, str(error)), None)})
-        generate(
-            self.engine,
+        self._decode(
             requests,
             self.vocabulary,
             on_answer=lambda place, answer: write({numbers[place]: self._columns(answer, requests[place].constraint)}),
@@ -186,7 +202,10 @@ class Controller:
         if self.control.constraint_field is not None and not spec.startswith("python:"):
             timeout = None  # it is for the rows that can use it
         try:
-            return parse(spec, self.vocabulary, timeout=timeout)
+            found = parse(spec, self.vocabulary, timeout=timeout)
+            if self.answerer.settings.engine == "vllm":
+                return Built(found, written(spec, timeout=timeout))  # which goes into the engine as JSON
+            return found
         except ConstraintError as error:
             return error
         except Exception as error:  # whatever a row's file holds, the others go on

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import GenerationConfig, TextStreamer
@@ -22,13 +23,16 @@ from align.data.fields import FieldError, content, required
 from align.data.load import read_rows
 from align.data.rows import Content, Fault
 from align.data.tokenize import encode_prompt
+from align.decoding.constraints import Vocabulary
+from align.decoding.engines import TransformersEngine
+from align.decoding.generate import generate
 from align.errors import AlignError
 from align.evals.sampling import Sample, sample
 from align.models.ends import end_tokens
 from align.models.load import LoadedModel, load_run
 
 from .answers import invalid_rows, make_place, read_done, sort_rows, write_rows
-from .controlled import Control, Controller, Inputs, check_columns
+from .controlled import Control, Controller, Decode, Inputs, check_columns
 from .transfer import Guide, Transfer
 
 BATCH = 8
@@ -44,6 +48,7 @@ class Settings:
         temperature: 0 for the likeliest token at each step.
         seed: seed of the draws.
         raw: take text as it stands, without the chat template.
+        engine: what computes.
     """
 
     model: str
@@ -51,6 +56,11 @@ class Settings:
     temperature: float
     seed: int
     raw: bool
+    engine: Literal["transformers", "vllm"] = "transformers"
+
+    def kept(self) -> dict[str, Any]:
+        """What an answer keeps of them: the engine only where it is not the first that there was."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("engine", "transformers")}
 
 
 @dataclass(frozen=True)
@@ -118,11 +128,52 @@ class Answerer:
         made = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer)
         return str(self.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
 
+    def draw(self, prompts: Sequence[Sequence[int]], seed: int, on_batch: Callable[[dict[int, Sample]], None]) -> None:
+        """Answer prompts that all differ, by prompt and seed, so that resuming changes nothing.
+
+        Raises:
+            ValueError: the model gives what cannot be drawn from.
+        """
+        sample(
+            self.model,
+            self.tokenizer,
+            prompts,
+            eos_ids=self.eos_ids,
+            max_new_tokens=self.settings.max_new_tokens,
+            temperature=self.settings.temperature,
+            seed=seed,
+            batch_size=BATCH,
+            on_batch=on_batch,
+        )
+
+    def decoder(self) -> tuple[Vocabulary, Decode]:
+        """The vocabulary, and what answers requests under constraints and rewards.
+
+        Raises:
+            ValueError: the model's cache cannot be forked, or its tokens cannot be read.
+        """
+        columns = self.model.get_output_embeddings().weight.shape[0]
+        vocabulary = Vocabulary.of(self.tokenizer, size=columns, ends=self.eos_ids)
+        return vocabulary, partial(generate, TransformersEngine(self.model))
+
+
+def answerer_of(settings: Settings) -> Answerer:
+    """The model, in the engine that is asked for.
+
+    Raises:
+        AlignError: it cannot be loaded, or the engine is not installed.
+    """
+    if settings.engine == "transformers":
+        return Answerer(settings)
+    from .inside import Inside
+
+    return Inside(settings)
+
 
 def answer_prompt(settings: Settings, prompt: str) -> None:
     """Print the answer to one prompt."""
     torch.manual_seed(settings.seed)
-    Answerer(settings).stream(prompt)
+    answerer_of(settings).stream(prompt)
 
 
 def answer_controlled(settings: Settings, control: Control | Transfer, prompt: str) -> dict[str, Any]:
@@ -131,7 +182,7 @@ def answer_controlled(settings: Settings, control: Control | Transfer, prompt: s
     Raises:
         AlignError: the prompt, the model or a setting cannot be used.
     """
-    answerer = Answerer(settings)
+    answerer = answerer_of(settings)
     made: dict[int, dict[str, Any]] = {}
     _steered(answerer, control).answer({0: answerer.encode(prompt)}, {0: {"prompt": prompt}}, made.update)
     return made[0]
@@ -193,7 +244,7 @@ def answer_file(
     """
     rows, faults = _read_prompts(source)
     prompts: dict[int, Content] = {number: row["prompt"] for number, row in rows.items()}
-    kept = asdict(settings) | (asdict(control) if control is not None else {})
+    kept = settings.kept() | (asdict(control) if control is not None else {})
     if isinstance(control, Control):
         check_columns(control, source, rows.values())
     judged = Control(reward=control.reward) if isinstance(control, Transfer) else control
@@ -206,7 +257,7 @@ def answer_file(
     done, failed = read_done(output, wanted)
     pending = {row: prompt for row, prompt in prompts.items() if row not in done}
     if pending:
-        answerer = Answerer(settings)
+        answerer = answerer_of(settings)
         encoded = dict(_encoded(answerer, source, pending, faults))
         controller = _steered(answerer, control) if control is not None else None
         with output.open("a", encoding="utf-8") as file:
@@ -290,20 +341,14 @@ def _draw(
     rows: Mapping[int, list[int]],
     write: Callable[[Mapping[int, Mapping[str, Any]]], None],
 ) -> None:
-    """Answer rows whose prompts all differ: ``sample`` draws by prompt and seed, so resuming changes nothing."""
+    """Answer rows whose prompts all differ."""
     numbers = list(rows)
     settings = answerer.settings
     try:
-        sample(
-            answerer.model,
-            answerer.tokenizer,
-            [rows[number] for number in numbers],
-            eos_ids=answerer.eos_ids,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            seed=settings.seed + 1_000_003 * copy,
-            batch_size=BATCH,
-            on_batch=lambda batch: write({numbers[place]: _columns(made) for place, made in batch.items()}),
+        answerer.draw(
+            list(rows.values()),
+            settings.seed + 1_000_003 * copy,
+            lambda batch: write({numbers[place]: _columns(made) for place, made in batch.items()}),
         )
     except ValueError as error:
         raise AlignError(f"{settings.model}: {error}") from error

@@ -43,6 +43,9 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Take text as it stands, without the chat template.")] = False,
+    engine: Annotated[
+        str, typer.Option(help="What computes: transformers, or vllm, which takes longer to start and is faster then.")
+    ] = "transformers",
     constraint: Annotated[
         str | None,
         typer.Option(
@@ -173,6 +176,7 @@ def generate(
         _check_transfer(guided, given, temperature, chat)
     else:
         _check_control(given, temperature, source, chat)
+    _check_engine(engine, chat, "transfer_q" in guided)
     from align.controlled import Control, check
     from align.generate import Settings, answer_controlled, answer_file, answer_prompt
     from align.generate import chat as talk
@@ -181,7 +185,7 @@ def generate(
     control = Transfer(**guided, **given) if guided else Control(**given) if given else None
     if temperature is None:
         temperature = 0.0 if guided else 1.0 if given else 0.7
-    settings = Settings(model, max_new_tokens, temperature, seed, raw)
+    settings = Settings(model, max_new_tokens, temperature, seed, raw, "vllm" if engine == "vllm" else "transformers")
     if isinstance(control, Transfer):
         problems = control.problems(temperature)
     else:
@@ -239,6 +243,16 @@ def _check_control(given: dict[str, Any], temperature: float | None, source: str
             refuse(name, f"{given[name]!r} is none of {', '.join(known)}")
     if problems:
         raise ConfigError("align generate", problems)
+
+
+def _check_engine(engine: str, chat: bool, guided: bool) -> None:
+    problem = ""
+    if engine not in ("transformers", "vllm"):
+        problem = f"{engine!r} is none of transformers, vllm"
+    elif engine == "vllm" and (chat or guided):
+        problem = f"vllm does not go with {'--chat' if chat else '--transfer-q'}; leave it out"
+    if problem:
+        raise ConfigError("align generate", [("--engine", problem)])
 
 
 def _check_transfer(guided: dict[str, Any], given: dict[str, Any], temperature: float | None, chat: bool) -> None:

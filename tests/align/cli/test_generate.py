@@ -136,3 +136,18 @@ def test_a_folder_without_a_model(align: Align, tmp_path: Path) -> None:
     result = align(*options(tmp_path, "-p", "Hi"))
     assert result.exit_code == 1
     assert "no config.json in this folder" in result.stderr
+
+
+def test_an_engine_that_is_not_there(align: Align, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("align.decoding.vllm.machine.DISTRIBUTIONS", ())
+    result = align(*options(tiny_model_dir, "-p", "the hat", "--engine", "vllm"))
+    assert result.exit_code != 0
+    assert "--engine vllm: vLLM is not installed: pip install 'align-lm[vllm]' with a GPU" in result.stderr
+    assert "Traceback" not in result.output
+    for more, problem in [
+        (("--engine", "vlm", "-p", "x"), "'vlm' is none of transformers, vllm"),
+        (("--engine", "vllm", "--chat"), "vllm does not go with --chat; leave it out"),
+    ]:
+        result = align(*options(tiny_model_dir, *more))
+        assert result.exit_code == 2
+        assert problem in result.stderr
