@@ -126,6 +126,8 @@ def written(text: str, *, timeout: float | None = None) -> dict[str, Any]:
 def _built(
     spec: Any, vocabulary: Vocabulary, predicates: Collection[str] | None, python: Python, depth: int
 ) -> Constraint:
+    if not depth and not _is_unicode(spec):
+        raise ConstraintError("constraint: half of a surrogate pair is in it, which no text has")
     kinds = [kind for kind in KINDS if kind in spec] if isinstance(spec, Mapping) else []
     if len(kinds) != 1:
         raise ConstraintError(
@@ -167,3 +169,12 @@ def _built(
     if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float)):
         raise ConstraintError(f"constraint: timeout is {timeout!r}: it must be seconds")
     return python(value, timeout)
+
+
+def _is_unicode(spec: Any) -> bool:
+    """JSON may write what no text is."""
+    try:
+        json.dumps(spec, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

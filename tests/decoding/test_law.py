@@ -106,3 +106,29 @@ def test_logits_that_are_no_law() -> None:
 def test_settings_out_of_range(wrong: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Law(**wrong)
+
+
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    law=st.sampled_from([Law(), Law(0.3), Law(2.0), Law(top_k=3), Law(0.7, top_p=0.6), Law(target="model")]),
+)
+def test_rows_are_the_law_in_float32(seed: int, law: Law) -> None:
+    """Probabilities to 1e-6, one row and many; the sampler's sums and its own exponentials are of the same law."""
+    logits = torch.randn((3, 700), generator=torch.Generator().manual_seed(seed)) * 4
+    logits[1, 5] = -math.inf
+    expected = np.exp(law.log_probs(logits))
+    for row, live in zip(expected, law.rows(logits), strict=True):
+        found = np.array([live.remove(token) for token in range(700)])
+        np.testing.assert_allclose(found, row, atol=1e-6)
+        assert not live.mass
+    assert [live.mass for live in law.rows(logits)] == pytest.approx([1.0, 1.0, 1.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("law", [Law(), Law(top_k=1)])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, None])
+def test_rows_that_are_no_law(law: Law, bad: float | None) -> None:
+    logits = torch.zeros((2, 3))
+    logits[1, 0 if bad is not None else slice(None)] = -math.inf if bad is None else bad
+    with pytest.raises(ValueError, match="there is no law to draw from"):
+        law.rows(logits)

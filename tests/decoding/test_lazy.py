@@ -115,3 +115,29 @@ def test_a_verdict_is_true_or_false() -> None:
     assert ask(lambda token: np.True_, 1) is True
     with pytest.raises(ValueError, match=r"verdict on token 4 is 0.5"):
         ask(lambda token: 0.5, 4)  # type: ignore[arg-type,return-value]
+
+
+def test_from_probabilities_is_as_from_their_logarithms() -> None:
+    p = np.array([0.5, 0.0, 0.25, 0.25], dtype=np.float32)
+    one, other = Live.of(p.copy()), Live(np.log(p, where=p > 0, out=np.full(4, -math.inf)).astype(np.float64))
+    assert list(one.left) == list(other.left) == [0, 2, 3]
+    for uniform in (0.01, 0.49, 0.51, 0.74, 0.76, 0.99):
+        assert one.draw(uniform) == other.draw(uniform)
+    assert (one.remove(0), other.remove(0)) == pytest.approx((0.5, 0.5))
+    assert (one.mass, other.mass) == pytest.approx((0.5, 0.5))
+    with pytest.raises(ValueError, match="there is no law to draw from"):
+        Live.of(np.array([0.5, math.nan], dtype=np.float32))
+
+
+def test_only_leaves_the_others_out_of_the_measure_and_the_row_as_it_was() -> None:
+    live = Live(np.log([0.4, 0.3, 0.2, 0.1]))
+    live.remove(0)
+    some = live.only(np.array([True, True, False, True]))
+    assert list(some.left) == [1, 3]
+    assert some.mass == pytest.approx(0.4)
+    assert live.mass == pytest.approx(0.6)
+    some.remove(1)
+    assert list(live.left) == [1, 2, 3]
+    assert not live.only(np.zeros(4, dtype=bool)).mass
+    with pytest.raises(ValueError, match=r"allowed has shape \(3,\) and must have \(4,\)"):
+        live.only(np.ones(3, dtype=bool))
