@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import AsyncGenerator
 
 from align.decoding.constraints import Vocabulary
-from align.decoding.smc import Action, Copy, Extended, Resampled, Stop
+from align.decoding.smc import Copy, Extended, Resampled, Stop
+from align.decoding.vllm.particles import Event, Refused
 
 from . import replies
 from .replies import Json, Text
@@ -21,7 +22,7 @@ class Told:
         self._said: dict[int, list[int]] = {}
         self._texts: dict[int, Text] = {}
 
-    def __call__(self, event: Action | Extended) -> list[Json]:
+    def __call__(self, event: Event) -> list[Json]:
         """The events that this one is."""
         match event:
             case Extended(number, step, None):
@@ -43,6 +44,9 @@ class Told:
                 return [{"event": "resample", "step": step, "sources": sources, "population": population}]
             case Stop(number):
                 return [{"event": "stop", "particle": number}]
+            case Refused(number, step, tokens) if tokens:
+                texts = [self._vocabulary.text([token]) for token in tokens]
+                return [{"event": "refused", "particle": number, "step": step, "texts": texts}]
         return []
 
 
@@ -80,12 +84,12 @@ async def pieces(service: Service, job: Job, *, model: str, chat: bool, usage: b
             first = False
 
 
-async def _watched(service: Service, job: Job) -> AsyncGenerator[Action | Extended | Json, None]:
+async def _watched(service: Service, job: Job) -> AsyncGenerator[Event | Json, None]:
     """What happens, as it does, and then the answer. Where nobody takes them any more, the job is stopped."""
     loop = asyncio.get_running_loop()
-    queue: asyncio.Queue[Action | Extended | None] = asyncio.Queue()
+    queue: asyncio.Queue[Event | None] = asyncio.Queue()
 
-    def put(event: Action | Extended | None) -> None:
+    def put(event: Event | None) -> None:
         loop.call_soon_threadsafe(queue.put_nowait, event)  # under a reward, from a thread
 
     task = asyncio.create_task(service.answer(job, put))

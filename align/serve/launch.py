@@ -21,6 +21,8 @@ from .models import Served, served
 from .options import Options
 
 KEY_VARIABLE = "ALIGN_API_KEY"
+ALLOWANCE = (2.0, 0.05)
+"""Seconds that a particle's constraint may compute in the engine, where it holds up all rows: first, and a token."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ def arguments(asked: Serve, machine: Machine, what: Served) -> list[str]:
     ours = {
         "predicates": list(asked.options.predicates),
         "end_with_parent": True,
+        "allowance": ALLOWANCE,
         "server": asked.options.to_json(),
     }
     given: dict[str, Any] = {

@@ -20,8 +20,8 @@ from align.data.rows import Content
 from align.decoding.constraints import Built, ConstraintError, Vocabulary, build
 from align.decoding.law import Law
 from align.decoding.request import Request
-from align.decoding.smc import Action, Extended
 from align.decoding.vllm.online import run
+from align.decoding.vllm.particles import Happened
 
 from .admission import Admission, Ticket
 from .checker import Checker
@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 KEPT = 64
 """Constraints that are kept as they were built."""
 Result = TypeVar("Result")
-Happened = Callable[[Action | Extended], None]
 
 
 @dataclass(frozen=True)

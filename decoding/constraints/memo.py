@@ -27,14 +27,14 @@ class Memo:
     """Another constraint, with verdicts kept for each prefix of tokens, accepted and refused ones alike.
 
     Particles and requests that share a prefix share its verdicts, also across calls. A state may be large (that of a
-    compiled constraint some 5 kB): past ``capacity`` states, or ten times as many verdicts, new answers start from an
+    compiled constraint 5 to 65 kB): past ``capacity`` states, or ten times as many verdicts, new answers start from an
     empty memo; particles under way keep theirs until they end.
 
     Attributes:
         evaluations: verdicts that the constraint was really asked for.
     """
 
-    def __init__(self, constraint: Constraint, *, capacity: int = 20_000) -> None:
+    def __init__(self, constraint: Constraint, *, capacity: int = 4_000) -> None:
         self.constraint = constraint
         self.evaluations = 0
         self._capacity = capacity
@@ -43,6 +43,11 @@ class Memo:
         self._allowed = constraint.allowed if isinstance(constraint, Masking) else None
         self._prefilter = constraint.prefilter if isinstance(constraint, Prefiltering) else None
         self._masks: dict[tuple[str, _Node], np.ndarray | None] = {}
+
+    @property
+    def states(self) -> int:
+        """How many states are kept for answers to come."""
+        return self._states
 
     def start(self) -> _Node:
         if self._root is None or max(self._states, self._verdicts / 10) >= self._capacity:

@@ -58,8 +58,9 @@ async def run(
                 ending.append(task)
 
     def tell() -> None:
-        for one in told if happened is not None else ():
-            happened(one)
+        if happened is not None:
+            for one in told:
+                happened(one)
         told.clear()
 
     async def finish() -> list[Mapping[str, Any] | None] | Exception:
@@ -98,7 +99,7 @@ async def run(
     if isinstance(records, Exception):
         particles.stop(particles.failed or f"{type(records).__name__}: {records}")
         records = []
-    answer = particles.answer(records)
+    answer = await asyncio.to_thread(particles.answer, records)  # it asks the constraint about the whole text
     tell()
     return answer
 

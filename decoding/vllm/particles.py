@@ -192,8 +192,9 @@ class Particles:
         evaluations = tuple(count for record in found for count in record["evaluations"])
         masks = sum(record["masks"] for record in found)
         if self.failed:
-            culprit = dict(zip(self._names, records, strict=True)).get(self._culprit) if records else None
-            return Answer(None, evaluations, False, (culprit or {}).get("error") or self.failed, masks)
+            by = zip(self._names, records, strict=True) if records else ()
+            said = next((record["error"] for number, record in by if number == self._culprit and record), "")
+            return Answer(None, evaluations, False, said or self.failed, masks)
         assert self._result is not None
         cut = sum(bool(record["cut"]) for record in found)
         stuck = next((record["why"] for record in found if record["why"]), "")

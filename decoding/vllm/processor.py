@@ -6,10 +6,12 @@ request's tokens are then those that ``extra_args["align"]`` (see ``settings``) 
 vLLM reports for a token is its log-weight. Requests without it are not touched. There is no entry point of vLLM's
 group for processors on purpose: it would load this one into every engine on the machine.
 
-In the engine's process alone; ``additional_config["align"]`` may hold ``ends`` (ids of end tokens, those of the
-tokenizer and of the model's generation settings by default), ``predicates`` (names of the Python functions that
-constraints may call, none by default) and ``end_with_parent`` (an engine in a process of its own is killed with the
-one that started it).
+In the engine's process alone; ``additional_config["align"]`` may hold
+
+- ``ends``             ids of end tokens, those of the tokenizer and of the model's generation settings by default;
+- ``predicates``       names of the Python functions that constraints may call, none by default;
+- ``allowance``        what a constraint may compute, see ``rows.Rows``;
+- ``end_with_parent``  whether an engine in a process of its own is killed with the one that started it.
 """
 
 from __future__ import annotations
@@ -65,7 +67,8 @@ class AlignProcessor(FirstRunner, SecondRunner):  # type: ignore[misc]
         config = (vllm_config.additional_config or {}).get(KEY, {})
         if config.get("end_with_parent") and parent_process() is not None:
             end_with(os.getppid())  # an engine whose server was killed would keep its memory for ever
-        self._rows = Rows(vocabulary_of(vllm_config.model_config, config.get("ends")), config.get("predicates", ()))
+        vocabulary = vocabulary_of(vllm_config.model_config, config.get("ends"))
+        self._rows = Rows(vocabulary, config.get("predicates", ()), config.get("allowance"))
         _here.add(self._rows)
         if is_pin_memory is not None and torch.device(place).type == "cpu":
             sampler.batched_count_greater_than = ranks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,8 @@ from .settings import DEAD, FAILED, Settings
 
 CONSTRAINTS = 64
 """Constraints that are kept, with what is known of them: particles of a request share theirs."""
+STATES = 8_000
+"""States that are kept of all constraints together, at 5 to 65 kB each; past it the oldest constraints go."""
 RECORDS = 8192
 """Records that wait to be fetched; those of aborted requests are never fetched, and the oldest go."""
 
@@ -70,6 +73,7 @@ class Row:
         said: tokens of the answer that stand in the prompt.
         record: what it took.
         tokens, state: where the constraint is.
+        seconds: that drawing has taken.
     """
 
     settings: Settings
@@ -78,6 +82,7 @@ class Row:
     record: Record
     tokens: tuple[int, ...] = ()
     state: Any = None
+    seconds: float = 0.0
 
     def follow(self, tokens: Sequence[int], vocabulary: Vocabulary) -> None:
         """Bring the constraint's state to where the answer is: on by the new tokens, or anew."""
@@ -103,10 +108,17 @@ class Rows:
     Args:
         vocabulary: of the model.
         predicates: Python functions that constraints may call; None for any.
+        allowance: seconds of this thread's time that a particle's constraint may take, at first and for each token
+            more, so that it does not hold up the rows beside it for long; None for no limit.
     """
 
-    def __init__(self, vocabulary: Vocabulary, predicates: Collection[str] | None) -> None:
-        self.vocabulary, self._predicates = vocabulary, predicates
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        predicates: Collection[str] | None,
+        allowance: tuple[float, float] | None = None,
+    ) -> None:
+        self.vocabulary, self._predicates, self._allowance = vocabulary, predicates, allowance
         self._constraints: OrderedDict[str, Memo | str] = OrderedDict()
         self._end = min(vocabulary.ends)
         self.records: OrderedDict[str, Record] = OrderedDict()
@@ -168,6 +180,7 @@ class Rows:
         if settings.constraint is not None and row.request.constraint is None:
             return self._end, FAILED * settings.scale
         record.error = ""  # of a token that was drawn in the middle of the prompt and thrown away
+        began = time.thread_time()
         try:
             if isinstance(live, ValueError):
                 raise live
@@ -175,6 +188,8 @@ class Rows:
             request = row.request
             draws = Draws(request.seed, position, settings.particle)
             done = step(request, self.vocabulary, row.tokens, row.state, live, draws)
+            row.seconds += time.thread_time() - began
+            self._check_time(row)
             record.evaluations[position], record.masks[position] = done.draw.evaluations, done.draw.masks
             if settings.trace:
                 record.refused[position] = list(done.refused)
@@ -191,6 +206,16 @@ class Rows:
             record.error = f"{type(error).__name__}: {error}"
         return self._end, FAILED * settings.scale
 
+    def _check_time(self, row: Row) -> None:
+        if self._allowance is None:
+            return
+        first, more = self._allowance
+        if row.seconds > first + more * len(row.tokens):
+            raise ConstraintError(
+                f"the constraint took {row.seconds:.1f} s of computing for {len(row.tokens) + 1} tokens, more than "
+                f"the {first:g} s and {1e3 * more:g} ms a token that a request may; write a simpler one"
+            )
+
     def _constraint(self, text: str) -> Memo | str:
         """The constraint, or why it is none."""
         if text not in self._constraints:
@@ -201,10 +226,13 @@ class Rows:
             except (Exception, SystemExit) as error:  # whatever a predicate's module does when it is imported
                 found = f"{type(error).__name__}: {error}"
             self._constraints[text] = found
-            if len(self._constraints) > CONSTRAINTS:
-                self._constraints.popitem(last=False)
         self._constraints.move_to_end(text)
+        while len(self._constraints) > 1 and (len(self._constraints) > CONSTRAINTS or self._states() > STATES):
+            self._constraints.popitem(last=False)
         return self._constraints[text]
+
+    def _states(self) -> int:
+        return sum(found.states for found in self._constraints.values() if isinstance(found, Memo))
 
 
 def _lives(law: Law, logits: Tensor, numbers: list[int]) -> Sequence[Live | ValueError]:
