@@ -150,7 +150,7 @@ def check_pal(stack: Stack) -> Iterator[Row]:
         (deltas * SIDES[:, None]).flatten().tolist(),
         stack.tolerance(1e-5, 1e-2),
     )
-    yield Row.at_least("pal", "K = 2: weight on own group", 0.5, min(own_weight(m.weights(USERS)) for m in two))
+    yield Row.over("pal", "K = 2: weight on own group", 0.5, min(own_weight(m.weights(USERS)) for m in two))
     for count in (0, 1, 3, 5):
         yield row(f"new user, labels: {count}: accuracy", new_user(count), [fitted_user(two[0], pairs, count)])
 

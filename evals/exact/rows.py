@@ -36,7 +36,7 @@ class Row:
     ours: float
     distance: float
     tolerance: float | None
-    relation: Literal["=", ">=", "<="] = "="
+    relation: Literal["=", ">", ">=", "<="] = "="
 
     @property
     def status(self) -> Literal["pass", "miss", "told"]:
@@ -54,6 +54,11 @@ class Row:
     def at_least(cls, method: str, quantity: str, bound: float, ours: float) -> Row:
         """A number that should reach a bound."""
         return cls(method, quantity, bound, ours, _missed(bound - ours), 0.0, ">=")
+
+    @classmethod
+    def over(cls, method: str, quantity: str, bound: float, ours: float) -> Row:
+        """A number that should be over a bound, and not on it."""
+        return cls(method, quantity, bound, ours, _missed(math.nextafter(bound, math.inf) - ours), 0.0, ">")
 
     @classmethod
     def at_most(cls, method: str, quantity: str, bound: float, ours: float) -> Row:

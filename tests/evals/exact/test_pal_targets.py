@@ -43,10 +43,10 @@ def test_new_users_who_stay_at_the_prior_miss(monkeypatch):
 
 
 def test_two_prototypes_that_are_one_miss(monkeypatch):
-    """Users of equal weights: the majority's reward is all that training can reach, and new users change nothing."""
+    """Users of equal weights, .5 each: training can reach the majority's reward, and new users change nothing."""
     monkeypatch.setattr(
         PalA, "weights", lambda self, users: torch.full((len(users), self.groups), 1 / self.groups).double()
     )
     found = missed()
-    assert {"K = 2: accuracy", "K = 2: delta for one's group"} <= found
+    assert {"K = 2: accuracy", "K = 2: delta for one's group", "K = 2: weight on own group"} <= found
     assert "K = 1: accuracy" not in found

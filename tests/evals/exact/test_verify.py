@@ -143,6 +143,7 @@ def test_rows_judge() -> None:
     assert Row.number("a", "b", 1.0, 2.0, None).status == "told"
     assert Row.at_least("a", "b", 8.0, 7.9).status == "miss"
     assert Row.at_least("a", "b", 8.0, math.nan).status == "miss"
+    assert [Row.over("a", "b", 0.5, ours).status for ours in (0.51, 0.5, math.nan)] == ["pass", "miss", "miss"]
     assert Row.at_most("a", "b", 1e-3, 1e-9).status == "pass"
     nan = torch.full((1, 2), math.nan)
     half = torch.full((1, 2), 0.5)
