@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 _WANTED = "prompt; or [prompt,] chosen, rejected"
 _NO_COLUMNS: Mapping[str, str | None] = MappingProxyType({})
+ROW_ID = "id of the row"
+"""Our own column of ``TokenizedPrompts.dataset``, by a name that no argument of a rule can have."""
 _PACKED = "columns of the data"
 _TAKEN = ("prompts", "completions", "completion", *OF_TRL)  # a reward's arguments of these names are TRL's
 
@@ -89,7 +91,7 @@ class TokenizedPrompts(TokenizedCompletions):
     """Prompts that leave room for an answer. ``counts``: ``prompts``, ``set_aside``."""
 
     def dataset(self) -> Dataset:
-        """Columns prompt, row_id, and one with the references and what rules ask for, which ``unpacked`` reads.
+        """Columns prompt, ROW_ID, and one with the references and what rules ask for, which ``unpacked`` reads.
 
         There a value is None where a row does not have it. It is no column of Arrow's, which refuses numbers beside
         text and gives all mappings the same keys: rules get what the rows say.
@@ -98,7 +100,7 @@ class TokenizedPrompts(TokenizedCompletions):
 
         rows = [row for row in self.rows if isinstance(row, TokenizedPrompt)]
         names = dict.fromkeys(name for row in rows for name in row.columns)
-        found = {"prompt": [row.prompt for row in rows], "row_id": [row.row_id for row in rows]}
+        found = {"prompt": [row.prompt for row in rows], ROW_ID: [row.row_id for row in rows]}
         if names:
             found[_PACKED] = [pickle.dumps({name: row.columns.get(name) for name in names}) for row in rows]
         return Dataset.from_dict(found)
@@ -106,7 +108,7 @@ class TokenizedPrompts(TokenizedCompletions):
 
 def unpacked(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of ``TokenizedPrompts.dataset``, and of what was made of it, with each value under its own name."""
-    own = {name: value for name, value in row.items() if name != _PACKED}
+    own = {name: value for name, value in row.items() if name not in (_PACKED, ROW_ID)}
     return {**pickle.loads(row[_PACKED]), **own} if _PACKED in row else own
 
 

@@ -18,6 +18,7 @@ from trl import DPOConfig, GRPOConfig, KTOConfig, RewardConfig, SFTConfig, SFTTr
 from trl.trainer.utils import use_adapter
 
 from align.config.schema import BcoSpec, LoraSpec, ModelSpec, Recipe
+from align.data.prompts import ROW_ID
 from align.errors import AlignError
 from align.losses import Loss
 from align.models.fingerprint import weights_hash
@@ -192,8 +193,8 @@ def _among(prompts: Dataset, first: Dataset) -> Dataset:
     Raises:
         AlignError: none is.
     """
-    asked = set(first["row_id"])
-    found = prompts.select([place for place, name in enumerate(prompts["row_id"]) if name in asked])
+    asked = set(first[ROW_ID])
+    found = prompts.select([place for place, name in enumerate(prompts[ROW_ID]) if name in asked])
     if not len(found):
         raise AlignError(
             f"grpo.rewards: no reference can be made for any of the first {len(first):,} held-out prompts, which "

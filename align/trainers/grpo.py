@@ -18,7 +18,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 
-from align.data.prompts import unpacked
+from align.data.prompts import ROW_ID, unpacked
 from align.errors import AlignError, ConfigError
 from align.losses.logprobs import TokenLogps
 from align.models.memory import release_freed
@@ -198,7 +198,7 @@ def with_references(
     made: dict[str, list[float | None]] = {}
     problems: dict[int, str] = {}
     for part, reference in sampled:
-        rewards = [kept[name][part.reward][: reference.samples] for name in prompts["row_id"]]
+        rewards = [kept[name][part.reward][: reference.samples] for name in prompts[ROW_ID]]
         column = made[str(part.reference_column)] = [None] * len(rewards)
         for place, own in enumerate(rewards):
             try:
@@ -333,14 +333,14 @@ def _drawn(
 ) -> dict[str, dict[str, list[float | None]]]:
     """By row id and reward, the rewards of the model's own answers."""
     kept = _read(path)
-    missing = [unpacked(row) for row in prompts if row["row_id"] not in kept]
+    missing = [(row[ROW_ID], unpacked(row)) for row in prompts if row[ROW_ID] not in kept]
     with progress("references from the model's own answers", len(missing)) as advance, path.open("a") as file:
-        for row in missing:
+        for name, row in missing:
             try:
-                kept[row["row_id"]] = drawn_rewards(row["prompt"], scorers, model, tokenizer, draws, row)
+                kept[name] = drawn_rewards(row["prompt"], scorers, model, tokenizer, draws, row)
             except ValueError as error:
                 raise AlignError(f"grpo.rewards: prompt {plain(row['prompt'], 'user')[:60]!r}: {error}") from error
-            file.write(json.dumps({"row_id": row["row_id"], "rewards": kept[row["row_id"]]}) + "\n")
+            file.write(json.dumps({"row_id": name, "rewards": kept[name]}) + "\n")
             file.flush()
             release_freed()
             advance(1)

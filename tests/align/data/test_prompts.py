@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from align.data.prompts import describe_prompts, read_prompts, tokenize_prompts, unpacked
+from align.data.prompts import ROW_ID, describe_prompts, read_prompts, tokenize_prompts, unpacked
 from align.errors import AlignError
 
 CHAT = [{"role": "user", "content": "Say it"}]
@@ -57,9 +57,10 @@ def test_references_are_columns_and_in_the_fingerprint(tmp_path, tiny_tokenizer)
     table = read_prompts(str(path), ["usual"])
     dataset = tokenize_prompts(table.rows, tiny_tokenizer, 64, answer=8).dataset()
     first, second = (row.row_id for row in table.rows)
+    assert dataset[ROW_ID][:] == [first, second]
     assert [unpacked(row) for row in dataset] == [
-        {"prompt": "the cat", "row_id": first, "usual": 0.5},
-        {"prompt": "an ant", "row_id": second, "usual": -2.0},
+        {"prompt": "the cat", "usual": 0.5},
+        {"prompt": "an ant", "usual": -2.0},
     ]
     before = table.fingerprint()
     path.write_text("prompt,usual\nthe cat,0.6\nan ant,-2\n")
