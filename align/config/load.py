@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -24,6 +24,10 @@ from .read import parse_mapping, parse_yaml
 from .reward import check_reward_model
 from .schema import EVALS, Recipe, data_kind, eval_applies, reward_kind
 from .training import check_training, training_fields
+
+if TYPE_CHECKING:
+    from align.rewards.expression import Part
+    from align.rewards.named import Reward
 
 # What does not change the result of a run.
 NOT_IN_HASH = {"output", "tracking", "resume"}
@@ -253,10 +257,10 @@ def _grpo(data: dict[str, Any]) -> list[Problem]:
         return [("grpo", "belongs to method: grpo; remove it")] if spec is not None else []
     if not isinstance(spec, dict) or spec.get("rewards") is None:
         return [("grpo.rewards", "is missing: a reward, or an expression of several")]
-    return _rewards(spec["rewards"]) + _groups(data, spec)
+    return _rewards(data, spec["rewards"]) + _groups(data, spec)
 
 
-def _rewards(given: Any) -> list[Problem]:
+def _rewards(data: dict[str, Any], given: Any) -> list[Problem]:
     from align.rewards.expression import ExpressionError, PredictedReference, parse_expression
     from align.rewards.named import is_gpm, is_rule, load_reward, reward_folder, split_choice
 
@@ -274,13 +278,32 @@ def _rewards(given: Any) -> list[Problem]:
             continue
         try:
             if reward_folder(part.reward) is None:
-                load_reward(part.reward)
+                problems += [(where, what) for what in _asked_of_trl(data, part, load_reward(part.reward))]
             part.check_reference(is_gpm(part.reward))
         except ExpressionError as error:
             problems.append((f"grpo.rewards.{error.where}", error.problem))
         except ValueError as error:
             problems.append((where, str(error)))
     return problems
+
+
+def _asked_of_trl(data: dict[str, Any], part: Part, rule: Reward) -> list[str]:
+    """What a rule cannot do without and is not given, of what TRL gives of the answers that it samples."""
+    from align.rewards.expression import CannedReference, SampledReference
+    from align.rewards.named import OF_TRL
+    from align.rewards.scorers import RuleReward
+
+    asked = [name for name, needed in RuleReward(rule).columns.items() if needed and name in OF_TRL]
+    source, evals, elsewhere = data.get("data"), data.get("evals", EVALS), ""
+    goals = isinstance(evals, list | tuple) and "goals" in evals and isinstance(source, dict) and source.get("eval")
+    if isinstance(part.reference, SampledReference | CannedReference):
+        elsewhere = "its reference is made"
+    elif goals:
+        elsewhere = "evals: [goals] judges answers"
+    why = {name: f"TRL gives it in training alone, and not where {elsewhere}" for name in asked if elsewhere}
+    if "environments" in asked:
+        why["environments"] = "TRL gives it with an environment_factory, which a recipe cannot name"
+    return [f"the rule asks for {name}: {what}; give the argument a default" for name, what in why.items()]
 
 
 def _groups(data: dict[str, Any], spec: dict[str, Any]) -> list[Problem]:

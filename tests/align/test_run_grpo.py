@@ -31,6 +31,19 @@ def by_solution(completions, **columns):
     assert all(type(one) in (int, str) for one in columns["solution"])
     return [float(len(text)) for text in completions]
 
+def rows(prompts, completions, row_id):
+    assert set(row_id) == {"mine"}
+    return [float(len(text)) for text in completions]
+
+def tokens(prompts, completions, completion_ids):
+    return [float(len(ids)) for ids in completion_ids]
+
+def worlds(prompts, completions, environments):
+    return [0.0 for world in environments]
+
+def steps(prompts, completions, trainer_state=None):
+    return [0.0 for text in completions]
+
 def fails(prompts, completions):
     return [1 / (len(prompt) - 5) for prompt in prompts]
 """
@@ -183,6 +196,39 @@ def test_columns_of_several_types_reach_the_rule_as_they_are(grpo_recipe, tmp_pa
     data = {"train": str(tmp_path / "prompts.jsonl"), "eval": None}
     training = {"max_steps": 1, "per_device_train_batch_size": 8}
     assert len(metrics(run(grpo_recipe("users_rules:by_solution", data=data, evals=[], training=training)))) == 1
+
+
+def test_a_column_row_id_is_the_users(grpo_recipe, tmp_path):
+    """Where references are made, rows are trained on, and goals are judged."""
+    for name in ("train", "held_out"):
+        rows = [{"prompt": f"{name} {n}", "row_id": "mine"} for n in range(4)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": str(tmp_path / "train.jsonl"), "eval": str(tmp_path / "held_out.jsonl")}
+    training = {"max_steps": 1, "per_device_train_batch_size": 8}
+    rewards = {"lsc": {"reward": "users_rules:rows", "reference": {"quantile": 0.5, "samples": 2}}}
+    folder = run(grpo_recipe(rewards, data=data, training=training, generation={"prompts": 2}))
+    kept = [json.loads(line)["row_id"] for line in (folder / "references.jsonl").read_text().splitlines()]
+    assert len(set(kept)) == 6
+    assert "mine" not in kept
+
+
+@pytest.mark.parametrize(
+    ("rewards", "evals", "what"),
+    [
+        ("users_rules:worlds", [], "asks for environments: TRL gives it with an environment_factory"),
+        ("users_rules:tokens", ["goals"], r"not where evals: \[goals\] judges answers; give the argument a default"),
+        ({"lsc": {"reward": "users_rules:tokens", "reference": {"canned": "No"}}}, [], "where its reference is made"),
+        ("users_rules:tokens", [], ""),
+        ("users_rules:steps", ["goals"], ""),
+    ],
+)
+def test_what_trl_does_not_give_a_rule_is_told_with_the_recipe(grpo_recipe, rewards, evals, what):
+    source = str(grpo_recipe(rewards, evals=evals))
+    if not what:
+        load_recipe(source)
+        return
+    with pytest.raises(ConfigError, match=rf"reward +the rule {what}" if what[0] == "a" else what):
+        load_recipe(source)
 
 
 def test_goals_judge_each_answer_by_itself(grpo_recipe):
