@@ -75,30 +75,25 @@ def place_of(model: str, baseline: str, device: Literal["cpu", "cuda"]) -> Place
     return Place("adapter", "an adapter in the policy's engine: one model in the GPU's memory", str(adapter), options)
 
 
-def rollouts_of(place: Place, policy: VLLMEngine, tokenizer: Any) -> Rollouts:
-    """The baseline, started where it needs to be.
+def rollouts_of(place: Place | None, policy: VLLMEngine, tokenizer: Any) -> Rollouts | None:
+    """The baseline, started where it needs to be; None without a place.
 
     Raises:
         AlignError: it cannot be loaded or reached, or it has other tokens than the policy.
     """
+    if place is None:
+        return None
     if place.way == "same":
         return policy
     if place.way == "adapter":
         return policy.adapted(place.path)
     if place.way == "server":
         return server(place.path, tokenizer)
-    from align.decoding.engines.vllm import VLLMEngine
+    from .inside import start
 
     config = policy.llm.llm_engine.model_config
     dtype = str(config.dtype).removeprefix("torch.")
-    what = served(place.path, dtype)
-    made = VLLMEngine(
-        what.path,
-        dtype=dtype,
-        max_model_len=policy.context,
-        trust_remote_code=what.trusted,
-        **place.options,
-    )
+    made = start(served(place.path, dtype), dtype=dtype, **place.options)
     if made.vocabulary.tokens != policy.vocabulary.tokens:
         raise AlignError(other_tokens(place.path, config.model))
     return made

@@ -128,7 +128,9 @@ class Answerer:
         made = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer)
         return str(self.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
 
-    def draw(self, prompts: Sequence[Sequence[int]], seed: int, on_batch: Callable[[dict[int, Sample]], None]) -> None:
+    def draw(
+        self, prompts: Sequence[Sequence[int]], seed: int, on_batch: Callable[[Mapping[int, Sample]], None]
+    ) -> None:
         """Answer prompts that all differ, by prompt and seed, so that resuming changes nothing.
 
         Raises:
@@ -157,8 +159,8 @@ class Answerer:
         return vocabulary, partial(generate, TransformersEngine(self.model))
 
 
-def answerer_of(settings: Settings) -> Answerer:
-    """The model, in the engine that is asked for.
+def answerer_of(settings: Settings, control: Control | Transfer | None = None) -> Answerer:
+    """The model, in the engine that is asked for; with a baseline under ``control``, where that can run beside it.
 
     Raises:
         AlignError: it cannot be loaded, or the engine is not installed.
@@ -167,7 +169,7 @@ def answerer_of(settings: Settings) -> Answerer:
         return Answerer(settings)
     from .inside import Inside
 
-    return Inside(settings)
+    return Inside(settings, control.baseline if isinstance(control, Transfer) else None)
 
 
 def answer_prompt(settings: Settings, prompt: str) -> None:
@@ -182,7 +184,7 @@ def answer_controlled(settings: Settings, control: Control | Transfer, prompt: s
     Raises:
         AlignError: the prompt, the model or a setting cannot be used.
     """
-    answerer = answerer_of(settings)
+    answerer = answerer_of(settings, control)
     made: dict[int, dict[str, Any]] = {}
     _steered(answerer, control).answer({0: answerer.encode(prompt)}, {0: {"prompt": prompt}}, made.update)
     return made[0]
@@ -257,7 +259,7 @@ def answer_file(
     done, failed = read_done(output, wanted)
     pending = {row: prompt for row, prompt in prompts.items() if row not in done}
     if pending:
-        answerer = answerer_of(settings)
+        answerer = answerer_of(settings, control)
         encoded = dict(_encoded(answerer, source, pending, faults))
         controller = _steered(answerer, control) if control is not None else None
         with output.open("a", encoding="utf-8") as file:

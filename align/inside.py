@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from align.decoding.vllm.machine import vllm_version
 from align.errors import AlignError
 from align.evals.sampling import Sample
 
+from .baselines import place_of
 from .generate import Answerer, Settings
 from .serve.models import Served, served
 
@@ -33,18 +35,24 @@ class Inside(Answerer):
 
     Args:
         settings: the model and how to draw from it.
+        baseline: that is to run beside it, see ``baselines``; a line on stderr says where it will.
 
     Raises:
         AlignError: vLLM is not installed, or the model cannot be loaded.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, baseline: str | None = None) -> None:
         try:
             vllm_version()
         except ValueError as error:
             raise AlignError(f"--engine vllm: {error}") from error
         self.settings = settings
-        self.engine = start(served(settings.model, str(machine().engine["dtype"])))
+        found = machine()
+        self.place = None if baseline is None else place_of(settings.model, baseline, found.device)
+        if self.place is not None:
+            print(f"align generate: baseline: {self.place.why}", file=sys.stderr)
+        options = {} if self.place is None else self.place.options
+        self.engine = start(served(settings.model, str(found.engine["dtype"])), **options)
         self.tokenizer = self.engine.llm.get_tokenizer()
         self.eos_ids = set(self.engine.vocabulary.ends)
         self.context = self.engine.context
@@ -57,7 +65,9 @@ class Inside(Answerer):
         print(text)
         return text
 
-    def draw(self, prompts: Sequence[Sequence[int]], seed: int, on_batch: Callable[[dict[int, Sample]], None]) -> None:
+    def draw(
+        self, prompts: Sequence[Sequence[int]], seed: int, on_batch: Callable[[Mapping[int, Sample]], None]
+    ) -> None:
         """See ``Answerer``."""
         for start in range(0, len(prompts), BATCH):
             made = self._rollouts(prompts[start : start + BATCH], seed)

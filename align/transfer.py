@@ -9,14 +9,14 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from align.decoding.constraints import Vocabulary
-from align.decoding.engines import Rollouts, TransformersEngine
+from align.decoding.engines import Engine, Rollouts, TransformersEngine
 from align.decoding.law import Law
 from align.decoding.transfer_q import Guided, Query, TransferQ, transfer_q
 from align.errors import AlignError
 from align.models.load import load_run
 from align.rewards.encoding import as_answer
 
-from .baselines import is_url, other_tokens, server
+from .baselines import is_url, other_tokens, rollouts_of, server
 from .controlled import load_reward
 
 if TYPE_CHECKING:
@@ -50,6 +50,11 @@ class Transfer:
     q_value: Literal["mean", "soft"] = "mean"
     q_range: str | None = None
     q_block: int | None = None
+
+    @property
+    def baseline(self) -> str | None:
+        """Name of the baseline; None where nothing is rolled out."""
+        return None if self.q_length.strip("0") == "" else self.transfer_q
 
     def settings(self, temperature: float) -> TransferQ:
         """For the decoder. At temperature 0 the best candidate is taken, else one is drawn by its score.
@@ -114,13 +119,20 @@ class Guide:
         self.answerer, self.transfer = answerer, transfer
         self.settings = transfer.settings(answerer.settings.temperature)
         self.scorer = load_reward(transfer.reward)
+        self.policy: Engine
+        from .inside import Inside  # which is made of these
+
+        if isinstance(answerer, Inside):
+            self.policy, self.vocabulary = answerer.engine, answerer.engine.vocabulary
+            self.baseline = rollouts_of(answerer.place, answerer.engine, answerer.tokenizer)
+            return
         columns = _columns_of(answerer.model)
         try:
-            self.engine = TransformersEngine(answerer.model)
+            own = self.policy = TransformersEngine(answerer.model)
             self.vocabulary = Vocabulary.of(answerer.tokenizer, size=columns, ends=answerer.eos_ids)
         except ValueError as error:
             raise AlignError(f"{answerer.settings.model}: {error}") from error
-        self.baseline = self._load_baseline(columns)
+        self.baseline = self._load_baseline(own, columns)
 
     def answer(
         self, encoded: Mapping[int, Sequence[int]], rows: Mapping[int, Mapping[str, Any]], write: Write
@@ -138,7 +150,7 @@ class Guide:
         numbers, settings = list(encoded), self.answerer.settings
         try:
             transfer_q(
-                self.engine,
+                self.policy,
                 self.baseline,
                 lambda places, answers: self._rewards([rows[numbers[place]] for place in places], answers),
                 [
@@ -152,12 +164,12 @@ class Guide:
         except ConnectionError as error:
             raise AlignError(f"--transfer-q: {error}") from error
 
-    def _load_baseline(self, columns: int) -> Rollouts | None:
-        if self.settings.length == 0:
+    def _load_baseline(self, own: TransformersEngine, columns: int) -> Rollouts | None:
+        name = self.transfer.baseline
+        if name is None:
             return None
-        name = self.transfer.transfer_q
         if name == self.answerer.settings.model:
-            return self.engine
+            return own
         if is_url(name):
             return server(name, self.answerer.tokenizer)
         loaded = load_run(name)

@@ -176,7 +176,7 @@ def generate(
         _check_transfer(guided, given, temperature, chat)
     else:
         _check_control(given, temperature, source, chat)
-    _check_engine(engine, chat, "transfer_q" in guided)
+    _check_engine(engine, chat)
     from align.controlled import Control, check
     from align.generate import Settings, answer_controlled, answer_file, answer_prompt
     from align.generate import chat as talk
@@ -245,12 +245,12 @@ def _check_control(given: dict[str, Any], temperature: float | None, source: str
         raise ConfigError("align generate", problems)
 
 
-def _check_engine(engine: str, chat: bool, guided: bool) -> None:
+def _check_engine(engine: str, chat: bool) -> None:
     problem = ""
     if engine not in ("transformers", "vllm"):
         problem = f"{engine!r} is none of transformers, vllm"
-    elif engine == "vllm" and (chat or guided):
-        problem = f"vllm does not go with {'--chat' if chat else '--transfer-q'}; leave it out"
+    elif engine == "vllm" and chat:
+        problem = "vllm does not go with --chat; leave it out"
     if problem:
         raise ConfigError("align generate", [("--engine", problem)])
 

@@ -46,7 +46,8 @@ class _Task:
 
 
 class VLLMEngine:
-    """A model in vLLM, in this process.
+    """A model in vLLM, in this process. Of several keep all to the end: the first that goes takes along what vLLM has
+    once for them together.
 
     Attributes:
         llm: vLLM's own.
