@@ -16,6 +16,7 @@ FOLDS = 5
 FEW = "(few judgements)"
 LEAST_TRAINED = 10
 SHOTS = (0, 5, 20, 50)
+Further = dict[str, list[tuple[str, str, str, int]]]  # rows of prompt, first answer, second, and label
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -64,8 +65,8 @@ def read_arguments(folder: Path) -> Arguments:
     )
 
 
-def further_tests(data: Path) -> dict[str, list[tuple[str, str, str, int]]]:
-    """``(prompt, first, second, label)`` of sets that no model here is trained on; ties of the annotators left out."""
+def further_tests(data: Path) -> Further:
+    """Sets that no model here is trained on; ties of the annotators left out."""
     found = {}
     if (data / "llmbar").is_dir():
         for name in ("natural", "adversarial"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +25,8 @@ PAIRED: dict[str, tuple[Loss, int]] = {
 BT_JUDGED = "BT, judgements"
 PALS = ("PAL-A, K = 1", "PAL-A, K = 2", "PAL-A, K = 4", "PAL-B, K = 1", "PAL-B, K = 2")
 FROZEN = (*PAIRED, BT_JUDGED, *PALS)
-Others = dict[str, Any]  # of each further test its embeddings, rows of left and right answers in them, and labels
+# Of each further test its embeddings, rows of left and right answers in them, and labels.
+Others = dict[str, tuple[Table, np.ndarray, np.ndarray, np.ndarray]]
 
 
 def tested_rows(data: Arguments, fold: int) -> Results:
@@ -71,8 +71,8 @@ def run_pairs(data: Arguments, table: Table, others: Others, fold: int, name: st
     out.seconds[name] = time.perf_counter() - began
     out.choices[name].append(round(chosen, 4))
     out.pairs[name] = right(head, tst).tolist()
-    for test_name, (answers, first, second, label) in others.items():
-        out.further[name][test_name] = right_or_tie(head.scores(answers, first, second), label).tolist()
+    for test_name, (found, first, second, label) in others.items():
+        out.further[name][test_name] = right_or_tie(head.scores(found.answers, first, second), label).tolist()
     return out
 
 
@@ -96,7 +96,7 @@ def run_linear(data: Arguments, table: Table, fold: int) -> Results:
     return out
 
 
-def run_pal(data: Arguments, table: Table, fold: int, name: str) -> Results:
+def run_pal(data: Arguments, table: Table, others: Others, fold: int, name: str) -> Results:
     """PAL on the judgements of annotators; of unseen ones with the mean of the known weights, and with fitted ones."""
     out = Results()
     sets = judged_sets(data, fold)
@@ -112,6 +112,9 @@ def run_pal(data: Arguments, table: Table, fold: int, name: str) -> Results:
     pairs = np.flatnonzero(fold_sets(data, fold)[2][data.ends[:, 0]] & (margin != 0))
     found = right_or_tie(mean_gap(model, table, *data.ends[pairs].T), np.sign(margin[pairs]))
     out.pairs[f"{name}, mean weights"] = found.tolist()
+    for test_name, (rows, first, second, label) in others.items():
+        delta = mean_gap(model, rows, first, second)
+        out.further[f"{name}, mean weights"][test_name] = right_or_tie(delta, label).tolist()
     strange = sets.unseen
     unknown = table.judgements(data, strange, ["?"] * len(strange))
     out.unseen[f"{name}, mean weights"] = right_or_tie(deltas(model, unknown, "mean"), data.label[strange]).tolist()
@@ -145,7 +148,7 @@ def run_frozen(data: Arguments, table: Table, others: Others, fold: int, name: s
     """One of ``FROZEN``, in one fold."""
     if name in PAIRED:
         return run_pairs(data, table, others, fold, name)
-    return run_linear(data, table, fold) if name == BT_JUDGED else run_pal(data, table, fold, name)
+    return run_linear(data, table, fold) if name == BT_JUDGED else run_pal(data, table, others, fold, name)
 
 
 def longer(data: Arguments, left: np.ndarray, right: np.ndarray, label: np.ndarray) -> list[float]:

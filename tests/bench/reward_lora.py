@@ -10,14 +10,14 @@ Bradley-Terry, GPM), or, on the judgements themselves, PAL from where the frozen
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from peft import LoraConfig
 from peft.helpers import disable_input_dtype_casting
-from reward_data import Arguments, JudgedSets, fold_sets, judged_sets, majority
+from reward_data import Arguments, Further, JudgedSets, fold_sets, judged_sets, majority
 from reward_heads import Loss, bt_loss, gpm_loss, right_or_tie
 from reward_pal import Table, fitted_pal
 from torch import Tensor
@@ -48,8 +48,10 @@ PAIRED: dict[str, tuple[Loss, dict[str, Any]]] = {
 TRAINED = (*PAIRED, "PAL-A, K = 1", "PAL-A, K = 2")
 
 
-def train_lora(data: Arguments, backbone: str, name: str, table: Table, fold: int, *, epochs: int) -> dict[str, Any]:
-    """Correctness on test pairs and test judgements, seconds and steps; one setting, no search.
+def train_lora(
+    data: Arguments, further: Further, backbone: str, name: str, table: Table, fold: int, *, epochs: int
+) -> dict[str, Any]:
+    """Correctness on test pairs, test judgements and the further tests, seconds and steps; one setting, no search.
 
     Args:
         name: one of ``TRAINED``.
@@ -61,7 +63,7 @@ def train_lora(data: Arguments, backbone: str, name: str, table: Table, fold: in
     judged = judged_sets(data, fold)
     torch.manual_seed(0)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
-    options: dict[str, Any] = {"max_length": 512, "dtype": torch.bfloat16}
+    options: dict[str, Any] = {"max_length": 1024, "dtype": torch.bfloat16}
     if name in PAIRED:
         loss, head = PAIRED[name]
         model = RewardModel.create(locate(backbone), lora=lora, **head, **options)
@@ -72,7 +74,7 @@ def train_lora(data: Arguments, backbone: str, name: str, table: Table, fold: in
         model.attach(fitted_pal(name, *parts)[0]).train_backbone(lora=lora)
         step = on_judgements(data, model.pal, judged)
     steps = fit(data, model.train(), step, train | valid, epochs)
-    found = tested(data, model.eval(), test, judged)
+    found = tested(data, further, model.eval(), test, judged)
     return {**found, "seconds": time.perf_counter() - began, "steps": steps}
 
 
@@ -158,29 +160,42 @@ def fit(data: Arguments, model: RewardModel, loss_of: Step, train: np.ndarray, e
 
 
 @torch.no_grad()
-def tested(data: Arguments, model: RewardModel, test: np.ndarray, judged: JudgedSets) -> dict[str, Any]:
-    """1, 1/2 or 0 of each decided pair of the test debates, and of each judgement of annotators seen and unseen.
+def tested(
+    data: Arguments, further: Further, model: RewardModel, test: np.ndarray, judged: JudgedSets
+) -> dict[str, Any]:
+    """1, 1/2 or 0 of each decided pair of the test debates, of each judgement, and of each row of the further tests.
 
-    A PAL model judges pairs, and for unseen annotators, by the mean of the known annotators' weights.
+    A PAL model judges by the mean of the known annotators' weights, but for judgements of those themselves.
     """
-    rows = np.flatnonzero(test)
-    prompts = [[{"role": "user", "content": data.prompts[row]}] for row in rows]
-    states = torch.zeros(len(data.texts), model.hidden_size)
-    states[rows], _ = model.embed(prompts, [data.texts[row] for row in rows], batch_size=16)
 
-    def gap(left: np.ndarray, right: np.ndarray, weights: Tensor | None) -> Tensor:
-        """By how much the right answers are better."""
+    def embedded(prompts: Sequence[str], answers: Sequence[str]) -> Tensor:
+        asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        return model.embed(asked, list(answers), batch_size=16)[0]
+
+    def gap(left: Tensor, right: Tensor, weights: Tensor | None = None) -> Tensor:
+        """By how much the answers of the right states are better."""
         if isinstance(model, PalRewardModel):
             weights = model.pal.prior("mean") if weights is None else weights
-            return model.pal.reward(states[right], weights) - model.pal.reward(states[left], weights)
-        ours, theirs = (model.read(states[side], None).values for side in (right, left))
+            return model.pal.reward(right, weights) - model.pal.reward(left, weights)
+        ours, theirs = (model.read(states, None).values for states in (right, left))
         return gpm_score(ours, theirs) if ours.ndim == 2 else ours - theirs
+
+    rows = np.flatnonzero(test)
+    states = torch.zeros(len(data.texts), model.hidden_size)
+    states[rows] = embedded([data.prompts[row] for row in rows], [data.texts[row] for row in rows])
 
     known = model.pal.weights(judged.names[judged.seen].tolist()) if isinstance(model, PalRewardModel) else None
     _, _, margin = majority(data)
     pairs = np.flatnonzero(test[data.ends[:, 0]] & (margin != 0))
-    found = {"pairs": right_or_tie(gap(*data.ends[pairs].T, None), np.sign(margin[pairs])).tolist()}
+    delta = gap(*states[torch.as_tensor(data.ends[pairs].T)])
+    found: dict[str, Any] = {"pairs": right_or_tie(delta, np.sign(margin[pairs])).tolist(), "further": {}}
     for part, judgements, weights in (("judged", judged.seen, known), ("unseen", judged.unseen, None)):
-        delta = gap(data.left[judgements], data.right[judgements], weights)
+        delta = gap(states[data.left[judgements]], states[data.right[judgements]], weights)
         found[part] = right_or_tie(delta, data.label[judgements]).tolist()
+    for name, tests in further.items():
+        began = time.perf_counter()
+        prompts, first, second, label = zip(*tests, strict=True)
+        delta = gap(embedded(prompts, first), embedded(prompts, second))
+        found["further"][name] = right_or_tie(delta, np.array(label)).tolist()
+        print(f"  {name}: {time.perf_counter() - began:.0f} s", flush=True)
     return found

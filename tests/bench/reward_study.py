@@ -59,9 +59,9 @@ def embed(data: Path, cache: Path, backbone: str, what: str) -> dict[str, Any]:
         found = embedded(arguments.prompts, arguments.texts)
     else:
         for name, rows in further_tests(data).items():
-            answers, _ = embedded([r[0] for r in rows for _ in range(2)], [text for r in rows for text in r[1:3]])
+            states = embedded([r[0] for r in rows for _ in range(2)], [text for r in rows for text in r[1:3]])
             place = np.arange(len(rows)) * 2
-            found[name] = answers, place, place + 1, np.array([row[3] for row in rows])
+            found[name] = Table(*states), place, place + 1, np.array([row[3] for row in rows])
     torch.save(found, cache / f"{what}.pt")
     return {"answers": kept.computed, "seconds": time.perf_counter() - began}
 
@@ -78,7 +78,7 @@ def trained(data: Path, cache: Path, backbone: str, name: str, fold: int, epochs
     """What a model with a trained backbone gets in one fold."""
     arguments = read_arguments(data / "convincing")
     table = Table(*torch.load(cache / f"{ARGUMENTS}.pt"))
-    return train_lora(arguments, backbone, name, table, fold, epochs=epochs)
+    return train_lora(arguments, further_tests(data), backbone, name, table, fold, epochs=epochs)
 
 
 def alone(path: Path, function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:

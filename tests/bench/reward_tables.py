@@ -255,4 +255,26 @@ def lora_tables(found: Results, lora: dict[str, dict[int, dict[str, Any]]], test
         accuracy, against = compared(guess, trained["BT"], groups).split(" | ")
         lines.append(f"| longer answer | {accuracy} | - | - | {against} | - |")
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join([*lines, *lora_further(found, lora)])
+
+
+def lora_further(found: Results, lora: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
+    """Of the further tests, the models of the folds in which LoRA was trained."""
+    tests = {test: len(folds[0]) for test, folds in found.further["BT"].items()}
+    if not tests:
+        return []
+    lines = ["Other data, with the models of these folds; intervals resample rows.", ""]
+    lines += ["| model | " + " | ".join(f"{test}, n = {count:,}" for test, count in tests.items()) + " |"]
+    lines += ["| --- |" + " --- |" * len(tests)]
+    for name, folds in lora.items():
+        before = found.further[name + MEAN if name.startswith("PAL") else name]
+        cells: list[list[str]] = [[], [], []]
+        for test in tests:
+            frozen = np.mean([before[test][fold] for fold in folds], axis=0)
+            trained = np.mean([part["found"]["further"][test] for part in folds.values()], axis=0)
+            cells[0].append(shown(bootstrap_interval(frozen)))
+            cells[1].append(shown(bootstrap_interval(trained)))
+            cells[2].append(signed(bootstrap_interval(trained - frozen)))
+        for what, row in zip(("frozen", "LoRA", "LoRA against frozen"), cells, strict=True):
+            lines.append(f"| {name}, {what} | {' | '.join(row)} |")
+    return [*lines, ""]
