@@ -265,6 +265,18 @@ async def left(http: httpx.AsyncClient) -> dict[str, float]:
     return found
 
 
+async def fill(http: httpx.AsyncClient) -> int:
+    """Touch the whole cache of keys and values, memory that the system gives at its first use; its tokens."""
+    text = (await http.get("/metrics")).text
+    found = {name: int(re.search(rf'[{{,]{name}="(\d+)"', text)[1]) for name in ("num_gpu_blocks", "block_size")}  # type: ignore[index]
+    tokens = found["num_gpu_blocks"] * found["block_size"]
+    rng = random.Random(0)
+    prompts = [[rng.randrange(1000, 40_000) for _ in range(1000)] for _ in range(tokens // 1000 + 1)]
+    for prompt in prompts:
+        await http.post("/v1/completions", json={"prompt": prompt, "max_tokens": 1})
+    return tokens
+
+
 async def speed(
     url: str, process: psutil.Process, rounds: int, counts: dict[int, int], say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
@@ -316,6 +328,7 @@ async def load(
     async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as http:
         client = Client(http)
         kinds = goods(client)
+        say(f"{await fill(http):,} tokens of the cache touched")
         for number in range(2 * len(kinds)):
             await kinds[number % len(kinds)](number)
         began = time.monotonic()

@@ -55,6 +55,8 @@ def turns(bench: Bench, options: argparse.Namespace, names: Sequence[str], say: 
         first = turn % len(names)
         for at, count in counts(options).items():
             for name in [*names[first:], *names[:first]]:
+                if name == TRANSFER and turn and at > 1:
+                    continue  # minutes each, and the same every time
                 if name == TRANSFER:
                     made, _ = ours(bench, SETTINGS[BEST], at, longest // 2, 100 * turn)
                 elif WAYS[name].particles * at > 2 * ROWS and WAYS[name].prompt is not person:
@@ -141,13 +143,15 @@ def peer(options: argparse.Namespace, say: Say) -> None:
                 object.__setattr__(request, "prompt", prompt)
                 bench.engine.llm.reset_prefix_cache()
                 mine = asdict(bench.ours([request], particles, 1))
-                free = asdict(bench.run(WAYS[GREEDY], particles, particles, 0, 24))
+                lengths = [max(1, length) for length in mine["lengths"]]
+                bench.engine.llm.reset_prefix_cache()
+                free = asdict(bench.plain(WAYS[GREEDY], particles, particles, lengths))
                 theirs = {
                     "genlm-control": ask(particles=particles, seed=turn + 1, default=False),
                     "genlm-control, default batching": ask(particles=particles, seed=turn + 1, default=True),
                 }
                 if turn >= 0:
-                    for way, made in {"ours": mine, "unconstrained, greedy": free, **theirs}.items():
+                    for way, made in {"ours": mine, "unconstrained, of the same lengths": free, **theirs}.items():
                         say({"way": way, "particles": particles, "round": turn, **made, "load": os.getloadavg()[0]})
 
 

@@ -115,7 +115,7 @@ def peer(rows: Sequence[Row]) -> list[str]:
     lines = []
     for (particles, way), made in sorted(found.items(), key=lambda pair: pair[0][0]):
         other = found.get((particles, "genlm-control"), {})
-        free = found.get((particles, "unconstrained, greedy"), {})
+        free = found.get((particles, "unconstrained, of the same lengths"), {})
 
         def against(there: dict[int, Row], clock: str, made: dict[int, Row] = made) -> str:
             return spread(rate(row, clock) / rate(there[turn], clock) for turn, row in made.items() if turn in there)

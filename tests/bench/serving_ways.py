@@ -93,6 +93,7 @@ class Made:
     valid: int = 0
     resamplings: int = 0
     log_normaliser: float | None = None
+    lengths: list[int] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
 
 
@@ -171,8 +172,8 @@ class Bench:
             _add(made, answer)
         return made
 
-    def plain(self, way: Way, at: int, count: int, longest: int) -> Made:
-        """Requests without us in them, in a loop that is as short."""
+    def plain(self, way: Way, at: int, count: int, longest: int | Sequence[int]) -> Made:
+        """Requests without us in them, in a loop that is as short; ``longest`` may be of each."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
@@ -186,7 +187,7 @@ class Bench:
             while running < at and (one := next(waiting, None)) is not None:
                 params = SamplingParams(
                     **given,
-                    max_tokens=longest,
+                    max_tokens=longest if isinstance(longest, int) else longest[one[0]],
                     ignore_eos=structured is None,
                     detokenize=False,
                     structured_outputs=StructuredOutputsParams(**structured) if structured else None,
@@ -218,3 +219,4 @@ def _add(made: Made, answer: Answer) -> None:
     if answer.result is not None:
         made.resamplings += answer.result.resamplings
         made.log_normaliser = answer.result.log_normaliser
+        made.lengths += [len(sample.tokens) for sample in answer.result.samples]
