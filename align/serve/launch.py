@@ -153,9 +153,7 @@ def arguments(asked: Serve, machine: Machine, what: Served) -> list[str]:
 def _flags(given: Mapping[str, Any]) -> Sequence[str]:
     flags: list[str] = []
     for name, value in given.items():
-        if value is False:
-            continue
-        flags.append(f"--{name.replace('_', '-')}")
-        if value is not True:
+        flags.append(f"--{'no-' if value is False else ''}{name.replace('_', '-')}")
+        if not isinstance(value, bool):
             flags.append(str(value))
     return flags

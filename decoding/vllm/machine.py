@@ -75,7 +75,12 @@ def settings(dtype: str = "auto") -> Machine:
     free = free_memory()
     cache = min(4 * GIB, max(GIB // 8, free // 4)) // (1 << 20) << 20
     threads = max(1, cores() - 1)
-    engine |= {"enforce_eager": True, "block_size": 32, "kv_cache_memory_bytes": cache}
+    engine |= {
+        "enforce_eager": True,
+        "block_size": 32,
+        "kv_cache_memory_bytes": cache,
+        "enable_chunked_prefill": False,
+    }
     environment |= {
         "OMP_NUM_THREADS": str(threads),
         "TORCHDYNAMO_DISABLE": "1",
@@ -85,6 +90,10 @@ def settings(dtype: str = "auto") -> Machine:
     reasons += [
         ("enforce_eager", "on: compiling takes minutes on a CPU and saves a fifth of a step"),
         ("block_size", "32: copies of a particle share whole blocks of the cache, and vLLM's 128 here are long ones"),
+        (
+            "enable_chunked_prefill",
+            "off: vLLM 0.32 stops for good on a CPU where it computes a seeded request's prompt in chunks",
+        ),
         ("cache", f"{cache / GIB:.1f} GiB for keys and values: a quarter of the {free / GIB:.1f} GiB that are free"),
         (
             "threads",

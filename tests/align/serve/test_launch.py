@@ -162,6 +162,8 @@ def test_vllm_takes_the_arguments(tiny_model_dir: Path) -> None:
     assert args.served_model_name == ["tiny"]
     assert args.allowed_origins == []
     assert args.max_model_len == -1
+    assert args.enable_chunked_prefill is False
+    assert args.trust_remote_code is False
     assert args.additional_config["align"]["server"]["max_particles"] == 64
 
 

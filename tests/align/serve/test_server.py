@@ -459,6 +459,15 @@ def test_a_busy_server_sends_away_and_an_endless_request_is_stopped(server: Serv
     assert server.post("/v1/align/smc", smc(constraint={"regex": "[0-9]"})).json()["valid"]
 
 
+def test_a_long_prompt_with_a_seed_does_not_stop_the_engine(server: Server) -> None:
+    """On a CPU vLLM's own sampler fails where it draws by a seed in the middle of a prompt, and its engine ends."""
+    body = {"model": "tiny", "prompt": "the cat " * 550, "max_tokens": 2, "seed": 3, "temperature": 1.0}
+    with ThreadPoolExecutor(3) as pool:
+        replies = list(pool.map(lambda _: server.post("/v1/completions", body), range(3)))
+    assert [reply.status_code for reply in replies] == [200] * 3
+    assert replies[0].json()["usage"]["prompt_tokens"] > 2048
+
+
 def test_the_metrics_count_all_of_it_beside_vllms(server: Server) -> None:
     for outcome in ("ok", "bad", "busy", "timeout", "hung_up"):
         assert server.metric(f'align_requests_total{{method="awrs-smc",outcome="{outcome}"}}') >= 1

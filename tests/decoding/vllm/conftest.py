@@ -75,6 +75,7 @@ def engine(folder: Path) -> Iterator[VLLMEngine]:
         dtype="float32",
         max_model_len=256,
         max_num_seqs=64,
+        enable_chunked_prefill=True,
         max_num_batched_tokens=64,
         block_size=32,
         num_gpu_blocks_override=24,
