@@ -97,7 +97,7 @@ def memory(options: argparse.Namespace, say: Say) -> None:
 def memory_of(name: str, say: Say) -> None:
     """In this process: resident with the engine started and nothing asked, and the most from there on."""
     bench, mine = Bench(), psutil.Process()
-    before = resident(mine)
+    (before,) = resident(mine)
     for at in COUNTS:
         Path("/proc/self/clear_refs").write_text("5")
         if name == TRANSFER:

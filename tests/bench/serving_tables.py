@@ -247,8 +247,10 @@ def load(rows: Sequence[Row]) -> list[str]:
         ],
         ["left at the end", ", ".join(f"{name} {value:g}" for name, value in row["left"].items())],
         [
-            "memory, MiB by second",
-            ", ".join(f"{second:.0f}: {size:.0f}" for second, size in memory[:: max(1, len(memory) // 8)]),
+            "memory by second, MiB of each process",
+            "; ".join(
+                f"{second:.0f}: {', '.join(map(str, sizes))}" for second, sizes in memory[:: max(1, len(memory) // 8)]
+            ),
         ],
     ]
     return ["## Load", "", *table(["", ""], lines)]
