@@ -35,7 +35,7 @@ test: $(VENV)/.installed-vllm browser  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m 'not serving' tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m serving tests
 
-lint: $(VENV)/.installed-dev  ## ruff, mypy --strict and the import contracts
+lint: $(VENV)/.installed-vllm  ## ruff, mypy --strict and the import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@$(MAKE) --no-print-directory types imports
@@ -57,7 +57,7 @@ types: installed-tree
 imports: installed-tree
 	cd build/lint && ../../$(BIN)/lint-imports --config ../../.importlinter --cache-dir ../../.import_linter_cache
 
-installed-tree: $(VENV)/.installed-dev
+installed-tree: $(VENV)/.installed-vllm
 	@rm -rf build
 	@$(PIP) --quiet --no-deps --no-index --no-build-isolation --target build/lint .
 
