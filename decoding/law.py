@@ -73,12 +73,14 @@ class Law:
     def rows(self, logits: Tensor) -> list[Live]:
         """The law q of every row, (N, V), ready to be drawn from: exponentials in float32, sums in float64.
 
-        The same as ``log_probs`` to some 1e-6 of each probability, at a sixth of its price where q is all of p.
+        The same as ``log_probs`` to some 1e-6 of each probability, at a sixth of its price where q is all of p; but a
+        token of probability under 1e-38 has none here. Under a temperature of 1/2, which makes many so small, and with
+        top-k or top-p it is what ``log_probs`` says.
 
         Raises:
             ValueError: a row holds NaN or +inf, or -inf alone.
         """
-        if self.top_k is not None or (self.top_p or 1) < 1:
+        if self.top_k is not None or (self.top_p or 1) < 1 or self.temperature < 0.5:
             return [Live(row) for row in self.log_probs(logits)]
         scaled = logits.detach().float()
         p = (scaled if self.temperature == 1 else scaled / self.temperature).softmax(-1)

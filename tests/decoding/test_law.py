@@ -132,3 +132,12 @@ def test_rows_that_are_no_law(law: Law, bad: float | None) -> None:
     logits[1, 0 if bad is not None else slice(None)] = -math.inf if bad is None else bad
     with pytest.raises(ValueError, match="there is no law to draw from"):
         law.rows(logits)
+
+
+def test_rows_keep_what_a_low_temperature_makes_small() -> None:
+    """At T = .12 the unlikely tokens have e^(-13 / .12) = e^(-108.3) each, which float32 does not know."""
+    logits = torch.zeros(1, 1000)
+    logits[0, 0] = 13.0
+    (live,) = Law(temperature=0.12).rows(logits)
+    assert live.remove(0) == pytest.approx(1.0, abs=1e-12)
+    assert math.log(live.mass) == pytest.approx(math.log(999) - 13 / 0.12, abs=1e-9)
