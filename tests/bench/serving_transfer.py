@@ -28,7 +28,7 @@ SETTINGS: dict[str, TransferQ] = {
     "10 blocks of 8 tokens (another law)": replace(PAPER, block=8),
     "10 blocks of 8 tokens, range": replace(PAPER, block=8, reward_range=RANGE),
 }
-BEST = "the same, range, 2 candidates at once"
+BEST = "the same, known range of the reward"
 
 
 def question(number: int) -> str:
