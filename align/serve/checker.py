@@ -2,7 +2,8 @@
 
 A regular expression, a schema or a grammar may be written so that compiling it takes minutes or gigabytes. That must
 neither hold up the server nor reach the engine, so every new one goes through a process of its own first, which has a
-time limit and a memory limit; what it says of one is kept.
+time limit and a memory limit; what it says of one is kept. That it did not say anything is not kept: the machine may
+have been busy.
 """
 
 from __future__ import annotations
@@ -86,7 +87,11 @@ class Checker:
             await process.wait()
 
     async def _asked(self, text: str) -> str:
-        """What the process says: what is wrong, or nothing."""
+        """What the process says: what is wrong, or nothing.
+
+        Raises:
+            ConstraintError: it says nothing within its limits, and was ended.
+        """
         process = await self._started()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -106,7 +111,7 @@ class Checker:
         ended = process.returncode is not None or process.stdout.at_eof()
         await self.close()
         what = "takes more memory than" if ended else f"takes over {self.seconds:g} s to compile, more than"
-        return f"constraint: it {what} a request may; write a simpler one"
+        raise ConstraintError(f"constraint: it {what} a request may; write a simpler one")
 
     async def _started(self) -> asyncio.subprocess.Process:
         if self._process is not None and self._process.returncode is None:
