@@ -7,6 +7,7 @@ import math
 import random
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -228,7 +229,7 @@ class Client:
         return [self.rows.pop(args[0])]
 
 
-@pytest.mark.parametrize("case", REQUESTS, ids=str)
+@pytest.mark.parametrize("case", REQUESTS, ids=lambda case: f"{case[0]} {sorted(case[1])}")
 def test_online_is_as_the_engine_that_goes_in_step(case: Any, model: Any, laws: Laws, vocabulary: Vocabulary) -> None:
     spec, changes = case
     constraint = None if spec is None else build(spec, vocabulary)
@@ -288,7 +289,12 @@ def test_an_engine_that_dies_is_the_reason(laws: Laws, vocabulary: Vocabulary) -
     assert answer.reason == "RuntimeError: the engine is dead"
 
 
-def test_a_potential_does_not_hold_up_the_loop_and_who_watches_is_in_it(laws: Laws, vocabulary: Vocabulary) -> None:
+@pytest.mark.parametrize(
+    "executor", [None, ThreadPoolExecutor(1, thread_name_prefix="potentials")], ids=["asyncio", "own"]
+)
+def test_a_potential_does_not_hold_up_the_loop_and_who_watches_is_in_it(
+    executor: Executor | None, laws: Laws, vocabulary: Vocabulary
+) -> None:
     """The potential waits until the loop has gone on: it would wait for ever if it were called in the loop."""
     told: list[Any] = []
     threads: list[threading.Thread] = []
@@ -298,7 +304,7 @@ def test_a_potential_does_not_hold_up_the_loop_and_who_watches_is_in_it(laws: La
 
         def potential(texts: Sequence[tuple[int, ...]]) -> list[float]:
             assert going.wait(10)
-            assert threading.current_thread() is not threading.main_thread()
+            assert threading.current_thread().name.startswith("potentials" if executor else "asyncio")
             going.clear()
             return ones(texts)
 
@@ -315,7 +321,7 @@ def test_a_potential_does_not_hold_up_the_loop_and_who_watches_is_in_it(laws: La
         request = request_of(vocabulary, potential=potential, potential_every=3, threshold=0.95)
         client: Any = Client(vocabulary, laws)
         try:
-            return await online.run(client, request, vocabulary, "r", happened=happened)
+            return await online.run(client, request, vocabulary, "r", happened=happened, executor=executor)
         finally:
             ticking.cancel()
 
