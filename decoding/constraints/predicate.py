@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from typing import Any
 from unicodedata import category
@@ -11,7 +11,7 @@ from unicodedata import category
 import numpy as np
 
 from .protocol import ConstraintError, Vocabulary
-from .worker import Worker
+from .worker import Worker, ask
 
 LEAST = {2: 0x80, 3: 0x800, 4: 0x10000}
 """The first character of so many bytes; a smaller one is not written with as many."""
@@ -36,20 +36,28 @@ class PythonPredicate:
         function: the function, or its name as ``module:function``.
         timeout: seconds that one call may take. The function then runs in a process of its own, which is killed and
             started again; it must be given by name. Without it, the function runs here and cannot be interrupted.
+        shared: that process is the one of all constraints here that share and name the function.
 
     Raises:
         ConstraintError: no such function, it refuses the empty text's continuations (nothing satisfies it), and later
             whatever it raises, a verdict that is no bool, or a call over time: always with the text.
     """
 
-    def __init__(self, function: Predicate | str, vocabulary: Vocabulary, *, timeout: float | None = None) -> None:
+    def __init__(
+        self,
+        function: Predicate | str,
+        vocabulary: Vocabulary,
+        *,
+        timeout: float | None = None,
+        shared: bool = False,
+    ) -> None:
         self.vocabulary = vocabulary
         self.name = f"python:{function if isinstance(function, str) else getattr(function, '__qualname__', function)}"
         if timeout is None:
             called = load(function) if isinstance(function, str) else function
             self._ask: Ask = lambda text, ends, complete: (called(text + end, complete) for end in ends)
         elif isinstance(function, str):
-            self._ask = Worker(function, timeout)
+            self._ask = partial(ask, function, timeout) if shared else Worker(function, timeout)
         else:
             raise ConstraintError(f"{self.name}: a timeout needs the function by name, as module:function")
         self._rests = lru_cache(maxsize=4096)(self._takes_rest)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,10 @@ Spec = Mapping[str, Any]
 KINDS = ("regex", "json", "grammar", "words", "sql", "python", "all_of", "any_of")
 DEPTH = 16
 """How deep ``all_of`` and ``any_of`` may be nested."""
+PARTS = 4
+"""How many Python functions a constraint may call where the functions that may be called are named."""
+SECONDS = 1.0
+"""How long one call may take there: the default, and the most that ``timeout`` may ask for."""
 
 
 class Built:
@@ -60,12 +65,16 @@ Python = Callable[[str, float | None], Constraint]
 
 
 def check(spec: Any, *, predicates: Collection[str] | None = None) -> None:
-    """Whether ``build`` would make a constraint of it; Python functions are not loaded.
+    """Whether ``build`` would make a constraint of it, with the same limits; Python functions are not loaded.
 
     Raises:
         ConstraintError: it would not.
     """
-    _built(spec, BYTES, predicates, lambda name, timeout: regex("(?s).*", BYTES), 0)
+
+    def python(name: str, timeout: float | None) -> Constraint:
+        return regex("(?s).*", BYTES)
+
+    _built(spec, BYTES, predicates, python if predicates is None else _limited(python), 0)
 
 
 def build(spec: Any, vocabulary: Vocabulary, *, predicates: Collection[str] | None = None) -> Built:
@@ -75,20 +84,31 @@ def build(spec: Any, vocabulary: Vocabulary, *, predicates: Collection[str] | No
         spec: one of the forms above, a single kind in an object.
         vocabulary: of the model.
         predicates: names of Python functions that may be called; None for any, which is for requests of one's own.
+            Where they are named, requests are others': a constraint calls at most ``PARTS`` functions, each call may
+            take ``timeout`` but at most ``SECONDS``, and constraints share a process for each function.
 
     Raises:
         ConstraintError: no such kind, a predicate that is not among those allowed, or what it says is no constraint.
     """
-    return Built(
-        _built(
-            spec,
-            vocabulary,
-            predicates,
-            lambda name, timeout: PythonPredicate(name, vocabulary, timeout=timeout),
-            0,
-        ),
-        spec,
-    )
+
+    def python(name: str, timeout: float | None) -> Constraint:
+        return PythonPredicate(name, vocabulary, timeout=timeout, shared=predicates is not None)
+
+    return Built(_built(spec, vocabulary, predicates, python if predicates is None else _limited(python), 0), spec)
+
+
+def _limited(python: Python) -> Python:
+    """``python`` for one constraint of others: not for many functions, and none without a limit to its calls."""
+    parts = count(1)
+
+    def limited(name: str, timeout: float | None) -> Constraint:
+        if next(parts) > PARTS:
+            raise ConstraintError(f"constraint: it calls Python functions in more than {PARTS} places; call fewer")
+        if timeout is not None and not timeout > 0:
+            raise ConstraintError(f"constraint: timeout is {timeout}: it must be seconds above zero")
+        return python(name, SECONDS if timeout is None else min(timeout, SECONDS))
+
+    return limited
 
 
 def written(text: str, *, timeout: float | None = None) -> dict[str, Any]:

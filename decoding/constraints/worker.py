@@ -15,7 +15,8 @@ import sys
 import time
 import weakref
 from collections.abc import Iterator, Sequence
-from threading import TIMEOUT_MAX
+from functools import lru_cache
+from threading import TIMEOUT_MAX, Lock
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from .protocol import ConstraintError
 
 START_SECONDS = 60.0  # importing the function's module, which may import much
 COMMAND = "import sys; from align.decoding.constraints import worker; worker.main(sys.argv[1], int(sys.argv[2]))"
+SHARED = 8  # processes that constraints of requests share; that which was asked longest ago is ended for a ninth
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -115,6 +117,25 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     for stream in (process.stdin, process.stdout):
         if stream is not None:
             stream.close()
+
+
+@lru_cache(maxsize=SHARED)
+def shared(name: str) -> tuple[Worker, Lock]:
+    """The one process of a function here, and what its users take turns by. Nobody may keep it: it would live on."""
+    return Worker(name, TIMEOUT_MAX), Lock()
+
+
+def ask(name: str, timeout: float, before: str, ends: Sequence[str], complete: bool) -> Iterator[Any]:
+    """As ``Worker(name, timeout)`` answers, from the function's shared process and in any thread."""
+    worker, turn = shared(name)
+    found: list[Any] = []
+    with turn:
+        worker.timeout = timeout
+        for verdict in worker(before, ends, complete):
+            found.append(verdict)
+            if verdict is not False:  # a reader who stops here must not leave the turn taken
+                break
+    yield from found
 
 
 def main(name: str, parent: int) -> None:

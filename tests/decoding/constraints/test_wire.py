@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.decoding.constraints import AllOf, ConstraintError, Memo, Vocabulary, build, parse, written
-from align.decoding.constraints.wire import BYTES, DEPTH, KINDS, check
+from align.decoding.constraints import AllOf, ConstraintError, Memo, Vocabulary, build, parse, wire, written
+from align.decoding.constraints.wire import BYTES, DEPTH, KINDS, PARTS, check
+from align.decoding.constraints.worker import SHARED, shared
 from align.decoding.request import satisfies
 
 PREDICATE = {"python": "nowhere:function"}
+PYTHON = {"python": "predicates:digits"}
 
 
 @pytest.mark.parametrize(
@@ -29,6 +33,66 @@ def test_a_function_that_may_be_called_is_not_loaded_and_rules_nothing_out(spec:
 def test_a_function_that_may_not_be_called_is_refused() -> None:
     with pytest.raises(ConstraintError, match="may be called: none"):
         check(PREDICATE, predicates=[])
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    shared.cache_clear()
+    yield
+    shared.cache_clear()
+
+
+@pytest.mark.usefixtures("processes")
+def test_where_functions_are_named_a_constraint_calls_few(letters: Vocabulary) -> None:
+    """Counted over all_of and any_of, alike where it is checked and where it is built, and not for one's own."""
+    part = {"python": "predicates:digits", "timeout": 20}
+    many: dict[str, Any] = {"all_of": [part] * (PARTS - 1) + [{"any_of": [part, part]}]}
+    named = ["predicates:digits"]
+    for refuse in (lambda: check(many, predicates=named), lambda: build(many, letters, predicates=named)):
+        with pytest.raises(ConstraintError, match=f"in more than {PARTS} places"):
+            refuse()
+    check(many)
+    check({"all_of": [part] * PARTS}, predicates=named)
+    for timeout in (0, -1, float("nan")):
+        with pytest.raises(ConstraintError, match="must be seconds above zero"):
+            check({**part, "timeout": timeout}, predicates=named)
+
+
+@pytest.mark.usefixtures("processes")
+def test_constraints_of_requests_share_a_process_for_each_function(letters: Vocabulary) -> None:
+    """Whatever their limits: four parts in two constraints, and one process, which takes turns."""
+    named = ["predicates:digits"]
+    parts = [{"python": "predicates:digits", "timeout": 20 + extra} for extra in range(PARTS)]
+    built = [build({"any_of": parts}, letters, predicates=named), build(PYTHON, letters, predicates=named)]
+    assert shared.cache_info().currsize == 1
+    assert all(satisfies(one, [*b"12", min(letters.ends)], letters) for one in built)
+    process = shared("predicates:digits")[0]._process
+    assert process is not None
+    build(PYTHON, letters)
+    assert shared.cache_info().currsize == 1
+    for number in range(SHARED):
+        shared(f"nowhere:{number}")
+    assert process.poll() is not None
+    assert satisfies(built[1], [*b"12", min(letters.ends)], letters)
+    assert shared.cache_info().currsize == SHARED
+
+
+@pytest.mark.usefixtures("processes")
+@pytest.mark.parametrize("limit", [{}, {"timeout": 500}])
+def test_a_call_of_a_request_ends_at_the_servers_limit(
+    limit: dict[str, int], letters: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a timeout of its own, and with a longer one; the function goes on for others."""
+    monkeypatch.setattr(wire, "SECONDS", 0.2)
+    named = ["predicates:slow"]
+    built = build({"python": "predicates:slow", **limit}, letters, predicates=named)
+    began = time.monotonic()
+    with pytest.raises(ConstraintError, match=r"predicates:slow: took over 0.2 s on 'x'"):
+        built.advance(built.start(), ord("x"))
+    assert time.monotonic() - began < 2
+    monkeypatch.setattr(wire, "SECONDS", 20.0)
+    assert build({"python": "predicates:slow"}, letters, predicates=named).advance(("", b""), ord("a"))
 
 
 @pytest.mark.parametrize(
