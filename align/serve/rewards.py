@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
 from align.data.rows import Content
@@ -19,11 +19,11 @@ from .errors import RefusedError
 from .wire import ScoreBody
 
 WAITING = 16
-"""Requests for scores that may wait for those before them."""
+"""Requests for scores of one reward that may wait for those before them."""
 
 
 class Rewards:
-    """Scorers by name.
+    """Scorers by name, each in a thread of its own: one that hangs holds up those who ask for it, and nobody else.
 
     Args:
         scorers: what ``load`` made.
@@ -31,8 +31,8 @@ class Rewards:
 
     def __init__(self, scorers: Mapping[str, Scorer]) -> None:
         self._scorers = scorers
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="align-score")
-        self._admission = Admission(1, WAITING)
+        self._threads = {name: ThreadPoolExecutor(1, thread_name_prefix=f"align-reward-{name}") for name in scorers}
+        self._admissions = {name: Admission(1, WAITING) for name in scorers}
 
     @classmethod
     def load(cls, names: Mapping[str, str]) -> Rewards:
@@ -52,6 +52,10 @@ class Rewards:
                     f"--reward {name}: a preference model compares answers; name one that scores one alone"
                 )
         return cls(scorers)
+
+    def thread(self, name: str) -> Executor:
+        """The one in which this reward is called."""
+        return self._threads[name]
 
     def potential(self, name: str, strength: float, prompt: Content, vocabulary: Vocabulary) -> Potential:
         """``strength`` times the reward, of the texts of particles."""
@@ -82,14 +86,16 @@ class Rewards:
         columns = {name: [row.get(name) for row in extras] for name in sorted({key for row in extras for key in row})}
         prompts: list[Content] = [row.prompt for row in body.rows]
         answers = [as_answer(row.prompt, row.completion) for row in body.rows]
-        ticket = self._admission.reserve(1)
+        ticket = self._admissions[body.reward].reserve(1)
         running: asyncio.Future[list[Any]] | None = None
         try:
             async with asyncio.timeout(seconds):
                 await ticket.turn()
                 loop = asyncio.get_running_loop()
                 scorer = self._scorers[body.reward]
-                running = loop.run_in_executor(self._thread, lambda: list(scorer(prompts, answers, columns)))
+                running = loop.run_in_executor(
+                    self.thread(body.reward), lambda: list(scorer(prompts, answers, columns))
+                )
                 running.add_done_callback(lambda done: _over(ticket, done))
                 return await asyncio.shield(running)
         except TimeoutError:

@@ -190,6 +190,7 @@ class Service:
                     job.name,
                     trace=job.settings.trace,
                     happened=happened,
+                    executor=self.rewards.thread(job.settings.reward) if job.settings.reward is not None else None,
                 )
         except TimeoutError:
             raise RefusedError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any
 
 from align.decoding.constraints import Vocabulary
@@ -27,16 +28,18 @@ async def run(
     *,
     trace: bool = False,
     happened: Happened | None = None,
+    executor: Executor | None = None,
 ) -> Answer:
     """Answer a request. Where this is cancelled, its particles are aborted.
 
     Args:
         client: of an engine that runs our processor.
-        request: its constraint is one of ``constraints.build``. A potential is evaluated in a thread.
+        request: its constraint is one of ``constraints.build``.
         vocabulary: of the model.
         name: different from that of any other request that runs.
         trace: fetch the tokens that were refused, too.
         happened: told of every event and action, in order, as they come, in the loop's thread.
+        executor: where a potential is evaluated; None: in asyncio's own threads.
 
     Raises:
         ConstraintError: the prompt cannot be used, or the constraint cannot be sent to the engine.
@@ -87,7 +90,7 @@ async def run(
             if request.potential is None:
                 do(particles.receive(came))
             else:
-                do(await asyncio.to_thread(particles.receive, came))
+                do(await asyncio.get_running_loop().run_in_executor(executor, particles.receive, came))
             tell()
         records = await finish()
     except asyncio.CancelledError:

@@ -1,0 +1,112 @@
+"""Rewards that hang: they end the requests that ask for them, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+from transformers import PreTrainedTokenizerFast
+
+from align.decoding.constraints import Vocabulary
+from align.decoding.request import Request
+from align.rewards.scorers import RuleReward
+from align.serve import work
+from align.serve.admission import Admission
+from align.serve.checker import Checker
+from align.serve.errors import RefusedError
+from align.serve.metrics import Metrics
+from align.serve.options import Options
+from align.serve.rewards import Rewards
+from align.serve.wire import ScoreBody, Settings
+from align.serve.work import Job, Service
+
+
+@pytest.fixture
+def rewards() -> Iterator[Rewards]:
+    """One that does not come back before the test is over, and one that says on which thread it was called."""
+    over = threading.Event()
+    threads = dict[str, int]()
+
+    def hangs(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        assert over.wait(20)
+        return [0.0 for _ in completions]
+
+    def which(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        number = threads.setdefault(threading.current_thread().name, len(threads))
+        return [float(number) for _ in completions]
+
+    yield Rewards({"hangs": RuleReward(hangs), "which": RuleReward(which)})
+    over.set()
+
+
+def in_a_loop(test: Callable[[], Any]) -> None:
+    """Where asyncio has two threads for everything."""
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+        await test()
+        began = time.monotonic()
+        await asyncio.wait_for(asyncio.to_thread(time.monotonic), 5)  # as constraints are built and answers checked
+        assert time.monotonic() - began < 1
+
+    asyncio.run(main())
+
+
+def test_requests_with_a_reward_that_hangs_end_in_time_and_give_their_places_back(
+    rewards: Rewards, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocabulary = Vocabulary.of(tiny_tokenizer)
+
+    async def run(client: Any, request: Request, *_: Any, executor: Any, **__: Any) -> Any:
+        """As far as the first potential, with which ``tests/decoding/vllm/test_particles.py`` goes on."""
+        return await asyncio.get_running_loop().run_in_executor(executor, request.potential, [(5, 6)])
+
+    async def test() -> None:
+        admission = Admission(8, 0)
+        service = Service(
+            SimpleNamespace(generate=None),
+            vocabulary,
+            Options(timeout=0.1),
+            admission=admission,
+            metrics=Metrics(registry=CollectorRegistry()),
+            checker=Checker(1),
+            rewards=rewards,
+        )
+        potential = rewards.potential("hangs", 1.0, "a", vocabulary)
+        settings = Settings(reward="hangs", particles=2)
+        jobs = [
+            Job(
+                f"r{number}",
+                Request((5,), None, particles=2, potential=potential, max_new_tokens=4),
+                settings,
+                admission.reserve(2),
+                asyncio.get_running_loop().time() + 0.1,
+            )
+            for number in range(4)
+        ]
+        assert admission.running == 8
+        found = await asyncio.gather(*map(service.answer, jobs), return_exceptions=True)
+        assert [getattr(one, "status", one) for one in found] == [504] * 4
+        assert admission.running == 0
+
+    monkeypatch.setattr(work, "run", run)
+    in_a_loop(test)
+
+
+def test_one_that_hangs_does_not_hold_up_another_which_is_always_called_in_one_thread(rewards: Rewards) -> None:
+    async def test() -> None:
+        rows = [{"prompt": "a", "completion": "b"}]
+        with pytest.raises(RefusedError, match="took over") as refused:
+            await rewards.score(ScoreBody.model_validate({"reward": "hangs", "rows": rows}), 0.1)
+        assert refused.value.status == 504
+        which = ScoreBody.model_validate({"reward": "which", "rows": rows})
+        assert [await rewards.score(which, 5) for _ in range(3)] == [[0.0]] * 3
+
+    in_a_loop(test)
