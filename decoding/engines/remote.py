@@ -25,6 +25,15 @@ LONGEST_WAIT = 10.0
 SECONDS = 300.0
 """How long a rollout may take."""
 BUSY = (429, 502, 503)
+NEUTRAL = {
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+"""What has a say in the law, said in every request: else the server takes the served model's own defaults."""
 PROBES = 300
 """Tokens of the text by which the two tokenizers are compared."""
 
@@ -33,6 +42,8 @@ class RemoteRollouts:
     """A model behind a server, as ``Rollouts``: one request a rollout, with token ids both ways.
 
     The server draws by its own means: from the same law and by the seed, but not the tokens that an engine here draws.
+    ``Rollout.cached_tokens`` is what it tells of its cache, and 0 where it tells nothing; ``align serve`` tells, and
+    vLLM's own server with ``--enable-prompt-tokens-details``.
 
     Args:
         url: ``http://host:port``; where several models are served, with ``#name`` of one.
@@ -71,7 +82,7 @@ class RemoteRollouts:
         Raises:
             ConnectionError: as above, after some tries.
         """
-        settings: dict[str, Any] = {"stop_token_ids": sorted(ends), "ignore_eos": True}
+        settings: dict[str, Any] = {**NEUTRAL, "stop_token_ids": sorted(ends), "ignore_eos": True}
         if law.top_k == 1:
             settings["temperature"] = 0.0
         else:

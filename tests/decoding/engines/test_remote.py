@@ -117,6 +117,9 @@ def test_rollouts_are_those_of_the_servers_model(
     assert len(found[-2].tokens) <= 2
     assert not found[-1].tokens
     assert {body["seed"] for body in server.asked[1:]} == set(range(39))
+    neutral = {"min_p": 0, "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
+    kept = {} if law.top_k == 1 else {"temperature": law.temperature, "top_k": 0, "top_p": 1}
+    assert all((neutral | kept).items() <= body.items() for body in server.asked[1:]), "no default of the server's"
     assert all(body["ignore_eos"] and body["stop_token_ids"] == [2] for body in server.asked[1:])
 
 
