@@ -11,6 +11,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
@@ -43,7 +44,7 @@ Check = Callable[[], Awaitable[tuple[str, int]]]
 
 @contextmanager
 def server(port: int | None = None, *options: str) -> Iterator[tuple[str, psutil.Process]]:
-    """``align serve``, until it is healthy; its log is beside the results."""
+    """``align serve``, from when it is healthy; its log is in the folder for temporary files."""
     if port is None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -51,7 +52,7 @@ def server(port: int | None = None, *options: str) -> Iterator[tuple[str, psutil
     command = [sys.executable, "-m", "align", "serve", MODEL, "--port", str(port), "--dtype", "bfloat16"]
     command += ["--max-model-len", "1024", "--max-num-seqs", "64", "--reward", REWARD, *options]
     environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "ALIGN_API_KEY": ""}  # for align_waiting by RPC
-    log = Path(f"/tmp/align-serve-{port}.log")
+    log = Path(tempfile.gettempdir()) / f"align-serve-{port}.log"
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
     url = f"http://127.0.0.1:{port}"
