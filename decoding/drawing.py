@@ -6,6 +6,7 @@ repeated gives the same token, whoever repeats it: a batch here, or an engine th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import index
 from typing import Any
@@ -42,16 +43,15 @@ class Step:
     refused: tuple[int, ...] = ()
 
 
-def check_prompt(request: Request, vocabulary: Vocabulary, context: int | None) -> None:
-    """The prompt is one of this model, and fits.
+def check_tokens(prompt: Sequence[int], vocabulary: Vocabulary) -> None:
+    """There are some, and all are the model's.
 
     Raises:
-        ConstraintError: it does not.
+        ConstraintError: not so.
     """
-    length = len(request.prompt)
-    if not length:
+    if not len(prompt):
         raise ConstraintError("prompt: it has no tokens")
-    for token in request.prompt:
+    for token in prompt:
         try:
             known = 0 <= index(token) < vocabulary.size
         except TypeError:
@@ -61,6 +61,16 @@ def check_prompt(request: Request, vocabulary: Vocabulary, context: int | None) 
                 f"prompt: {token} is the id of no token, they are from 0 to {vocabulary.size - 1:,}; encode "
                 "it with the model's own tokenizer"
             )
+
+
+def check_prompt(request: Request, vocabulary: Vocabulary, context: int | None) -> None:
+    """The prompt is one of this model, and fits.
+
+    Raises:
+        ConstraintError: it does not.
+    """
+    length = len(request.prompt)
+    check_tokens(request.prompt, vocabulary)
     if context is not None and length + request.max_new_tokens > context:
         raise ConstraintError(
             f"prompt: {length:,} tokens and an answer of {request.max_new_tokens:,} are more than the "

@@ -142,7 +142,7 @@ class Costs:
         policy_tokens: how many tokens' laws the policy was asked for.
         rollouts: of the baseline.
         rollout_tokens: that it went on with.
-        cached_tokens: of the rollouts' prompts, those that were not computed for them.
+        cached_tokens: of the rollouts' prompts, those that were not computed for them; a server may not tell (0).
         cut_rollouts: that were judged unfinished.
         reward_calls: answers that the rewards have judged; none is judged twice.
         gated_steps: that needed no rollout, because the range of the reward left one candidate.

@@ -146,6 +146,7 @@ def arguments(asked: Serve, machine: Machine, what: Served) -> list[str]:
         "additional_config": json.dumps({"align": ours}),
         "allowed_origins": "[]",  # other sites' pages have no business here; ours is served from the same place
         "disable_uvicorn_access_log": True,
+        "enable_prompt_tokens_details": True,  # else a baseline that is served cannot tell what its cache has spared
     }
     return list(_flags(given))
 

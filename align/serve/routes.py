@@ -18,6 +18,9 @@ from vllm.entrypoints.openai.completion.api_router import create_completion
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
+from align.decoding.constraints import ConstraintError
+from align.decoding.drawing import check_tokens
+
 from . import replies, wire
 from .errors import HungUpError, RefusedError
 from .events import lines, pieces
@@ -185,20 +188,31 @@ async def _admitted(http: Request, request: OpenAI, settings: wire.Settings, dra
 async def _rendered(http: Request, request: OpenAI) -> tuple[list[int], Any]:
     """The prompt's tokens by vLLM's own rendering, and what a reward sees of it."""
     said: Any
-    if isinstance(request, ChatCompletionRequest):
-        rendered = await http.app.state.openai_serving_chat.render_chat_request(request)
-        said = request.messages
-        inputs = rendered[1] if isinstance(rendered, tuple) else rendered
-    else:
-        inputs = await http.app.state.openai_serving_completion.render_completion_request(request)
-        said = request.prompt
+    serving = http.app.state.openai_serving_completion
+    try:
+        if isinstance(request, ChatCompletionRequest):
+            rendered = await http.app.state.openai_serving_chat.render_chat_request(request)
+            said = request.messages
+            inputs = rendered[1] if isinstance(rendered, tuple) else rendered
+        else:
+            inputs = await serving.render_completion_request(request)
+            said = request.prompt
+    except Exception as error:
+        inputs = serving.create_error_response(error)  # vLLM's handlers would say the same, but count it as a failure
+        if inputs.error.code >= 500:
+            raise
     if not isinstance(inputs, list):
         raise RefusedError(inputs.error.code, inputs.error.message)
     if len(inputs) != 1 or "prompt_token_ids" not in inputs[0]:
         raise RefusedError(400, "prompt: give one text, or the tokens of one")
     ids = inputs[0]["prompt_token_ids"]
+    vocabulary = http.app.state.align.vocabulary
+    try:
+        check_tokens(ids, vocabulary)
+    except ConstraintError as error:
+        raise RefusedError(400, str(error)) from None
     if not isinstance(said, str) and not isinstance(request, ChatCompletionRequest):
-        said = http.app.state.align.vocabulary.text(ids)
+        said = vocabulary.text(ids)
     return ids, said
 
 

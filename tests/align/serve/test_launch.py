@@ -145,6 +145,7 @@ def test_the_command_line_reaches_the_server_and_its_key_is_in_no_argument(
     given = dict(pairwise(line))
     assert (given["--port"], given["--host"], given["--dtype"]) == ("8123", "127.0.0.1", "float32")
     assert given["--logprobs-mode"] == "processed_logits"
+    assert "--enable-prompt-tokens-details" in line
     options = Options.of(json.loads(given["--additional-config"])["align"]["server"])
     assert options.rewards == {"nice": "align.rewards.rules:everyday_answer"}
     assert (options.max_particles, options.max_running, options.timeout) == (16, 16, 3.0)

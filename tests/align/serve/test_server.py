@@ -57,7 +57,7 @@ OBJECT = {
 }
 ENDLESS = {"regex": "[a-z]{4000}"}
 """No answer of it is over before the time that a request has."""
-HOSTILE = {"json": {"allOf": [{"type": "string", "pattern": f".*{letter}.*"} for letter in "abcdefghijklmnop"]}}
+HOSTILE = {"json": {"allOf": [{"type": "string", "pattern": f".*{letter}.*"} for letter in "abcdefghijklmnopqrst"]}}
 
 
 @dataclass
@@ -85,6 +85,13 @@ class Server:
         text = httpx.get(f"{self.url}/metrics", timeout=60).text
         found = re.search(rf"^{re.escape(line)}[^ ]* (\S+)$", text, re.MULTILINE)
         return float(found[1]) if found else 0.0
+
+    def failures(self) -> int:
+        """How many requests are counted as failures of the server's."""
+        text = httpx.get(f"{self.url}/metrics", timeout=60).text
+        return sum(
+            int(float(one)) for one in re.findall(r'^align_requests_total{.*outcome="error".*} (\S+)$', text, re.M)
+        )
 
     def wait_for(self, line: str, value: float, seconds: float = 10) -> None:
         """Until a metric has a value."""
@@ -250,6 +257,9 @@ def test_it_is_a_baseline_of_transfer_q(
     found = baseline.rollouts(prompts, law=Law(top_k=1), **settings)
     expected = TransformersEngine(model).rollouts(prompts, law=Law(top_k=1), **settings)
     assert [(one.tokens, one.ended) for one in found] == [(one.tokens, one.ended) for one in expected]
+    long = {"max_new_tokens": 1, "law": Law(top_k=1), "ends": {tiny_tokenizer.eos_token_id}}
+    (kept,) = [baseline.rollouts([[7] * 600], seeds=[1], **long) for _ in range(2)][1]
+    assert kept.cached_tokens >= 128
     law = Law(1.5, top_k=40, top_p=0.95)
     drawn = [[one.tokens for one in baseline.rollouts(prompts, law=law, **settings)] for _ in range(2)]
     assert drawn[0] == drawn[1]
@@ -344,6 +354,7 @@ def test_python_is_called_where_the_operator_named_it(server: Server) -> None:
     assert "may be called: operators:no_zero" in refused.json()["error"]["message"]
 
 
+CHAT = [{"role": "user", "content": "a"}]
 BAD: list[tuple[str, dict[str, Any], int, str]] = [
     ("/v1/align/smc", smc(), 400, "give a constraint or a reward"),
     ("/v1/align/smc", smc(constraint={"regex": "("}), 400, "unclosed group"),
@@ -357,6 +368,9 @@ BAD: list[tuple[str, dict[str, Any], int, str]] = [
     ("/v1/align/smc", smc(constraint={"words": ["x" * 200_000]}), 413, "--max-body"),
     ("/v1/completions", {"prompt": "a", "stream": True, **ours(constraint=ENDLESS)}, 400, "/v1/align/smc"),
     ("/v1/completions", {"prompt": ["a", "b"], **ours(constraint=ENDLESS)}, 400, "give one text"),
+    ("/v1/completions", {"prompt": [1, 999999], **ours(constraint=ENDLESS)}, 400, "999999 is the id of no token"),
+    ("/v1/completions", {"prompt": [], **ours(constraint=ENDLESS)}, 400, "prompt"),
+    ("/v1/chat/completions", {"messages": CHAT, "max_tokens": 9999, **ours(constraint=ENDLESS)}, 400, "max_tokens"),
     ("/v1/completions", {"prompt": "a", "stop": ["b"], **ours(constraint=ENDLESS)}, 400, "stop: it does not go with"),
     ("/v1/completions", {"prompt": "a", "max_tokens": 4, **ours(constraint=ENDLESS)}, 422, "no valid answer"),
     ("/v1/completions", {"prompt": "a", "logprobs": 2}, 400, "processed_logits"),
@@ -368,8 +382,10 @@ BAD: list[tuple[str, dict[str, Any], int, str]] = [
 def test_what_cannot_be_done_is_refused_and_says_why(
     server: Server, path: str, body: dict[str, Any], status: int, said: str
 ) -> None:
+    before = server.failures()
     reply = server.post(path, body)
     error = reply.json()["error"]
+    assert server.failures() == before, "the client's mistake is none of the server's"
     assert reply.status_code == status
     assert said in error["message"]
     assert error["code"] == status
