@@ -212,27 +212,12 @@ class Controller:
             return ConstraintError(f"{spec}: {type(error).__name__}: {error}")
 
     def _potential(self, row: Mapping[str, Any]) -> Potential:
-        prompt: Content = row["prompt"]
+        assert self.scorer is not None
         others = {name: value for name, value in row.items() if name != "prompt"}
-
-        def potential(sequences: Sequence[tuple[int, ...]]) -> list[float]:
-            assert self.scorer is not None
-            answers = [as_answer(prompt, self.vocabulary.text(tokens)) for tokens in sequences]
-            columns = {name: [value] * len(answers) for name, value in others.items()}
-            try:
-                scores = self.scorer([prompt] * len(answers), answers, columns)
-            except ValueError as error:
-                raise ConstraintError(f"reward {self.control.reward}: {error}") from error
-            found = [score for score in scores if score is not None]
-            if len(found) < len(scores):
-                said = repr(self.vocabulary.text(sequences[list(scores).index(None)]))
-                raise ConstraintError(
-                    f"reward {self.control.reward}: no number for {said}, so that it has no weight; a rule that "
-                    "judges here gives a number for every answer, and for unfinished ones where --reward-every is set"
-                )
-            return [self.control.reward_strength * score for score in found]
-
-        return potential
+        control = self.control
+        return reward_potential(
+            self.scorer, f"reward {control.reward}", control.reward_strength, row["prompt"], others, self.vocabulary
+        )
 
     def _columns(self, answer: Answer, constraint: Constraint | None) -> dict[str, Any]:
         result, valid, reason = answer.result, answer.valid, answer.reason
@@ -259,6 +244,39 @@ class Controller:
                 for sample in (result.samples if result is not None else ())
             ],
         }
+
+
+def reward_potential(
+    scorer: Scorer, name: str, strength: float, prompt: Content, others: Mapping[str, Any], vocabulary: Vocabulary
+) -> Potential:
+    """``strength`` times a reward, of the texts of particles.
+
+    Args:
+        scorer: of answers one by one.
+        name: of the reward, for errors.
+        strength: nats a unit of reward.
+        prompt: that they answer.
+        others: the prompt's further columns, which rules may ask for.
+        vocabulary: of the model.
+    """
+
+    def potential(sequences: Sequence[tuple[int, ...]]) -> list[float]:
+        answers = [as_answer(prompt, vocabulary.text(tokens)) for tokens in sequences]
+        columns = {column: [value] * len(answers) for column, value in others.items()}
+        try:
+            scores = scorer([prompt] * len(answers), answers, columns)
+        except ValueError as error:
+            raise ConstraintError(f"{name}: {error}") from error
+        found = [score for score in scores if score is not None]
+        if len(found) < len(scores):
+            said = repr(vocabulary.text(sequences[list(scores).index(None)]))
+            raise ConstraintError(
+                f"{name}: no number for {said}, so that it has no weight; a rule that judges here gives a number for "
+                "every answer, and for unfinished ones where they are looked at on the way"
+            )
+        return [strength * score for score in found]
+
+    return potential
 
 
 class Inputs:

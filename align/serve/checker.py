@@ -95,14 +95,13 @@ class Checker:
         process = await self._started()
         assert process.stdin is not None
         assert process.stdout is not None
-        answer = b""
         try:
             async with asyncio.timeout(self.seconds):
                 process.stdin.write(text.encode() + b"\n")
                 await process.stdin.drain()
                 answer = await process.stdout.readline()
         except (TimeoutError, ConnectionError):
-            pass
+            answer = b""
         except BaseException:  # cancelled: its answer would be taken for that to the next question
             await self.close()
             raise

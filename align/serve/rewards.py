@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
+from align.controlled import reward_potential
 from align.data.rows import Content
-from align.decoding.constraints import ConstraintError, Vocabulary
+from align.decoding.constraints import Vocabulary
 from align.decoding.request import Potential
 from align.errors import AlignError
 from align.rewards.encoding import as_answer
@@ -59,19 +60,7 @@ class Rewards:
 
     def potential(self, name: str, strength: float, prompt: Content, vocabulary: Vocabulary) -> Potential:
         """``strength`` times the reward, of the texts of particles."""
-
-        def potential(sequences: Sequence[tuple[int, ...]]) -> list[float]:
-            answers = [as_answer(prompt, vocabulary.text(tokens)) for tokens in sequences]
-            try:
-                scores = self._scorers[name]([prompt] * len(answers), answers, {})
-            except ValueError as error:
-                raise ConstraintError(f"reward {name}: {error}") from error
-            found = [score for score in scores if score is not None]
-            if len(found) < len(scores):
-                raise ConstraintError(f"reward {name}: it gives no number for an answer, so that it has no weight")
-            return [strength * score for score in found]
-
-        return potential
+        return reward_potential(self._scorers[name], f"reward {name}", strength, prompt, {}, vocabulary)
 
     async def score(self, body: ScoreBody, seconds: float) -> list[float | None]:
         """One number an answer, None where the reward does not apply.

@@ -255,6 +255,8 @@ class VLLMEngine:
         finally:
             self._engine.abort_request(list(waiting))
             records = self._pop(names)
+        if None in records:
+            raise RuntimeError("vLLM has not kept the logits of a sequence: ask for those of fewer at a time")
         logits = [np.frombuffer(record["logits"], dtype=np.float32) for record in records if record is not None]
         return torch.from_numpy(np.stack(logits)), places
 

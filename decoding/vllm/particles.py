@@ -110,7 +110,6 @@ class Particles:
         self._names: dict[int, str] = {}
         self._culprit: int | None = None
         self.failed = ""
-        self.drawn = 0
 
     @property
     def names(self) -> list[str]:
@@ -212,7 +211,6 @@ class Particles:
 
     def _extended(self, event: Drawn) -> Extended:
         before = self._tokens[event.particle]
-        self.drawn += 1
         if event.log_weight <= DEAD / 2:
             self._running.discard(event.particle)
             return Extended(event.particle, len(before), None, -math.inf)

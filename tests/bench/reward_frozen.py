@@ -29,7 +29,7 @@ FROZEN = (*PAIRED, BT_JUDGED, *PALS)
 Others = dict[str, tuple[Table, np.ndarray, np.ndarray, np.ndarray]]
 
 
-def tested_rows(data: Arguments, fold: int) -> Results:
+def rows_of_fold(data: Arguments, fold: int) -> Results:
     """What is tested in a fold, the same for all models, with the guess that the longer answer wins."""
     out = Results()
     _, _, test = fold_sets(data, fold)

@@ -74,7 +74,7 @@ def train_lora(
         model.attach(fitted_pal(name, *parts)[0]).train_backbone(lora=lora)
         step = on_judgements(data, model.pal, judged)
     steps = fit(data, model.train(), step, train | valid, epochs)
-    found = tested(data, further, model.eval(), test, judged)
+    found = verdicts(data, further, model.eval(), test, judged)
     return {**found, "seconds": time.perf_counter() - began, "steps": steps}
 
 
@@ -160,7 +160,7 @@ def fit(data: Arguments, model: RewardModel, loss_of: Step, train: np.ndarray, e
 
 
 @torch.no_grad()
-def tested(
+def verdicts(
     data: Arguments, further: Further, model: RewardModel, test: np.ndarray, judged: JudgedSets
 ) -> dict[str, Any]:
     """1, 1/2 or 0 of each decided pair of the test debates, of each judgement, and of each row of the further tests.

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from reward_data import FOLDS, further_tests, read_arguments
-from reward_frozen import FROZEN, Others, run_frozen, tested_rows
+from reward_frozen import FROZEN, Others, rows_of_fold, run_frozen
 from reward_heads import right_or_tie
 from reward_lora import TRAINED, train_lora
 from reward_pal import Table
@@ -133,13 +133,13 @@ def main() -> None:
     }
     data = read_arguments(options.data / "convincing")
     tests = further_tests(options.data)
-    found = of_models([merged([tested_rows(data, fold) for fold in range(options.folds)]), *parts])
+    found = of_models([merged([rows_of_fold(data, fold) for fold in range(options.folds)]), *parts])
     for name, rows in tests.items():
         gap = torch.tensor([float(len(second) - len(first)) for _, first, second, _ in rows])
         found.further["longer answer"][name] = [right_or_tie(gap, np.array([row[3] for row in rows])).tolist()]
     text = table_of(found, facts_of(data), {name: len(rows) for name, rows in tests.items()}, costs)
     if options.lora:
-        text += lora_tables(found, lora, [tested_rows(data, fold) for fold in options.lora])
+        text += lora_tables(found, lora, [rows_of_fold(data, fold) for fold in options.lora])
     options.output.write_text(text, encoding="utf-8")
     print(text)
 
