@@ -30,10 +30,10 @@ quickstart: $(VENV)/.installed-run  ## align a small chat model on this machine,
 	else $(BIN)/align train recipes/quickstart.yaml; fi
 
 # One thread and one file of tests for each core: the models are tiny, and more threads would wait for each other.
-# Then what runs on vLLM: an engine in this process and a server, one of each.
+# Then what runs on vLLM, in one process, one after the other: a server, and an engine in this process.
 test: $(VENV)/.installed-vllm browser  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m 'not serving' tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m serving tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m serving tests
 
 lint: $(VENV)/.installed-vllm  ## ruff, mypy --strict and the import contracts
 	$(BIN)/ruff check .

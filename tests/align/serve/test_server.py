@@ -34,7 +34,7 @@ from align.generate import Settings, answer_controlled
 from align.transfer import Transfer
 
 README = Path(__file__).parents[3] / "README.md"
-pytestmark = [pytest.mark.serving, pytest.mark.xdist_group("server")]
+pytestmark = pytest.mark.serving
 
 KEY = "secret"
 PLACES, WAITING, SECONDS = 8, 8, 6.0
