@@ -49,6 +49,7 @@ class Settings:
         seed: seed of the draws.
         raw: take text as it stands, without the chat template.
         engine: what computes.
+        n: independent answers a prompt, in one row; None for one that stands alone.
     """
 
     model: str
@@ -57,10 +58,12 @@ class Settings:
     seed: int
     raw: bool
     engine: Literal["transformers", "vllm"] = "transformers"
+    n: int | None = None
 
     def kept(self) -> dict[str, Any]:
-        """What an answer keeps of them: the engine only where it is not the first that there was."""
-        return {name: value for name, value in asdict(self).items() if (name, value) != ("engine", "transformers")}
+        """What an answer keeps of them: what came later only where it is not as it was before."""
+        before = {"engine": "transformers", "n": None}
+        return {name: value for name, value in asdict(self).items() if name not in before or value != before[name]}
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ class Answerer:
     def draw(
         self, prompts: Sequence[Sequence[int]], seed: int, on_batch: Callable[[Mapping[int, Sample]], None]
     ) -> None:
-        """Answer prompts that all differ, by prompt and seed, so that resuming changes nothing.
+        """Answer prompts, by prompt, seed and how often the prompt came before, so that resuming changes nothing.
 
         Raises:
             ValueError: the model gives what cannot be drawn from.
@@ -230,8 +233,10 @@ def answer_file(
     """Answer every prompt of a file; answers are written as they are made, and a second call goes on.
 
     A row of the output is ``{row, prompt, completion, tokens, finished, settings}``, with the row's number in the
-    input, and under control what weights and questions came to, and the ``inputs`` that the answer depends on. Rows
-    are in the order of the input once all are there. What has failed on a row is tried again by the next call.
+    input, and under control what weights and questions came to, and the ``inputs`` that the answer depends on. With
+    ``settings.n`` it is ``{row, prompt, completions, finished, prompt_ids, completion_ids, settings}``: lists of n,
+    and the token ids that were read and drawn. Rows are in the order of the input once all are there. What has failed
+    on a row is tried again by the next call.
 
     Args:
         settings: the model and how to draw from it; a prompt that is listed twice gets two independent answers.
@@ -343,18 +348,37 @@ def _draw(
     rows: Mapping[int, list[int]],
     write: Callable[[Mapping[int, Mapping[str, Any]]], None],
 ) -> None:
-    """Answer rows whose prompts all differ."""
-    numbers = list(rows)
+    """Answer rows whose prompts all differ; a row is written once all its answers are there."""
     settings = answerer.settings
+    count = settings.n or 1
+    numbers = [number for number in rows for _ in range(count)]
+    waiting: dict[int, dict[int, Sample]] = {number: {} for number in rows}
+
+    def keep(batch: Mapping[int, Sample]) -> None:
+        for place, made in batch.items():
+            waiting[numbers[place]][place] = made
+        whole = [number for number, made in waiting.items() if len(made) == count]
+        several = {number: [made for _, made in sorted(waiting.pop(number).items())] for number in whole}
+        if settings.n is None:
+            write({number: _columns(made) for number, (made,) in several.items()})
+        else:
+            write({number: _listed(rows[number], made) for number, made in several.items()})
+
     try:
-        answerer.draw(
-            list(rows.values()),
-            settings.seed + 1_000_003 * copy,
-            lambda batch: write({numbers[place]: _columns(made) for place, made in batch.items()}),
-        )
+        answerer.draw([rows[number] for number in numbers], settings.seed + 1_000_003 * copy, keep)
     except ValueError as error:
         raise AlignError(f"{settings.model}: {error}") from error
 
 
 def _columns(made: Sample) -> dict[str, Any]:
     return {"completion": made.text, "tokens": len(made.tokens), "finished": made.finished}
+
+
+def _listed(prompt: list[int], made: Sequence[Sample]) -> dict[str, Any]:
+    """With the token ids: what is trained on these answers is to read what the model read and wrote."""
+    return {
+        "completions": [one.text for one in made],
+        "finished": [one.finished for one in made],
+        "prompt_ids": prompt,
+        "completion_ids": [one.tokens for one in made],
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,7 @@ class Inside(Answerer):
 
     def stream(self, prompt: Content) -> str:
         """Print an answer, whole, and return it."""
-        (made,) = self._rollouts([self.encode(prompt)], self.settings.seed)
+        (made,) = self._rollouts([self.encode(prompt)], self.settings.seed, [0])
         text = self._text(made)
         print(text)
         return text
@@ -69,21 +70,22 @@ class Inside(Answerer):
         self, prompts: Sequence[Sequence[int]], seed: int, on_batch: Callable[[Mapping[int, Sample]], None]
     ) -> None:
         """See ``Answerer``."""
+        copies = _copies(prompts)
         for start in range(0, len(prompts), BATCH):
-            made = self._rollouts(prompts[start : start + BATCH], seed)
+            made = self._rollouts(prompts[start : start + BATCH], seed, copies[start : start + BATCH])
             on_batch({start + n: Sample(list(one.tokens), self._text(one), one.ended) for n, one in enumerate(made)})
 
     def decoder(self) -> tuple[Vocabulary, Decode]:
         """See ``Answerer``."""
         return self.engine.vocabulary, self.engine.generate
 
-    def _rollouts(self, prompts: Sequence[Sequence[int]], seed: int) -> list[Rollout]:
+    def _rollouts(self, prompts: Sequence[Sequence[int]], seed: int, copies: Sequence[int]) -> list[Rollout]:
         temperature = self.settings.temperature
         return self.engine.rollouts(
             prompts,
             max_new_tokens=self.settings.max_new_tokens,
             law=Law(temperature) if temperature else Law(top_k=1),
-            seeds=[_seed(prompt, seed) for prompt in prompts],
+            seeds=[_seed(prompt, seed, copy) for prompt, copy in zip(prompts, copies, strict=True)],
             ends=self.eos_ids,
         )
 
@@ -106,6 +108,17 @@ def start(what: Served, **options: Any) -> VLLMEngine:
         raise AlignError(f"{what.name}: vLLM does not start: {error}") from error
 
 
-def _seed(prompt: Sequence[int], seed: int) -> int:
-    """Another for every prompt, so that the batch has no say."""
-    return int.from_bytes(sha256(json.dumps([seed, *prompt]).encode()).digest()[:6])
+def _copies(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """How often each prompt came before."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    copies = []
+    for prompt in prompts:
+        copies.append(seen[tuple(prompt)])
+        seen[tuple(prompt)] += 1
+    return copies
+
+
+def _seed(prompt: Sequence[int], seed: int, copy: int) -> int:
+    """Another for every prompt and every copy of it, so that the batch has no say."""
+    told = [seed, *([[copy]] if copy else []), *prompt]
+    return int.from_bytes(sha256(json.dumps(told).encode()).digest()[:6])

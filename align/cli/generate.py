@@ -6,7 +6,7 @@ import math
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -42,6 +42,10 @@ def generate(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
+    n: Annotated[
+        int | None,
+        typer.Option("--n", min=2, help="Independent answers a prompt of --input: one row, with lists of so many."),
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Take text as it stands, without the chat template.")] = False,
     engine: Annotated[
         str, typer.Option(help="What computes: transformers, or vllm, which takes longer to start and is faster then.")
@@ -177,6 +181,9 @@ def generate(
     else:
         _check_control(given, temperature, source, chat)
     _check_engine(engine, chat)
+    if n is not None and (source is None or given or guided):
+        what = "goes with --input, without a constraint, a reward or --transfer-q"
+        raise ConfigError("align generate", [("--n", what)])
     from align.controlled import Control, check
     from align.generate import Settings, answer_controlled, answer_file, answer_prompt
     from align.generate import chat as talk
@@ -185,7 +192,8 @@ def generate(
     control = Transfer(**guided, **given) if guided else Control(**given) if given else None
     if temperature is None:
         temperature = 0.0 if guided else 1.0 if given else 0.7
-    settings = Settings(model, max_new_tokens, temperature, seed, raw, "vllm" if engine == "vllm" else "transformers")
+    drawn_by: Literal["transformers", "vllm"] = "vllm" if engine == "vllm" else "transformers"
+    settings = Settings(model, max_new_tokens, temperature, seed, raw, drawn_by, n)
     if isinstance(control, Transfer):
         problems = control.problems(temperature)
     else:

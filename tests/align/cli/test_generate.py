@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 from typer.testing import Result
 
 Align = Callable[..., Result]
@@ -151,3 +152,45 @@ def test_an_engine_that_is_not_there(align: Align, tiny_model_dir: Path, monkeyp
         result = align(*options(tiny_model_dir, *more))
         assert result.exit_code == 2
         assert problem in result.stderr
+
+
+def test_several_answers_a_prompt(align: Align, tiny_model_dir: Path, prompts: Path, tmp_path: Path) -> None:
+    """Three a row: the first three draws of a prompt; the same prompt again gets three others.
+
+    What was read and drawn stands beside the text: the ids decode to it, and an answer has finished where its last id
+    is an end token.
+    """
+    output, tokenizer = tmp_path / "answers.jsonl", AutoTokenizer.from_pretrained(tiny_model_dir)
+    result = align(*options(tiny_model_dir, "-i", prompts, "-o", output, "--n", 3))
+    assert result.exit_code == 0, result.stderr
+    rows = answers(output)
+    assert [row["row"] for row in rows] == [1, 2, 3]
+    texts = [text for row in rows for text in row["completions"]]
+    assert len(texts) == len(set(texts)) == 9
+    for row in rows:
+        assert [tokenizer.decode(ids, skip_special_tokens=True) for ids in row["completion_ids"]] == row["completions"]
+        assert [ids[-1] == tokenizer.eos_token_id for ids in row["completion_ids"]] == row["finished"]
+        assert "<|im_start|>assistant" in tokenizer.decode(row["prompt_ids"])
+    single = tmp_path / "single.jsonl"
+    align(*options(tiny_model_dir, "-i", prompts, "-o", single))
+    assert [row["completion"] for row in answers(single)] == [row["completions"][0] for row in rows]
+
+
+def test_a_row_of_several_answers_is_whole_or_not_there(
+    align: Align, tiny_model_dir: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """9 answers in batches of 8: the last row has two in one batch and one in the next. A second call goes on."""
+    output = tmp_path / "answers.jsonl"
+    command = options(tiny_model_dir, "-i", prompts, "-o", output, "--n", 3)
+    align(*command)
+    whole = output.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    output.write_bytes(lines[0] + lines[2][:30])
+    assert align(*command).exit_code == 0
+    assert output.read_bytes() == whole
+    refused = align(*options(tiny_model_dir, "-i", prompts, "-o", output, "--n", 4))
+    assert "is no answer to these prompts with these settings" in refused.stderr
+    for more in (("-p", "the hat"), ("-i", prompts, "-o", tmp_path / "x.jsonl", "--constraint", "regex:a+")):
+        refused = align(*options(tiny_model_dir, "--n", 3, *more))
+        assert refused.exit_code == 2
+        assert "goes with --input, without a constraint" in refused.stderr

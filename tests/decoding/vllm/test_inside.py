@@ -88,3 +88,16 @@ def test_files(align: Align, tmp_path: Path) -> None:
     assert rows_of(again) == plain
     result = align("-i", source, "-o", output)
     assert result.exit_code == 1, "answers of another engine are others"
+
+
+def test_several_answers_a_prompt(align: Align, tmp_path: Path) -> None:
+    """The first of several is the one that stands alone; a prompt that is listed twice shares none of its own."""
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in ("a b", "b", "a b")))
+    one, several = tmp_path / "one.jsonl", tmp_path / "several.jsonl"
+    for output, more in ((one, ()), (several, ("--n", 4))):
+        result = align("-i", source, "-o", output, "--engine", "vllm", "--max-new-tokens", 24, *more)
+        assert result.exit_code == 0, result.output
+    rows = rows_of(several)
+    assert [row["completions"][0] for row in rows] == [row["completion"] for row in rows_of(one)]
+    assert len({tuple(ids) for row in rows for ids in row["completion_ids"]}) == 12
