@@ -22,7 +22,7 @@ from .options import Options
 
 KEY_VARIABLE = "ALIGN_API_KEY"
 ALLOWANCE = (2.0, 0.05)
-"""Seconds that a particle's constraint may compute in the engine, where it holds up all rows: first, and a token."""
+"""Seconds that a request's constraint may take in the engine, where it holds up all rows: first, and a token."""
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ class PythonPredicate:
             try:
                 verdict = next(verdicts)
             except ConstraintError as error:
-                raise ConstraintError(f"{self.name}: {error}") from None
+                raise type(error)(f"{self.name}: {error}") from None
             except (Exception, SystemExit) as error:
                 raise ConstraintError(
                     f"{self.name}: raised {type(error).__name__}: {error}; on {text!r}, complete={complete}"

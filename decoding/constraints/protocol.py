@@ -21,6 +21,10 @@ class ConstraintError(ValueError):
     """
 
 
+class StoppedError(ConstraintError):
+    """It was stopped, since it took too long or its process ended: to ask it once more would cost as much again."""
+
+
 @runtime_checkable
 class Constraint(Protocol):
     """The texts that an answer may be, asked one token at a time; ``conformance.check`` tries any of them.

@@ -14,14 +14,14 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
-from threading import TIMEOUT_MAX, Lock
+from threading import TIMEOUT_MAX, Lock, local
 from typing import Any
 
 import numpy as np
 
-from .protocol import ConstraintError
+from .protocol import ConstraintError, StoppedError
 
 START_SECONDS = 60.0  # importing the function's module, which may import much
 COMMAND = "import sys; from align.decoding.constraints import worker; worker.main(sys.argv[1], int(sys.argv[2]))"
@@ -29,14 +29,30 @@ SHARED = 8  # processes that constraints of requests share; that which was asked
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-class Worker:
-    """Calls ``module:function`` elsewhere, at most ``timeout`` seconds a call; killed and started anew after that."""
+class _Waited(local):
+    seconds = 0.0
 
-    def __init__(self, name: str, timeout: float) -> None:
+
+_waited = _Waited()
+
+
+def thread_seconds() -> float:
+    """Seconds that this thread has taken: its computing, and its waits for what workers compute for it."""
+    return time.thread_time() + _waited.seconds
+
+
+class Worker:
+    """Calls ``module:function`` elsewhere, at most ``timeout`` seconds a call; killed and started anew after that.
+
+    Once it has been up, one that is not ``patient`` waits no longer for a new process than for an answer.
+    """
+
+    def __init__(self, name: str, timeout: float, *, patient: bool = True) -> None:
         if not 0 < timeout <= TIMEOUT_MAX:
             raise ConstraintError(f"python:{name}: timeout is {timeout}; give seconds above zero, and not for ever")
-        self.name, self.timeout = name, timeout
+        self.name, self.timeout, self._patient, self._known = name, timeout, patient, False
         self._process: subprocess.Popen[bytes] | None = None
+        self._began, self._loaded = 0.0, False
         self._unread, self._busy = b"", False
 
     def __call__(self, before: str, ends: Sequence[str], complete: bool) -> Iterator[Any]:
@@ -44,7 +60,9 @@ class Worker:
         # Interrupted between a question and its answer, or gone: Linux ends it with the thread that started it.
         if self._busy or (self._process is not None and self._process.poll() is not None):
             self._stop()
-        process = self._process or self._start()
+        process = self.start()
+        if not self._loaded:
+            self._load(process)
         self._busy = True
         asked = self._write(process, {"text": before, "ends": ends, "complete": complete})
         for number, end in enumerate(ends, start=1):
@@ -52,13 +70,16 @@ class Worker:
             answer = self._read(process, self.timeout) if asked else None
             if answer is None:
                 reason = self._stop() or f"took over {self.timeout:g} s"
-                raise ConstraintError(f"{reason} on {text!r}, complete={complete}")
+                raise StoppedError(f"{reason} on {text!r}, complete={complete}")
             self._busy = answer.get("verdict") is False and number < len(ends)
             if "error" in answer:
                 raise ConstraintError(f"raised {answer['error']}; on {text!r}, complete={complete}")
             yield answer["verdict"]
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def start(self) -> subprocess.Popen[bytes]:
+        """The process, started where there is none; it imports the function's module, which nobody waits for here."""
+        if self._process is not None:
+            return self._process
         process = subprocess.Popen(
             [sys.executable, "-c", COMMAND, self.name, str(os.getpid())],
             stdin=subprocess.PIPE,
@@ -66,16 +87,25 @@ class Worker:
             start_new_session=True,  # Ctrl-C is for the process that asks
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)},
         )
-        self._process, self._unread, self._busy = process, b"", False
+        self._process, self._began, self._loaded = process, time.monotonic(), False
+        self._unread, self._busy = b"", False
         weakref.finalize(self, _kill, process)
-        ready = self._read(process, START_SECONDS)
+        return process
+
+    def _load(self, process: subprocess.Popen[bytes]) -> None:
+        """Wait until the function is there."""
+        left = self._began + START_SECONDS - time.monotonic()
+        patience = left if self._patient or not self._known else min(left, self.timeout)
+        ready = self._read(process, patience)
+        if ready is None and process.poll() is None and patience < left:
+            raise StoppedError("its process was stopped and is starting again; try again in some seconds")
         if ready is None or "error" in ready:
             ended = self._stop()
             if ready is not None:
                 raise ConstraintError(ready["error"])
             late = f"its module took over {START_SECONDS:g} s to be imported"
-            raise ConstraintError(f"{ended} while its module was imported" if ended else late)
-        return process
+            raise StoppedError(f"{ended} while its module was imported" if ended else late)
+        self._loaded = self._known = True
 
     def _write(self, process: subprocess.Popen[bytes], request: dict[str, Any]) -> bool:
         assert process.stdin is not None
@@ -90,15 +120,18 @@ class Worker:
     def _read(self, process: subprocess.Popen[bytes], seconds: float) -> dict[str, Any] | None:
         """The next answer, or None where none came in time."""
         assert process.stdout is not None
-        end = time.monotonic() + seconds
-        while b"\n" not in self._unread:
-            if not select.select([process.stdout], [], [], max(0.0, end - time.monotonic()))[0]:
-                return None
-            part = os.read(process.stdout.fileno(), 65536)
-            if not part:
-                process.wait()
-                return None
-            self._unread += part
+        began = time.monotonic()
+        try:
+            while b"\n" not in self._unread:
+                if not select.select([process.stdout], [], [], max(0.0, began + seconds - time.monotonic()))[0]:
+                    return None
+                part = os.read(process.stdout.fileno(), 65536)
+                if not part:
+                    process.wait()
+                    return None
+                self._unread += part
+        finally:
+            _waited.seconds += time.monotonic() - began
         answer, _, self._unread = self._unread.partition(b"\n")
         return dict(json.loads(answer))
 
@@ -122,20 +155,35 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 @lru_cache(maxsize=SHARED)
 def shared(name: str) -> tuple[Worker, Lock]:
     """The one process of a function here, and what its users take turns by. Nobody may keep it: it would live on."""
-    return Worker(name, TIMEOUT_MAX), Lock()
+    return Worker(name, TIMEOUT_MAX, patient=False), Lock()
 
 
 def ask(name: str, timeout: float, before: str, ends: Sequence[str], complete: bool) -> Iterator[Any]:
-    """As ``Worker(name, timeout)`` answers, from the function's shared process and in any thread."""
+    """As ``Worker(name, timeout)`` answers, from the function's shared process and in any thread.
+
+    After a call that was stopped it is started again at once, and imports its module while other things are done.
+    """
     worker, turn = shared(name)
     found: list[Any] = []
     with turn:
         worker.timeout = timeout
-        for verdict in worker(before, ends, complete):
-            found.append(verdict)
-            if verdict is not False:  # a reader who stops here must not leave the turn taken
-                break
+        try:
+            for verdict in worker(before, ends, complete):
+                found.append(verdict)
+                if verdict is not False:  # a reader who stops here must not leave the turn taken
+                    break
+        except StoppedError:
+            worker.start()
+            raise
     yield from found
+
+
+def prepare(names: Collection[str]) -> None:
+    """Start the shared processes of these functions, so that constraints need not wait for their modules."""
+    for name in sorted(names)[:SHARED]:
+        worker, turn = shared(name)
+        with turn:
+            worker.start()
 
 
 def main(name: str, parent: int) -> None:

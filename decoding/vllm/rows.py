@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.decoding.constraints import ConstraintError, Memo, Vocabulary, build
+from align.decoding.constraints import ConstraintError, Memo, StoppedError, Vocabulary, build
+from align.decoding.constraints.worker import prepare, thread_seconds
 from align.decoding.drawing import step
 from align.decoding.law import Law
 from align.decoding.lazy import Draws, Live
@@ -26,7 +26,7 @@ CONSTRAINTS = 64
 STATES = 8_000
 """States that are kept of all constraints together, at 5 to 65 kB each; past it the oldest constraints go."""
 RECORDS = 8192
-"""Records that wait to be fetched; those of aborted requests are never fetched, and the oldest go."""
+"""Records, and accounts, that wait to be fetched; those of aborted requests never are, and the oldest go."""
 
 
 @dataclass
@@ -64,6 +64,21 @@ class Record:
 
 
 @dataclass
+class Account:
+    """What the particles of a request have taken together.
+
+    Args:
+        seconds: of this thread, and of workers that it waited for.
+        tokens: that were drawn.
+        over: why their constraint is not asked any more, if so.
+    """
+
+    seconds: float = 0.0
+    tokens: int = 0
+    over: str = ""
+
+
+@dataclass
 class Row:
     """A request in the batch.
 
@@ -72,17 +87,17 @@ class Row:
         request: theirs, with the constraint.
         said: tokens of the answer that stand in the prompt.
         record: what it took.
+        account: what it took with the other particles.
         tokens, state: where the constraint is.
-        seconds: that drawing has taken.
     """
 
     settings: Settings
     request: Request
     said: tuple[int, ...]
     record: Record
+    account: Account
     tokens: tuple[int, ...] = ()
     state: Any = None
-    seconds: float = 0.0
 
     def follow(self, tokens: Sequence[int], vocabulary: Vocabulary) -> None:
         """Bring the constraint's state to where the answer is: on by the new tokens, or anew."""
@@ -108,7 +123,7 @@ class Rows:
     Args:
         vocabulary: of the model.
         predicates: Python functions that constraints may call; None for any.
-        allowance: seconds of this thread's time that a particle's constraint may take, at first and for each token
+        allowance: seconds that a request's constraint may take here, at first and for each token of its particles
             more, so that it does not hold up the rows beside it for long; None for no limit.
     """
 
@@ -122,18 +137,20 @@ class Rows:
         self._constraints: OrderedDict[str, Memo | str] = OrderedDict()
         self._end = min(vocabulary.ends)
         self.records: OrderedDict[str, Record] = OrderedDict()
+        self._accounts: OrderedDict[str, Account] = OrderedDict()
+        prepare(predicates or ())
 
     def open(self, settings: Settings, prompt: Sequence[int]) -> Row:
         """A row for a request; what is wrong with its constraint ends it when it is drawn."""
         said = tuple(prompt[len(prompt) - settings.prefix :]) if settings.prefix else ()
         record = self.records.get(settings.name) if settings.name else None  # a preempted one goes on with its own
-        row = Row(settings, settings.request, said, record or Record())
+        row = Row(settings, settings.request, said, record or Record(), self._account(settings.name))
         if settings.name:
             self.records[settings.name] = row.record
             if len(self.records) > RECORDS:
                 self.records.popitem(last=False)
         if settings.constraint is not None:
-            found = self._constraint(settings.constraint)
+            found = row.account.over or self._constraint(settings.constraint, row.account)
             if isinstance(found, str):
                 row.record.error = found
             else:
@@ -142,6 +159,8 @@ class Rows:
 
     def pop(self, names: Sequence[str]) -> list[dict[str, Any] | None]:
         """The records of these requests, None for one that is not known; they are forgotten."""
+        for name in names:
+            self._accounts.pop(_whole(name), None)
         found = (self.records.pop(name, None) for name in names)
         return [None if record is None else record.plain() for record in found]
 
@@ -179,8 +198,12 @@ class Rows:
         settings, record, position = row.settings, row.record, len(tokens)
         if settings.constraint is not None and row.request.constraint is None:
             return self._end, FAILED * settings.scale
+        account = row.account
+        if account.over:
+            record.error = account.over
+            return self._end, FAILED * settings.scale
         record.error = ""  # of a token that was drawn in the middle of the prompt and thrown away
-        began = time.thread_time()
+        began = thread_seconds()
         try:
             if isinstance(live, ValueError):
                 raise live
@@ -188,8 +211,8 @@ class Rows:
             request = row.request
             draws = Draws(request.seed, position, settings.particle)
             done = step(request, self.vocabulary, row.tokens, row.state, live, draws)
-            row.seconds += time.thread_time() - began
-            self._check_time(row)
+            account.seconds, account.tokens = account.seconds + thread_seconds() - began, account.tokens + 1
+            self._check_time(account)
             record.evaluations[position], record.masks[position] = done.draw.evaluations, done.draw.masks
             if settings.trace:
                 record.refused[position] = list(done.refused)
@@ -200,27 +223,41 @@ class Rows:
             if request.law.target == "model":
                 weight += request.law.log_correction(logits, done.draw.token)
             return done.draw.token, weight * settings.scale
+        except StoppedError as error:
+            record.error = account.over = str(error)
         except ConstraintError as error:
             record.error = str(error)
         except (Exception, SystemExit) as error:
             record.error = f"{type(error).__name__}: {error}"
         return self._end, FAILED * settings.scale
 
-    def _check_time(self, row: Row) -> None:
+    def _check_time(self, account: Account) -> None:
         if self._allowance is None:
             return
         first, more = self._allowance
-        if row.seconds > first + more * len(row.tokens):
-            raise ConstraintError(
-                f"the constraint took {row.seconds:.1f} s of computing for {len(row.tokens) + 1} tokens, more than "
+        if account.seconds > first + more * account.tokens:
+            raise StoppedError(
+                f"the constraint took {account.seconds:.1f} s of computing for {account.tokens} tokens, more than "
                 f"the {first:g} s and {1e3 * more:g} ms a token that a request may; write a simpler one"
             )
 
-    def _constraint(self, text: str) -> Memo | str:
+    def _account(self, name: str) -> Account:
+        """Of the request that has a particle of this name; a row without a name is a request of its own."""
+        if not name:
+            return Account()
+        found = self._accounts.setdefault(_whole(name), Account())
+        if len(self._accounts) > RECORDS:
+            self._accounts.popitem(last=False)
+        return found
+
+    def _constraint(self, text: str, account: Account) -> Memo | str:
         """The constraint, or why it is none."""
         if text not in self._constraints:
             try:
                 found: Memo | str = Memo(build(json.loads(text), self.vocabulary, predicates=self._predicates))
+            except StoppedError as error:  # which says nothing of the next time
+                account.over = str(error)
+                return account.over
             except ConstraintError as error:
                 found = str(error)
             except (Exception, SystemExit) as error:  # whatever a predicate's module does when it is imported
@@ -233,6 +270,11 @@ class Rows:
 
     def _states(self) -> int:
         return sum(found.states for found in self._constraints.values() if isinstance(found, Memo))
+
+
+def _whole(name: str) -> str:
+    """The request of which a particle has this name."""
+    return name.rpartition("-")[0] or name
 
 
 def _lives(law: Law, logits: Tensor, numbers: list[int]) -> Sequence[Live | ValueError]:
