@@ -12,6 +12,7 @@
 - ``align.rewards.references``  what an answer has to beat, by quantile or regression.
 - ``align.rewards.expression``  several rewards put together, as a recipe writes it: ``all_of``, ``lsc``, ...
 - ``align.rewards.functions``  any of them, rule or model, as a reward function of TRL's GRPO.
+- ``align.rewards.annotators``  any of them, or a judge, as preferences among the K answers to a prompt: ``verdicts``.
 - ``align.rewards.density``  not a reward but a weight: how much likelier a prompt is among the thumbs up than among
   the thumbs down (BCO's underlying distribution matching).
 

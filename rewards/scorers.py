@@ -190,12 +190,21 @@ class ModelReward:
         Raises:
             ValueError: a row that cannot be scored; the message names it.
         """
-        answers = [_some_words(answer) for answer in completions]
+        answers = [some_words(answer) for answer in completions]
         if self.compares:
             found = group_log_odds(self.model, prompts, answers, batch_size=self.batch_size)
         else:
             found = self.model.rewards(prompts, answers, batch_size=self.batch_size)
         return list(found.double().tolist())
+
+    def log_odds(self, prompts: Sequence[Content], answers: Sequence[Sequence[Content]]) -> list[Tensor]:
+        """Of all answers to each prompt against each other, (K, K) each (``RewardModel.score_groups``).
+
+        Raises:
+            ValueError: a row that cannot be scored.
+        """
+        groups = [[some_words(answer) for answer in group] for group in answers]
+        return self.model.score_groups(prompts, groups, batch_size=self.batch_size)
 
 
 Scorer = RuleReward | ModelReward
@@ -260,7 +269,8 @@ def group_log_odds(
     return torch.cat([matrix.sum(1) / (len(matrix) - 1) for matrix in matrices])
 
 
-def _some_words(answer: Content) -> Content:
+def some_words(answer: Content) -> Content:
+    """The answer, or ``...`` where it has no words, which a reward model would refuse."""
     if isinstance(answer, str):
         return answer if answer.strip() else SILENCE
     blank = not any(str(turn.get("content") or "").strip() or turn.get("tool_calls") for turn in answer)
