@@ -9,6 +9,7 @@
 - ``completions.py``  ``read_completions`` for ``method: sft``, and the rows that TRL's SFTTrainer takes.
 - ``thumbs.py``       ``read_thumbs``: answers with a thumb up or down, and pairs unpaired, for ``bco`` and ``kto``.
 - ``prompts.py``      ``read_prompts`` for ``method: grpo``: prompts, and the reference rewards beside them.
+- ``groups.py``       ``read_groups``: K answers to a prompt with what each is worth, for ``gpo`` and ``sppo``.
 - ``rewards.py``      pairs and ratings for reward models; ``judgements.py`` pairs with the name of who judged them.
 - ``tokenize.py``     token ids: BOS once, EOS once, one prompt for both answers, one limit for both answers.
 - ``splits.py``       the data sets of a run: the above in one step.

@@ -289,7 +289,7 @@ def show_masks(tokenized: Tokenized, tokenizer: PreTrainedTokenizerBase, n: int 
             weights = f" · thumb {'up' if thumb else 'down'}"
         lines.append(Text(f"\n{number}  {tokens} tokens{weights} · {row.row_id}", style="bold"))
         for name, ids in parts.items():
-            line = Text(f"  {name:<11}").append(*_shown(ids, name, tokenizer, styles[name]))
+            line = Text(f"  {name:<11}").append(*_shown(ids, name, tokenizer, styles.get(name, "green")))
             lines.append(line.append(*_end(ids, tokenizer)) if name != "prompt" else line)
     return Group(*lines)
 
@@ -297,8 +297,9 @@ def show_masks(tokenized: Tokenized, tokenizer: PreTrainedTokenizerBase, n: int 
 def _parts(row: TokenizedPair | TokenizedCompletion) -> dict[str, list[int]]:
     if isinstance(row, TokenizedPair):
         return {"prompt": row.prompt_ids, "chosen": row.chosen_ids, "rejected": row.rejected_ids}
-    if not any(row.completion_mask):
-        return {"prompt": row.input_ids}  # the answers are still to be drawn
+    if not any(row.completion_mask):  # the answers are still to be drawn, or are several: a TokenizedGroup
+        several = getattr(row, "answer_ids", ())
+        return {"prompt": row.input_ids, **{f"answer {place}": ids for place, ids in enumerate(several, start=1)}}
     start = row.completion_mask.index(1)
     return {"prompt": row.input_ids[:start], "completion": row.input_ids[start:]}
 

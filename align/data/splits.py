@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from align.errors import AlignError
 
 from .completions import read_completions
+from .groups import GroupRules, read_groups, tokenize_groups
 from .judgements import JudgementRow, JudgementTable, read_judgements
 from .pairs import read_pairs
 from .prompts import PromptRules, read_prompts, tokenize_prompts
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-DataKind = Literal["pairs", "completions", "thumbs", "ratings", "prompts", "judgements"]
+DataKind = Literal["pairs", "completions", "thumbs", "ratings", "prompts", "groups", "judgements"]
 """What a method learns from: comparisons, answers to imitate, answers with a thumb up or down, rated answers,
-prompts that the model answers itself, or comparisons by annotators."""
+prompts that the model answers itself, groups of answers with what they are worth, or comparisons by annotators."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,10 @@ def read_split(
     max_length: int | None,
     *,
     kind: DataKind,
-    rules: RewardRules | PromptRules | None = None,
+    rules: RewardRules | PromptRules | GroupRules | None = None,
 ) -> Split:
-    """Read and tokenise a source; by ``rules`` where a reward model is to read it, or a policy to answer it.
+    """Read and tokenise a source; by ``rules`` where a reward model is to read it, a policy to answer it, or where
+    several answers to a prompt are learnt at once.
 
     Raises:
         AlignError: the source cannot be read at all, or the tokenizer cannot serve it.
@@ -98,6 +100,9 @@ def read_split(
     if isinstance(rules, PromptRules):
         prompts = read_prompts(source, rules.references, columns=rules.columns, every=rules.every)
         return Split(prompts, tokenize_prompts(prompts.rows, tokenizer, max_length, answer=rules.answer))
+    if isinstance(rules, GroupRules):
+        groups = read_groups(source, rules)
+        return Split(groups, tokenize_groups(groups.rows, tokenizer, max_length))
     if rules is not None and kind == "ratings":
         ratings = read_ratings(source, rules.attributes)
         return Split(ratings, tokenize_ratings(ratings.rows, tokenizer, max_length, rules.over_long))

@@ -129,7 +129,7 @@ def tokenize_pairs(
         AlignError: the tokenizer has no end token, or no chat template for rows of messages.
     """
     result = TokenizedPairs([], [], _counts("pairs", ("chosen", "rejected")))
-    encoder = _Encoder(tokenizer, max_length, result.counts)
+    encoder = Encoder(tokenizer, max_length, result.counts)
     answers = [(row.prompt, {"chosen": row.chosen, "rejected": row.rejected}) for row in rows]
     for row, encoded in zip(rows, encoder.encode(answers), strict=True):
         if isinstance(encoded, FieldError):
@@ -175,7 +175,7 @@ def tokenize_completions(
         AlignError: the tokenizer has no end token, or no chat template for rows of messages.
     """
     result = TokenizedCompletions([], [], _counts("completions", ("completion",)))
-    encoder = _Encoder(tokenizer, max_length, result.counts)
+    encoder = Encoder(tokenizer, max_length, result.counts)
     answers = [(row.prompt, {"completion": row.completion}) for row in rows]
     for row, encoded in zip(rows, encoder.encode(answers), strict=True):
         if isinstance(encoded, FieldError):
@@ -196,7 +196,7 @@ def encode_prompt(prompt: Content, tokenizer: PreTrainedTokenizerBase) -> list[i
     """
     if not prompt:
         raise AlignError("prompt: empty prompt: an answer needs something before it")
-    encoder = _Encoder(tokenizer, None, {})
+    encoder = Encoder(tokenizer, None, {})
     try:
         return encoder.ids([encoder.prompt_text(prompt)], isinstance(prompt, str))[0]
     except TemplateError as error:
@@ -216,7 +216,7 @@ Answers = Mapping[str, Content]
 Encoded = tuple[list[int], dict[str, list[int]]]
 
 
-class _Encoder:
+class Encoder:
     """The rules, for one tokenizer and one limit; fills ``counts``."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None, counts: dict[str, int]) -> None:
