@@ -269,8 +269,9 @@ def _generation(
     settings = {**spec.model_dump(), "prompts": len(prompts)}
     asked = [plain(prompt, "user") for prompt in prompts]
     result = compare(asked, before, after, load_reward(spec.reward), kl=kl, settings=settings)
-    lines = [json.dumps(row, ensure_ascii=False) for row in result["rows"][:SAMPLES_SHOWN]]
-    write_text(run / "samples.jsonl", "\n".join(lines) + "\n")
+    if recipe.online is None:  # which keeps the answers that it learnt from there
+        lines = [json.dumps(row, ensure_ascii=False) for row in result["rows"][:SAMPLES_SHOWN]]
+        write_text(run / "samples.jsonl", "\n".join(lines) + "\n")
     return result
 
 

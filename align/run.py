@@ -221,6 +221,9 @@ def _row_lengths(recipe: Recipe, split: Split) -> list[int]:
     """Tokens of each row as it is laid out: the prompt once where it is shared."""
     if isinstance(split.tokenized, TokenizedCompletions):
         lengths = [len(row.input_ids) for row in split.tokenized.rows]
+        if recipe.online is not None:
+            drawn = recipe.online.answers * recipe.online.max_new_tokens
+            return [length + drawn for length in lengths]
         if recipe.grpo is None:
             return lengths
         longest = recipe.grpo.max_completion_length

@@ -2,14 +2,15 @@
 
 Two layouts, equal per token:
 
-- **shared prompt**: a row ``[prompt | chosen | rejected]`` a pair. Positions restart after the prompt for the rejected
-  answer, and the attention mask keeps it from seeing the chosen one, so that the prompt is computed once.
+- **shared prompt**: a row ``[prompt | chosen | rejected]`` a pair, or ``[prompt | first | second | ...]`` a group.
+  Positions restart after the prompt for every answer, and the attention mask keeps it from seeing the others, so that
+  the prompt is computed once.
 - **separate**: a row ``[prompt | answer]`` an answer; for models whose layers cannot take a mask of their own (sliding
   windows, recurrent layers).
 
 Both name the answers' tokens by flat index: ``source`` is the position whose hidden state predicts, ``target`` the
 token that is predicted, ``answer`` the answer that it belongs to. Of B pairs, the chosen answers are 0 to B - 1 and
-the rejected ones B to 2 B - 1.
+the rejected ones B to 2 B - 1; of B groups, the k-th answers are k B to (k + 1) B - 1.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Rows:
     Args:
         input_ids: token ids, right-padded, (R, T).
         position_ids: position of each token in its own sequence, (R, T).
-        segments: PROMPT, FIRST or SECOND answer of the row, or PADDING, (R, T).
+        segments: PROMPT, FIRST or SECOND answer of the row (or a later one), or PADDING, (R, T).
         source: index into the flattened (R * T) positions: where the token is predicted, (N,).
         target: the predicted token id, (N,).
         answer: which answer the token belongs to, in [0, A), (N,).
@@ -49,7 +50,7 @@ class Rows:
 
     @property
     def shared_prompt(self) -> bool:
-        """Whether a row holds two answers."""
+        """Whether a row holds several answers."""
         return len(self.input_ids) < self.answers
 
     def attention_mask(self) -> Tensor:
@@ -99,6 +100,32 @@ def pair_rows(
         rows = [(p, [w, r]) for p, w, r in zip(prompts, chosen, rejected, strict=True)]
     else:
         rows = [(p, [a]) for half in (chosen, rejected) for p, a in zip(prompts, half, strict=True)]
+    return _lay_out(rows, pad_token_id)
+
+
+def group_rows(
+    prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]], *, pad_token_id: int, shared_prompt: bool
+) -> Rows:
+    """Lay out K answers to each of B prompts, in B rows or in K B.
+
+    Args:
+        prompts: token ids.
+        answers: K sequences of token ids to each.
+        pad_token_id: fills the rows on the right; never scored and never attended to.
+        shared_prompt: one row a prompt, or one row an answer, all first ones first.
+
+    Raises:
+        ValueError: not the same number of answers to each prompt, or a prompt or an answer is empty.
+    """
+    if len(prompts) != len(answers) or len({len(group) for group in answers}) > 1:
+        raise ValueError(
+            f"{len(prompts)} prompts and groups of {sorted({len(group) for group in answers})} answers to "
+            f"{len(answers)}: each has the same number"
+        )
+    if shared_prompt:
+        return _lay_out(list(zip(prompts, answers, strict=True)), pad_token_id)
+    numbers = range(len(answers[0]) if answers else 0)
+    rows = [(p, [group[k]]) for k in numbers for p, group in zip(prompts, answers, strict=True)]
     return _lay_out(rows, pad_token_id)
 
 

@@ -44,4 +44,5 @@ def _settings(info: LossInfo) -> dict[str, Any]:
 def _training() -> dict[str, Any]:
     methods = ("grpo", "bradley_terry", "kto", "sft", "dpo")
     fields = {name: hint for method in methods for name, hint in training_fields(method).items()}
+    fields |= training_fields(None, online=True)
     return {name: TypeAdapter(hint, config=STRICT).json_schema() for name, hint in sorted(fields.items())}

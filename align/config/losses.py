@@ -28,7 +28,7 @@ def check_losses(recipe: Mapping[str, Any]) -> list[Problem]:
         what = "both are given" if method is not None else "neither is given"
         return [("method, losses", f"{what}; a recipe has one method, or a list of losses")]
     if isinstance(method, str) and isinstance(loss, Mapping):
-        return _check_method(method, loss)
+        return _check_method(method, loss, recipe.get("online") is not None)
     if isinstance(terms, list):
         problems = [("loss", "belongs to method; with losses, each term holds its own settings")] if loss else []
         for index, term in enumerate(terms):
@@ -55,7 +55,7 @@ def fill_losses(recipe: dict[str, Any]) -> None:
         term.update(_settings(term["name"], given))
 
 
-def _check_method(method: str, loss: Mapping[str, Any]) -> list[Problem]:
+def _check_method(method: str, loss: Mapping[str, Any], online: bool) -> list[Problem]:
     from align.losses import LOSSES
 
     if method in WITHOUT_LOSSES:
@@ -63,7 +63,7 @@ def _check_method(method: str, loss: Mapping[str, Any]) -> list[Problem]:
     if method not in LOSSES:
         trained = [name for name, info in LOSSES.items() if info.kind in ("pair", "thumbs") or reward_kind(name)]
         return [("method", unknown_name(method, [*trained, *WITHOUT_LOSSES], "method", LISTING))]
-    if what := _not_in_recipes(method):
+    if (what := _not_in_recipes(method)) and not (online and LOSSES[method].kind == "selfplay"):
         return [("method", what)]
     return _check_settings(method, loss, "loss")
 
@@ -88,7 +88,7 @@ def _not_in_recipes(name: str) -> str | None:
 
     used = {
         "ranking": "reads K ranked answers to a prompt, and recipes train on pairs or thumbs; call it from Python",
-        "selfplay": "is for online training, on answers that the policy gives as it learns; call it from Python",
+        "selfplay": "learns from answers that the policy gives as it learns: it takes section online",
         "reward": "is a part of training a reward or preference model, and no method by itself; call it from Python",
     }
     what = used.get(LOSSES[name].kind) if reward_kind(name) is None else None
@@ -134,6 +134,8 @@ def _out_of_range(name: str, settings: Mapping[str, Any], where: str) -> list[Pr
                 loss(pair, pair)
             elif loss.info.kind == "reward":
                 _ask_reward_loss(loss)
+            elif loss.info.kind == "selfplay":
+                _ask_selfplay_loss(loss)
             else:  # thumbs: the third argument is the shift or KL that the trainer keeps
                 loss.info.function(UnpairedLogps(one, torch.tensor([True])), one, torch.zeros(()), **loss.settings)
     except FormulaError as error:
@@ -155,6 +157,20 @@ def _ask_reward_loss(loss: Loss) -> None:
         loss.info.function(one, one, **labels, **loss.settings)
     else:
         loss.info.function(columns, columns, **loss.settings)
+
+
+def _ask_selfplay_loss(loss: Loss) -> None:
+    import torch
+
+    from align.losses import SequenceLogps
+
+    takes = signature(loss.info.function).parameters
+    if "advantage" in takes:
+        loss.info.function(*[torch.zeros(1)] * 3, **loss.settings)
+        return
+    shape = (1,) if "preference" in takes else (1, 2)
+    group = SequenceLogps(total=torch.zeros(shape), length=torch.ones(shape))
+    loss.info.function(group, group, torch.full(shape, 0.5), **loss.settings)
 
 
 def _settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
+
+from .online import OnlineSpec
+from .section import Section, Text
 
 if TYPE_CHECKING:
     from align.data.prompts import PromptRules
@@ -18,15 +21,6 @@ Eval = Literal["thumbs", "preference", "generation", "displacement", "goals", "r
 EVALS: tuple[Eval, ...] = ("thumbs", "preference", "generation", "displacement", "goals", "reward", "cycles", "pal")
 WITHOUT_LOSSES = ("sft", "grpo", "pal")
 """Methods that are no loss of the table."""
-Text = Annotated[str, Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """A mapping of a recipe: strict types, no unknown keys, no NaN; frozen once read."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class LossTerm(Section):
@@ -267,8 +261,10 @@ class PalSpec(Section):
     """Folder that keeps embeddings; when not given, one in Align's cache that all runs share."""
 
 
-def data_kind(method: str | None) -> DataKind:
-    """What a method learns from; pairs for losses that are not in the table."""
+def data_kind(method: str | None, online: bool = False) -> DataKind:
+    """What a method learns from, by itself or on answers of its own; pairs for losses that are not in the table."""
+    if online:
+        return "prompts"
     if method == "sft":
         return "completions"
     if method == "grpo":
@@ -294,8 +290,10 @@ def reward_kind(method: str | None) -> Kind | None:
     return kind_trained_by(LOSSES[method]) if method in LOSSES else None
 
 
-def eval_applies(name: Eval, method: str | None) -> bool:
+def eval_applies(name: Eval, method: str | None, online: bool = False) -> bool:
     """Whether an evaluation can run on what a method trains, with held-out data of its kind."""
+    if online:
+        return name == "generation"
     trained = reward_kind(method)
     if name in ("reward", "cycles") or trained is not None:
         return trained is not None if name == "reward" else name == "cycles" and trained in ("scalar", "gpm")
@@ -312,7 +310,8 @@ def _evals_of(fields: dict[str, Any]) -> list[Eval]:
     asked_for = {"cycles"}  # few data sets have any
     if generation is None or generation.reward is None:
         asked_for.add("generation")
-    return [name for name in EVALS if eval_applies(name, fields.get("method")) and name not in asked_for]
+    method, online = fields.get("method"), fields.get("online") is not None
+    return [name for name in EVALS if eval_applies(name, method, online) and name not in asked_for]
 
 
 class Recipe(Section):
@@ -335,11 +334,14 @@ class Recipe(Section):
     """The model of a method that trains a reward model; its defaults when not given."""
     grpo: GrpoSpec | None = None
     """Rewards and sampling of method grpo."""
+    online: OnlineSpec | None = None
+    """Train method on answers that the policy gives as it learns: who compares them, and how they are drawn."""
     pal: PalSpec | None = None
     """The model of method pal and its training; its defaults when not given."""
     training: dict[str, Any] = Field(default_factory=dict)
     """Fields of TRL's DPOConfig, such as learning_rate and max_steps (SFTConfig for sft, KTOConfig for bco, kto,
-    GRPOConfig for grpo, RewardConfig for reward models and pal); of pal.frozen the seed alone."""
+    GRPOConfig for grpo, RewardConfig for reward models and pal, transformers' TrainingArguments for online training);
+    of pal.frozen the seed alone."""
     generation: GenerationSpec = Field(default_factory=GenerationSpec)
     """Settings of the generation evaluation."""
     evals: list[Eval] = Field(default_factory=_evals_of)
@@ -356,7 +358,7 @@ class Recipe(Section):
     @property
     def data_kind(self) -> DataKind:
         """What the run learns from."""
-        return data_kind(self.method)
+        return data_kind(self.method, self.online is not None)
 
     @property
     def data_rules(self) -> PromptRules | RewardRules | None:
@@ -370,6 +372,14 @@ class Recipe(Section):
                 needs_margin=self.method == "margin_bradley_terry",
                 over_long=self.reward.over_long,
             )
+        if self.online is not None:
+            from align.data.prompts import PromptRules
+            from align.rewards.annotators import parse_annotator
+            from align.rewards.scorers import asked_columns
+
+            parsed = parse_annotator(self.online.annotator)
+            columns, every = asked_columns(parsed.rules)
+            return PromptRules(parsed.data_columns, self.online.max_new_tokens, columns, every)
         if self.grpo is None:
             return None
         from align.data.prompts import PromptRules

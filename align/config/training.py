@@ -1,9 +1,9 @@
 """The ``training:`` section against the fields of TRL's configs.
 
 The fields pass through to ``trl.DPOConfig`` (``trl.SFTConfig`` for sft, ``trl.KTOConfig`` for bco and kto,
-``trl.GRPOConfig`` for grpo), whose own
-checks come late or never: a dataclass takes any type. So each value is held against its field's annotation here,
-before anything is loaded.
+``trl.GRPOConfig`` for grpo, ``transformers.TrainingArguments`` for online training), whose own checks come late or
+never: a dataclass takes any type. So each value is held against its field's annotation here, before anything is
+loaded.
 """
 
 from __future__ import annotations
@@ -85,6 +85,15 @@ GRPO_ELSEWHERE: dict[str, str | None] = {
     "loss_type": None,
     "pad_to_multiple_of": None,
 }
+PLAIN = "TrainingArguments"
+# The same for our own loops.
+PLAIN_ELSEWHERE: dict[str, str | None] = {
+    "train_sampling_strategy": "the order of prompts is the loop's own; remove it",
+    "max_length": None,
+    "load_best_model_at_end": "the last model is kept; choose a checkpoint by its eval_win_rate",
+    "neftune_noise_alpha": "log-probs are compared between policy and reference; remove it",
+    "label_smoothing_factor": "answers are compared, not imitated; remove it",
+}
 # Keys of older releases of TRL and transformers.
 RETIRED = {
     "max_prompt_length": "gone from TRL; data.max_length limits a prompt and its answer together",
@@ -126,20 +135,22 @@ RANGES: dict[str, Any] = {
 }
 
 
-def training_fields(method: str | None) -> dict[str, Any]:
+def training_fields(method: str | None, online: bool = False) -> dict[str, Any]:
     """What a recipe of this method may set under ``training:``, with the type of each. Imports TRL: seconds."""
-    return _fields(_config_name(method))
+    return _fields(_config_name(method, online))
 
 
 def _elsewhere(name: str) -> dict[str, str | None]:
-    return {**RETIRED, **ELSEWHERE, **(GRPO_ELSEWHERE if name == "GRPOConfig" else {})}
+    own = {"GRPOConfig": GRPO_ELSEWHERE, PLAIN: PLAIN_ELSEWHERE}
+    return {**RETIRED, **ELSEWHERE, **own.get(name, {})}
 
 
 @cache
 def _fields(name: str) -> dict[str, Any]:
+    import transformers
     import trl
 
-    config = getattr(trl, name)
+    config = getattr(transformers if name == PLAIN else trl, name)
     hints = get_type_hints(config)
     elsewhere = _elsewhere(name)
     return {
@@ -149,25 +160,29 @@ def _fields(name: str) -> dict[str, Any]:
     }
 
 
-def check_training(training: Mapping[str, Any], method: str | None) -> list[Problem]:
+def check_training(training: Mapping[str, Any], method: str | None, online: bool = False) -> list[Problem]:
     """Problems of the ``training:`` section."""
     if not training or (method == "pal" and training.keys() <= {"seed"}):
         return []
-    fields, elsewhere = training_fields(method), _elsewhere(_config_name(method))
+    name = _config_name(method, online)
+    fields, elsewhere = _fields(name), _elsewhere(name)
     problems = []
     for key, value in training.items():
         if what := elsewhere.get(key):
             problems.append((f"training.{key}", what))
         elif key not in fields:
             near = nearest(key, fields)
-            hint = f"did you mean training.{near}?" if near else f"not a field of trl.{_config_name(method)}"
+            of = "transformers" if name == PLAIN else "trl"
+            hint = f"did you mean training.{near}?" if near else f"not a field of {of}.{name}"
             problems.append((f"training.{key}", f"unknown key; {hint}"))
         elif what := type_problem(value, fields[key]):
             problems.append((f"training.{key}", what))
     return problems
 
 
-def _config_name(method: str | None) -> str:
+def _config_name(method: str | None, online: bool) -> str:
+    if online:
+        return PLAIN
     if reward_kind(method) is not None:
         return "RewardConfig"
     configs = {"completions": "SFTConfig", "thumbs": "KTOConfig", "pairs": "DPOConfig", "prompts": "GRPOConfig"}

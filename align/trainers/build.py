@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from trl import DPOConfig, GRPOConfig, KTOConfig, RewardConfig, SFTConfig, SFTTrainer
 from trl.trainer.utils import use_adapter
 
@@ -29,6 +29,7 @@ from align.models.scoring import attach_scoring
 from align.rewards.named import load_function
 from align.tracking.run_folder import REFERENCES
 
+from .build_online import online_trainer
 from .grpo import GroupTrainer, check_prompts, reward_function, with_references
 from .matching import Encoder
 from .memory import ReleaseFreed
@@ -103,6 +104,8 @@ def build(
     try:
         if recipe.data_kind == "thumbs":
             trainer: Trainer = _thumbs_trainer(recipe, losses[0], common)
+        elif recipe.online is not None:
+            trainer = online_trainer(recipe, losses[0], common, facts)
         elif recipe.data_kind == "prompts":
             trainer, data = _group_trainer(recipe, common, output)
         elif losses:
@@ -203,9 +206,7 @@ def _among(prompts: Dataset, first: Dataset) -> Dataset:
     return found
 
 
-def training_arguments(
-    recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase
-) -> DPOConfig | GRPOConfig | KTOConfig | RewardConfig | SFTConfig:
+def training_arguments(recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase) -> TrainingArguments:
     """``training:`` with what the rest of the recipe decides, and defaults that suit a run folder."""
     compute, _ = resolve_dtype(recipe.model.dtype)
     accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
@@ -226,6 +227,9 @@ def training_arguments(
         "save_total_limit": 2,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
+    if recipe.online is not None:
+        del decided["max_length"]
+        return TrainingArguments(**{**defaults, **recipe.training, **decided})
     if recipe.grpo is not None:
         del decided["max_length"]  # the limit of prompts is applied where they are read
         decided |= recipe.grpo.model_dump(include={"num_generations", "max_completion_length", "beta"})
@@ -300,7 +304,7 @@ def lora_config(spec: LoraSpec) -> LoraConfig:
 
 def _reference_facts(recipe: Recipe, model: Any, losses: list[Loss]) -> dict[str, Any]:
     """Which weights the policy is compared with. A continued adapter's copy is hashed with its base."""
-    penalised = recipe.grpo is not None and recipe.grpo.beta > 0
+    penalised = (recipe.grpo is not None and recipe.grpo.beta > 0) or recipe.online is not None
     if not penalised and not any(loss.reference for loss in losses):
         return {"kind": "none", "weights_sha256": None}
     kind = "adapters-off" if recipe.model.lora is not None and recipe.model.adapter is None else "frozen-copy"

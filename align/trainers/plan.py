@@ -97,5 +97,5 @@ def plan(recipe: Recipe, arguments: Any, row_lengths: list[int]) -> Plan:
 
 def _keeps_copy(recipe: Recipe) -> bool:
     full = recipe.model.lora is None and recipe.model.adapter is None
-    penalised = recipe.grpo is not None and recipe.grpo.beta > 0
+    penalised = (recipe.grpo is not None and recipe.grpo.beta > 0) or recipe.online is not None
     return full and (penalised or any(loss.reference for loss in losses_of(recipe)))

@@ -1,0 +1,50 @@
+"""The trainer of a recipe with section ``online``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from align.config.schema import Recipe
+from align.errors import AlignError
+from align.losses import Loss
+from align.rewards.annotators import annotator_of
+from align.rewards.expression import ExpressionError
+
+from .online import Drawing, OnlineTrainer
+
+
+def online_trainer(recipe: Recipe, loss: Loss, common: dict[str, Any], facts: dict[str, Any]) -> OnlineTrainer:
+    """``common``: what all trainers are given. The annotator stands in ``facts``.
+
+    Raises:
+        AlignError: the annotator or the engine cannot be had. ValueError: the trainer refuses the set-up.
+    """
+    spec = recipe.online
+    assert spec is not None
+    try:
+        annotator = annotator_of(spec.annotator)
+    except ExpressionError as error:
+        raise AlignError(f"online.annotator{'.' * bool(error.where)}{error.where}: {error.problem}") from error
+    facts["annotator"] = {"name": annotator.name}
+    held_out = common["eval_dataset"]
+    if held_out is not None:
+        held_out = held_out.select(range(min(spec.eval_prompts, len(held_out))))
+    return OnlineTrainer(
+        common["model"],
+        common["args"],
+        loss=loss,
+        annotator=annotator,
+        drawing=Drawing(spec.answers, spec.mixture, spec.max_new_tokens),
+        labels=spec.labels,
+        inner_steps=spec.inner_steps,
+        annotator_seconds=spec.annotator_seconds,
+        reference=spec.reference,
+        decay=spec.decay,
+        every=spec.every,
+        kl_penalty=spec.kl_penalty,
+        shared_prompt=recipe.data.shared_prompt,
+        tokenizer=common["processing_class"],
+        peft_config=common["peft_config"],
+        train_dataset=common["train_dataset"],
+        eval_dataset=held_out,
+    )

@@ -1,0 +1,335 @@
+"""Training on K answers to each prompt and on what they are worth against each other.
+
+The answers and their verdicts are in the batch: drawn and judged by ``online`` as the policy learns, or read from data
+(``align.data.groups``). What the loss is computed on:
+
+- a pair loss with soft labels (``ipo``, ``dpo``, ``slic``, ...): all K (K - 1)/2 pairs, with the probability that the
+  first is preferred;
+- ``gpo`` and ``sppo``: the group, with each answer's mean score, or win rate, against the others;
+- ``nash_md_pg``: the first answer, the policy's, with its probability of beating the second, the mixture's;
+- ``mdpo``: the tokens of all answers, with their answer's advantage, which is its win rate over 1/2 less
+  ``kl_penalty`` times its log-ratio to the reference.
+
+A step's loss is the mean over all its pairs, groups or tokens, however they are spread over micro-batches and
+processes, and whatever an annotator has set aside.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from align.losses import Loss, LossOutput, PairLogps, SequenceLogps
+from align.losses.catalogue import KINDS, LossFunction
+from align.losses.groups import all_pair_values, all_pairs
+from align.losses.logprobs import TokenLogps
+from align.losses.rows import PADDING, Rows, group_rows
+from align.models.scoring import score, why_not_shared_prompt
+
+from .host import Hosted
+from .moving import MovingReference
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Group:
+    """K answers to a prompt.
+
+    Args:
+        prompt_ids, answer_ids: token ids; answers with their end token where they have ended.
+        preference: probability that answer i is preferred to j, (K, K); NaN where nobody said. None where only scores
+            are known.
+        scores: mean log-odds of each answer against the others, (K,); NaN where nobody said.
+        win_rates: mean probability of beating the others, (K,), likewise.
+        behaviour: log-probs of each answer's tokens under the policy that drew it, nats; for mdpo.
+    """
+
+    prompt_ids: Sequence[int]
+    answer_ids: Sequence[Sequence[int]]
+    preference: Tensor | None
+    scores: Tensor
+    win_rates: Tensor
+    behaviour: Sequence[Sequence[float]] | None = None
+
+    @classmethod
+    def of(
+        cls, prompt_ids: Sequence[int], answer_ids: Sequence[Sequence[int]], preference: Tensor, scores: Tensor
+    ) -> Group:
+        """From the tables of an annotator, (K, K) each; an answer with a pair that was set aside has no mean."""
+        others = len(preference) - 1
+        return cls(prompt_ids, answer_ids, preference, scores.sum(1) / others, (preference.sum(1) - 0.5) / others)
+
+
+class GroupedTrainer(Hosted, Trainer):  # type: ignore[misc]
+    """transformers' Trainer on groups of answers.
+
+    Args:
+        model: policy, a causal model, PEFT or not.
+        args: transformers' ``TrainingArguments``.
+        loss: a pair loss with soft labels or a self-play loss, by name, function, or with its settings.
+        tokenizer: pads rows and decodes answers.
+        peft_config: adapter to add to the model.
+        reference: ``fixed``, the model before training; ``ema`` or ``previous``, see ``MovingReference``.
+        decay: of ``ema``, per optimiser step.
+        every: optimiser steps between copies of the policy, of ``previous``.
+        shared_prompt: one row a group where the architecture allows it.
+        kl_penalty: of ``mdpo``, in win rate per nat.
+        kwargs: as in ``Trainer``.
+
+    Raises:
+        ValueError: a loss of another kind, or a setting out of range.
+    """
+
+    needs_reference = True  # for the KL that is logged, whatever the loss is
+    starts_at_reference = True
+    aux_loss_enabled = False
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        args: TrainingArguments,
+        *,
+        loss: str | LossFunction | Loss,
+        tokenizer: PreTrainedTokenizerBase,
+        peft_config: LoraConfig | None = None,
+        reference: str = "fixed",
+        decay: float = 0.99,
+        every: int = 1,
+        shared_prompt: bool = True,
+        kl_penalty: float = 0.0,
+        train_dataset: Dataset | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.group_loss = check_loss(Loss.of(loss))
+        self.takes = inspect.signature(self.group_loss.info.function).parameters
+        self.kl_penalty = kl_penalty
+        continued = isinstance(model, PeftModel)
+        self.ref_model: Any = None
+        if peft_config is not None:
+            model = get_peft_model(model, peft_config)
+        elif not continued:
+            self.ref_model = copy.deepcopy(model).requires_grad_(False).eval()
+        self.moving = MovingReference(reference, decay, every)
+        if isinstance(model, PeftModel) and (continued or self.moving):
+            self.moving.add_adapter(model)
+        args = copy.copy(args)
+        args.remove_unused_columns = False
+        super().__init__(model=model, args=args, train_dataset=train_dataset, processing_class=tokenizer, **kwargs)
+        self.model_accepts_loss_kwargs = True  # a step's loss is divided by its pairs, here, and not by micro-batches
+        if self.ref_model is not None:
+            self.ref_model.to(self.args.device)
+        self.tokenizer = tokenizer
+        self._sums: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self._total_train_tokens = 0
+        self._attach_scoring()
+        reason = why_not_shared_prompt(self._inner())
+        if shared_prompt and reason:
+            logger.warning("separate rows for the answers to a prompt: %s", reason)
+        self.shared_prompt = shared_prompt and reason is None
+
+    def _inner(self) -> Any:
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    # --- batches ------------------------------------------------------------------------------------------------
+
+    def lay_out(self, groups: Sequence[Group]) -> dict[str, Tensor]:
+        """The tensors of one forward pass."""
+        kept = 1 if self._against else len(groups[0].answer_ids)  # the second answer is an opponent, and not learnt
+        rows = group_rows(
+            [group.prompt_ids for group in groups],
+            [group.answer_ids[:kept] for group in groups],
+            pad_token_id=int(self.tokenizer.pad_token_id),
+            shared_prompt=self.shared_prompt and kept > 1,
+        )
+        # Rows come first: the Trainer reads the size of a batch off its first tensor.
+        batch = {name: value for name, value in vars(rows).items() if name != "answers"}
+        batch["scores"] = torch.stack([group.scores[:kept] for group in groups]).float()
+        batch["win_rates"] = torch.stack([group.win_rates[:kept] for group in groups]).float()
+        if all(group.preference is not None for group in groups):
+            batch["preference"] = torch.stack([group.preference for group in groups if group.preference is not None])
+        if "advantage" in self.takes:
+            # As the rows' tokens: answer by answer within a shared row, else all first answers first.
+            in_order = (
+                [own for group in groups for own in group.behaviour or ()]
+                if rows.shared_prompt
+                else [(group.behaviour or ())[k] for k in range(kept) for group in groups]
+            )
+            batch["behaviour"] = torch.tensor([logp for own in in_order for logp in own])
+        return batch
+
+    @property
+    def _against(self) -> bool:
+        """Whether the loss is on the first answer, against the second."""
+        return self.group_loss.info.kind == "selfplay" and "preference" in self.takes
+
+    def units(self, batch: Mapping[str, Tensor]) -> int:
+        """Pairs, groups, answers or tokens of a batch that the loss has a value of."""
+        if "advantage" in self.takes:
+            answers = self._judged(batch).T.flatten()
+            return int(answers[batch["answer"]].sum())
+        if "preference" in self.takes:
+            values = batch["preference"][:, 0, 1] if self._against else all_pair_values(batch["preference"])
+            return int((~values.isnan()).sum())
+        pointwise = self.group_loss.info.name.endswith("_pointwise")
+        judged = self._judged(batch)
+        return int(judged.sum() if pointwise else judged.all(1).sum())
+
+    @staticmethod
+    def _judged(batch: Mapping[str, Tensor]) -> Tensor:
+        """Which groups have a score of every answer, as a mask of their answers, (B, K)."""
+        whole = ~(batch["win_rates"].isnan() | batch["scores"].isnan()).any(1, keepdim=True)
+        return whole.expand_as(batch["win_rates"])
+
+    # --- loss ---------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """The micro-batches of a step, and over how many units of all processes its loss is a mean."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        batches = self.judged(batches) if batches else batches
+        units = torch.tensor(sum(self.units(batch) for batch in batches), device=self.args.device)
+        return batches, max(1, int(self.accelerator.reduce(units, reduction="sum")))
+
+    def judged(self, batches: list[Any]) -> list[dict[str, Tensor]]:
+        """Batches as the data has them to those that the loss is computed on."""
+        return [self.lay_out(batch) for batch in batches]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: int | None = None,
+    ) -> Any:
+        if return_outputs:
+            raise ValueError("compute_metrics would need logits, and none are built")
+        rows = Rows(**{name: inputs[name] for name in _ROWS}, answers=inputs["win_rates"].numel())
+        tokens = score(model, rows)
+        with self._as_reference() as reference_model:
+            reference = score(reference_model, rows)
+        self._check_step_zero(tokens, reference.logps)
+        output = self._output(rows, tokens, reference, inputs)
+        self._record(rows, tokens, reference, output, inputs)
+        total = output.loss.sum() if output is not None else 0.0 * tokens.logps.sum()
+        # Gradients are averaged over processes, of which each has its own part of the sum.
+        return total * (self.accelerator.num_processes / (num_items_in_batch or 1))
+
+    def _output(
+        self, rows: Rows, tokens: TokenLogps, reference: TokenLogps, inputs: Mapping[str, Tensor]
+    ) -> LossOutput | None:
+        """The loss of the batch's units; None where it has none."""
+        shape = inputs["win_rates"].shape
+        policy, base = _grouped(rows, tokens.logps, shape), _grouped(rows, reference.logps, shape)
+        info, settings = self.group_loss.info, self.group_loss.settings
+        judged = self._judged(inputs)
+        if "advantage" in self.takes:
+            penalty = self.kl_penalty * (policy.total - base.total).detach()
+            advantage = inputs["win_rates"] - 0.5 - (penalty - penalty.mean(1, keepdim=True))
+            kept = judged.T.flatten()[rows.answer]
+            own = advantage.T.flatten()[rows.answer]
+            if not bool(kept.any()):
+                return None
+            return info.function(tokens.logps[kept], inputs["behaviour"][kept], own[kept], **settings)
+        if self._against:
+            kept = ~inputs["preference"][:, 0, 1].isnan()
+            first = [SequenceLogps(one.total[:, 0][kept], one.length[:, 0][kept]) for one in (policy, base)]
+            if not bool(kept.any()):
+                return None
+            return info.function(*first, inputs["preference"][:, 0, 1][kept], **settings)
+        if "preference" in self.takes:
+            labels = all_pair_values(inputs["preference"])
+            kept = ~labels.isnan()
+            if not bool(kept.any()):
+                return None
+            both = [_of(all_pairs(one), kept) for one in (policy, base)]
+            return self.group_loss(both[0], both[1] if self.group_loss.reference else None, labels[kept])
+        kept = judged.all(1)
+        if not bool(kept.any()):
+            return None
+        groups = [SequenceLogps(one.total[kept], one.length[kept]) for one in (policy, base)]
+        values = inputs["scores" if "scores" in self.takes else "win_rates"][kept]
+        return info.function(*groups, values, **settings)
+
+    # --- metrics ------------------------------------------------------------------------------------------------
+
+    def _record(
+        self,
+        rows: Rows,
+        tokens: TokenLogps,
+        reference: TokenLogps,
+        output: LossOutput | None,
+        inputs: Mapping[str, Tensor],
+    ) -> None:
+        """Add a batch to what is logged next, as sums and what they are divided by."""
+        log_ratio = (tokens.logps.detach() - reference.logps).float()
+        per_token = {"kl/k1": log_ratio, "kl/k3": torch.expm1(-log_ratio) + log_ratio}
+        for name, values in per_token.items():
+            self.count(name, rows.totals(values).sum(), rows.answers)
+        self.count("entropy", tokens.entropy.float().sum(), len(rows.answer))
+        self.count("length/tokens", rows.lengths().sum(), rows.answers)
+        if output is not None and self.group_loss.info.kind == "pair":
+            labels = all_pair_values(inputs["preference"])
+            labels = labels[~labels.isnan()]
+            margins = output.chosen_rewards - output.rejected_rewards
+            decided = labels != 0.5
+            right = torch.where(labels > 0.5, margins > 0, margins < 0) & decided
+            self.count("rewards/margins", (margins * (2 * labels - 1).sign()).sum(), len(labels))
+            self.count("rewards/accuracies", right.sum(), int(decided.sum()))
+        for name, values in output.metrics.items() if output is not None else ():
+            self.count(name, values.sum(), values.numel())
+        self._total_train_tokens += int((rows.segments != PADDING).sum())
+
+    def count(self, name: str, total: Tensor | float, of: int) -> None:
+        """Add to a mean that is logged next."""
+        sums = self._sums[name]
+        sums[0] += float(total)
+        sums[1] += of
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._sums:
+            names = sorted(self._sums)
+            sums = torch.tensor([self._sums[name] for name in names], dtype=torch.float64, device=self.args.device)
+            reduced = self.accelerator.reduce(sums, reduction="sum").tolist()
+            logs |= {name: total / of for name, (total, of) in zip(names, reduced, strict=True) if of}
+            logs["num_tokens"] = float(self._total_train_tokens)
+            self._sums.clear()
+        super().log(logs, start_time)
+
+
+_ROWS = ("input_ids", "position_ids", "segments", "source", "target", "answer")
+
+
+def check_loss(loss: Loss) -> Loss:
+    """The loss, where it can be trained on groups.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if loss.info.kind == "selfplay" or (loss.info.kind == "pair" and loss.info.soft):
+        return loss
+    why = "takes sure labels alone" if loss.info.kind == "pair" else f"takes {KINDS[loss.info.kind]}"
+    raise ValueError(
+        f"loss: {loss.info.name} {why}; on groups of answers train self-play losses, or pair losses with soft labels"
+    )
+
+
+def _grouped(rows: Rows, token_logps: Tensor, shape: torch.Size) -> SequenceLogps:
+    """Totals and lengths, (B, K)."""
+    b, k = shape
+    return SequenceLogps(rows.totals(token_logps).reshape(k, b).T, rows.lengths().reshape(k, b).T)
+
+
+def _of(pairs: PairLogps, kept: Tensor) -> PairLogps:
+    chosen, rejected = (SequenceLogps(one.total[kept], one.length[kept]) for one in (pairs.chosen, pairs.rejected))
+    return PairLogps(chosen, rejected)

@@ -1,0 +1,388 @@
+"""Online preference training: the policy answers prompts, an annotator compares the answers, a loss learns from it.
+
+One loop for online IPO and DPO (``mixture`` 0), IPO-MD (a mixture with the reference), Nash-MD-PG, GPO, SPPO and MDPO
+(arXiv:2403.08635, 2312.00886, 2410.02197, 2405.00675, 2005.09814); ``grouped`` has what each loss is computed on.
+
+- All answers of an optimiser step are drawn before its first gradient, over all its micro-batches, so that a step is
+  the same however it is accumulated; over processes, each draws those of its own prompts.
+- Answers are drawn at temperature 1, without top-p or top-k: the log-probs that losses compare are of that law.
+- Randomness is a function of the seed, the step and the prompt: a run that is gone on with draws what it would have.
+- ``kl/k1`` and ``kl/k3`` are means over answers of sums over tokens of ``d`` and ``exp(-d) - 1 + d``, with ``d`` the
+  policy's log-prob less the reference's. Both are unbiased for the KL of the whole answer where the policy drew the
+  answers, k3 with less variance near the reference; of answers drawn from a mixture, or drawn before the last
+  ``inner_steps``, they are means over those answers, and no KL.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.utils.data import Sampler
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from align.data.prompts import ROW_ID
+from align.data.tokenize import encode_prompt
+from align.errors import AlignError
+from align.evals.sampling import Mixture, Sample, sample
+from align.losses import SequenceLogps
+from align.losses.rows import answer_rows, group_rows
+from align.models.ends import end_tokens
+from align.models.memory import release_freed
+from align.models.scoring import score
+from align.rewards.annotators import Annotator, Verdicts
+from align.tracking.files import finite, write_text
+
+from .grouped import Group, GroupedTrainer
+from .judging import LABELS, asked, labelled
+from .kept import forget_after, read, written
+from .windows import Windows
+
+logger = logging.getLogger(__name__)
+
+SAMPLES = "samples.jsonl"
+SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How a prompt is answered.
+
+    Args:
+        answers: to each prompt.
+        mixture: weight of the reference in the token-level mixture that answers come from; 0 is the policy alone.
+        max_new_tokens: longest answer.
+        batch_size: answers that are drawn together.
+    """
+
+    answers: int = 2
+    mixture: float = 0.0
+    max_new_tokens: int = 64
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        if self.answers < 2:
+            raise ValueError(f"answers is {self.answers}: comparing takes two or more")
+        if not 0 <= self.mixture <= 1:
+            raise ValueError(f"mixture is {self.mixture}: it must be in [0, 1]")
+        if self.mixture == 1:
+            logger.warning("mixture is 1: all answers are the reference's, and none the policy's own")
+
+
+class OnlineTrainer(GroupedTrainer):
+    """``GroupedTrainer`` on answers of its own.
+
+    Args:
+        model, args: as there; of ``args`` the batch is a number of prompts.
+        annotator: says which answers are preferred (``align.rewards.annotators``).
+        drawing: how prompts are answered.
+        labels: what the loss learns from: ``soft``, the probabilities; ``drawn``, 0 or 1 by them, which adds variance;
+            ``argmax``, the likelier one, which is another game.
+        inner_steps: optimiser steps on the same answers.
+        annotator_seconds: how long the annotator may take for a step's answers.
+        draw: draws the policy's answers in place of transformers, ``(prompts, seeds, max_new_tokens) -> samples``,
+            once ``draw.push(model)`` has given it the weights; not for a mixture.
+        train_dataset, eval_dataset: prompts (``align.data.prompts.TokenizedPrompts.dataset``). The second is answered
+            by policy and reference whenever ``args`` says to evaluate.
+        kwargs: as in ``GroupedTrainer``.
+
+    Raises:
+        ValueError: settings that do not go together, or fewer prompts than a step takes.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        *,
+        annotator: Annotator,
+        drawing: Drawing,
+        labels: str = "soft",
+        inner_steps: int = 1,
+        annotator_seconds: float = SECONDS,
+        draw: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if labels not in LABELS:
+            raise ValueError(f"labels is {labels!r}: it must be one of {', '.join(LABELS)}")
+        if inner_steps < 1:
+            raise ValueError(f"inner_steps is {inner_steps}: it must be at least 1")
+        self.annotator, self.drawing, self.labels, self.inner_steps = annotator, drawing, labels, inner_steps
+        self.annotator_seconds, self._draws = annotator_seconds, draw
+        self._window: tuple[int, list[list[Group]]] | None = None
+        self._resumed_from: Path | None = None
+        self._reference_answers: list[Sample] | None = None
+        super().__init__(model, args, data_collator=list, **kwargs)
+        if self._against and drawing.answers != 2:
+            raise ValueError(
+                f"answers is {drawing.answers}: {self.group_loss.info.name} takes 2, one from the mixture"
+            )
+        if "advantage" in self.takes and inner_steps == 1:
+            logger.warning("inner_steps is 1: the first step of mdpo on its answers is a plain policy gradient")
+        self.add_callback(Follow(self))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        args = self.args
+        size = args.per_device_train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+        data = self.train_dataset if train_dataset is None else train_dataset
+        return Windows(len(data), size, self.inner_steps, args.data_seed if args.data_seed is not None else args.seed)
+
+    # --- a step's answers ---------------------------------------------------------------------------------------
+
+    def judged(self, batches: list[Any]) -> list[dict[str, Tensor]]:
+        """Answers to the prompts, by the policy as it is now or as it was when the window began."""
+        number, inner = divmod(self.state.global_step, self.inner_steps)
+        if inner and self._window is None and self._resumed_from is not None:
+            self._window = number, self._read_window(self._resumed_from)
+        if self._window is None or self._window[0] != number:
+            self._window = number, self._drawn(number, batches)
+        return super().judged(self._window[1])
+
+    def _drawn(self, number: int, batches: list[list[dict[str, Any]]]) -> list[list[Group]]:
+        rows = [row for batch in batches for row in batch]
+        prompts = [encode_prompt(row["prompt"], self.tokenizer) for row in rows]
+        answers = self._answers(prompts, number)
+        verdicts = self._verdicts(rows, [[answer.text for answer in own] for own in answers])
+        self._keep_samples(number, rows, answers, verdicts)
+        release_freed()
+        groups = []
+        for row, ids, own, preference, scores in zip(
+            rows, prompts, answers, verdicts.preference, verdicts.scores, strict=True
+        ):
+            labels = labelled(preference, self.labels, f"{self.args.seed}:{number}:{row[ROW_ID]}")
+            groups.append(Group.of(ids, [answer.tokens for answer in own], labels, scores))
+        cut = [not answer.finished for own in answers for answer in own]
+        self.count("length/truncated", sum(cut), len(cut))
+        pairs = verdicts.preference.flatten()
+        self.count("preference/decided", (2 * pairs[~pairs.isnan()] - 1).abs().sum(), int((~pairs.isnan()).sum()))
+        self.count("preference/set_aside", len(verdicts.problems), len(rows) * math.comb(self.drawing.answers, 2))
+        ends = torch.tensor([0, *[len(batch) for batch in batches]]).cumsum(0).tolist()
+        parts = [groups[start:end] for start, end in itertools.pairwise(ends)]
+        return [self._with_behaviour(part) for part in parts] if "advantage" in self.takes else parts
+
+    def _answers(self, prompts: Sequence[Sequence[int]], number: int) -> list[list[Sample]]:
+        """K answers to each prompt."""
+        drawing, base = self.drawing, 2 * (self.args.seed * 1_000_003 + number)
+        if self._against:
+            first = self._sampled(prompts, base)
+            second = self._sampled(prompts, base + 1, self._mixture())
+            return [list(both) for both in zip(first, second, strict=True)]
+        count = drawing.answers
+        found = self._sampled([ids for ids in prompts for _ in range(count)], base, self._mixture())
+        return [found[place * count : (place + 1) * count] for place in range(len(prompts))]
+
+    def _mixture(self) -> Mixture | None:
+        if self.drawing.mixture == 0:
+            return None
+        if self.ref_model is not None:
+            return Mixture(self.ref_model, self.drawing.mixture)
+        return Mixture("ref" if "ref" in self.model.peft_config else "__base__", self.drawing.mixture)
+
+    def _sampled(self, prompts: Sequence[Sequence[int]], seed: int, mixture: Mixture | None = None) -> list[Sample]:
+        if self._draws is not None and mixture is None:
+            self._draws.push(self.accelerator.unwrap_model(self.model))
+            seeds = [seed * 1_000_003 + place for place in range(len(prompts))]
+            found: list[Sample] = self._draws(prompts, seeds=seeds, max_new_tokens=self.drawing.max_new_tokens)
+            return found
+        with self.accelerator.autocast():
+            return self._by_transformers(self.model, prompts, seed, mixture)
+
+    def _by_transformers(
+        self, model: Any, prompts: Sequence[Sequence[int]], seed: int, mixture: Mixture | None = None
+    ) -> list[Sample]:
+        return sample(
+            model,
+            self.tokenizer,
+            prompts,
+            eos_ids=end_tokens(self._inner(), self.tokenizer),
+            max_new_tokens=self.drawing.max_new_tokens,
+            temperature=1.0,
+            seed=seed,
+            batch_size=self.drawing.batch_size,
+            mixture=mixture,
+        )
+
+    @torch.no_grad()
+    def _with_behaviour(self, groups: list[Group]) -> list[Group]:
+        """Log-probs of the answers' tokens under the policy as it is now, by the kernel that training uses."""
+        rows = group_rows(
+            [group.prompt_ids for group in groups],
+            [group.answer_ids for group in groups],
+            pad_token_id=int(self.tokenizer.pad_token_id),
+            shared_prompt=self.shared_prompt,
+        ).to(self.args.device)
+        training = self.model.training
+        self.model.eval()
+        with self.accelerator.autocast():
+            logps = score(self.model, rows).logps.float()
+        self.model.train(training)
+        by_answer = [logps[rows.answer == answer].tolist() for answer in range(rows.answers)]
+        return [replace(group, behaviour=by_answer[place :: len(groups)]) for place, group in enumerate(groups)]
+
+    # --- verdicts -----------------------------------------------------------------------------------------------
+
+    def _verdicts(self, rows: Sequence[Mapping[str, Any]], answers: Sequence[Sequence[str]]) -> Verdicts:
+        """What the annotator says. Where it fails the run ends, on every process, with a checkpoint to go on from.
+
+        Raises:
+            AlignError: it fails, or takes too long.
+        """
+        found = asked(self.annotator, rows, answers, self.annotator_seconds)
+        failed = torch.tensor(float(isinstance(found, str)), device=self.args.device)
+        if float(self.accelerator.reduce(failed, reduction="sum")):
+            if self.state.global_step and self.args.save_strategy != "no":
+                self._save_checkpoint(self.model, trial=None)
+            why = found if isinstance(found, str) else "it failed on another process"
+            raise AlignError(
+                f"online.annotator, at step {self.state.global_step + 1}: {why}. Nothing is lost: the same command "
+                f"goes on from step {self.state.global_step}"
+            )
+        assert not isinstance(found, str)
+        return found
+
+    # --- what is kept -------------------------------------------------------------------------------------------
+
+    def _keep_samples(
+        self, number: int, rows: Sequence[Mapping[str, Any]], answers: Sequence[Sequence[Sample]], verdicts: Verdicts
+    ) -> None:
+        entries = [
+            {
+                "step": number * self.inner_steps + 1,
+                "row_id": row[ROW_ID],
+                "prompt": row["prompt"],
+                "answers": [answer.text for answer in own],
+                "tokens": [len(answer.tokens) for answer in own],
+                "finished": [answer.finished for answer in own],
+                "preference": finite(preference.tolist()),
+                "scores": finite(scores.tolist()),
+            }
+            for row, own, preference, scores in zip(rows, answers, verdicts.preference, verdicts.scores, strict=True)
+        ]
+        for problem in verdicts.problems:
+            entries[problem.prompt].setdefault("set_aside", []).append(
+                {"answers": [problem.first, problem.second], "reason": problem.reason}
+            )
+        everywhere = gather_object(entries)
+        if self.is_world_process_zero():
+            path = Path(self.args.output_dir) / SAMPLES
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in everywhere)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(resume_from_checkpoint, str):
+            self._resumed_from = Path(resume_from_checkpoint)
+        if self.is_world_process_zero():
+            step = int(self._resumed_from.name.rpartition("-")[2]) if self._resumed_from is not None else 0
+            forget_after(Path(self.args.output_dir) / SAMPLES, step)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """With what is needed in the middle of a window, written first: ``trainer_state.json`` ends a checkpoint."""
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.args.should_save:
+            self.moving.save(self.ref_model, folder)
+        if self._window is not None and self.state.global_step % self.inner_steps:
+            kept = [[written(group) for group in part] for part in self._window[1]]
+            write_text(folder / self._window_file, json.dumps(kept))
+        super()._save_checkpoint(model, trial)
+
+    @property
+    def _window_file(self) -> str:
+        return f"window-{self.accelerator.process_index}.json"
+
+    def _read_window(self, folder: Path) -> list[list[Group]]:
+        path = folder / self._window_file
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise AlignError(
+                f"{path}: the answers of the step in hand cannot be read ({error}): go on with as many processes as "
+                "the run was started with"
+            ) from error
+        return [[read(group) for group in part] for part in kept]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.moving.load(self.ref_model, Path(resume_from_checkpoint))
+
+    # --- held-out prompts ---------------------------------------------------------------------------------------
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """Answers of policy and reference to the held-out prompts, compared by the annotator.
+
+        Returns:
+            ``win_rate`` against the reference with its standard error, ``kl`` (k1, nats an answer), ``entropy``
+            (nats a token), ``length`` (tokens), ``truncated``; a reference that moves answers anew each time.
+        """
+        rows = list(self.eval_dataset if eval_dataset is None else eval_dataset)
+        prompts = [encode_prompt(row["prompt"], self.tokenizer) for row in rows]
+        own = self._sampled(prompts, self.args.seed)
+        if self._reference_answers is None or self.moving:
+            with self._as_reference() as reference:
+                self._reference_answers = self._by_transformers(reference, prompts, self.args.seed + 1)
+        both = [[mine.text, theirs.text] for mine, theirs in zip(own, self._reference_answers, strict=True)]
+        wins = self._verdicts(rows, both).preference[:, 0, 1]
+        wins = wins[~wins.isnan()]
+        logps, base, entropy = self._scored(prompts, own)
+        values = {
+            "win_rate": float(wins.mean()),
+            "win_rate_se": float(wins.std() / math.sqrt(len(wins))) if len(wins) > 1 else math.nan,
+            "kl": float((logps.total - base.total).mean()),
+            "entropy": entropy,
+            "length": float(logps.length.float().mean()),
+            "truncated": sum(not answer.finished for answer in own) / len(own),
+        }
+        release_freed()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def _scored(
+        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sample]
+    ) -> tuple[SequenceLogps, SequenceLogps, float]:
+        """Log-probs of answers under policy and reference, and the policy's mean entropy a token."""
+        pad, size = int(self.tokenizer.pad_token_id), self.args.per_device_eval_batch_size
+        policy, base, entropies = [], [], []
+        training = self.model.training
+        self.model.eval()
+        for start in range(0, len(prompts), size):
+            ids = [answer.tokens for answer in answers[start : start + size]]
+            rows = answer_rows(prompts[start : start + size], ids, pad_token_id=pad).to(self.args.device)
+            with self.accelerator.autocast():
+                tokens = score(self.model, rows)
+            policy.append((rows.totals(tokens.logps), rows.lengths()))
+            entropies.append(tokens.entropy.float())
+            with self._as_reference() as reference:
+                base.append((rows.totals(score(reference, rows).logps), rows.lengths()))
+        self.model.train(training)
+        own, theirs = (
+            SequenceLogps(torch.cat([total for total, _ in parts]), torch.cat([length for _, length in parts]))
+            for parts in (policy, base)
+        )
+        return own, theirs, float(torch.cat(entropies).mean())
+
+
+class Follow(TrainerCallback):  # type: ignore[misc]
+    """Moves the reference after each optimiser step."""
+
+    def __init__(self, trainer: OnlineTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """One step has been taken."""
+        trainer = self.trainer
+        policy = trainer.accelerator.unwrap_model(trainer.model)
+        trainer.moving.follow(policy, trainer.ref_model, state.global_step)
