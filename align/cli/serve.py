@@ -47,6 +47,9 @@ def serve(
     max_waiting: Annotated[
         int, typer.Option(min=0, help="Particles that may wait; beyond: 429.", rich_help_panel=LIMITS)
     ] = 256,
+    max_plain: Annotated[
+        int, typer.Option(min=1, help="Requests without our settings under way; beyond: 429.", rich_help_panel=LIMITS)
+    ] = 256,
     max_body: Annotated[
         int, typer.Option(min=1024, help="Largest body of a request, bytes.", rich_help_panel=LIMITS)
     ] = 1 << 20,
@@ -66,6 +69,7 @@ def serve(
         max_particles=max_particles or max_num_seqs,
         max_running=max_num_seqs,
         max_waiting=max_waiting,
+        max_plain=max_plain,
         max_body=max_body,
         timeout=timeout,
     )

@@ -18,10 +18,11 @@ class Admission:
     Args:
         running: places.
         waiting: particles that may wait for one.
+        of: what takes places.
     """
 
-    def __init__(self, running: int, waiting: int) -> None:
-        self.places, self.most_waiting = running, waiting
+    def __init__(self, running: int, waiting: int, of: str = "particles") -> None:
+        self.places, self.most_waiting, self.of = running, waiting, of
         self.running = 0
         self.waiting = 0
         self._queue: deque[Ticket] = deque()
@@ -41,8 +42,8 @@ class Admission:
             after = self.retry_after
             raise RefusedError(
                 429,
-                f"busy: {self.running:,} particles are drawn and {self.waiting:,} wait, and {particles:,} more would "
-                f"be over the limit; try again in {after} s, or ask for fewer",
+                f"busy: {self.running:,} {self.of} are under way and {self.waiting:,} wait, and {particles:,} more "
+                f"would be over the limit; try again in {after} s{', or ask for fewer' if particles > 1 else ''}",
                 {"Retry-After": str(after)},
             )
         else:

@@ -101,7 +101,7 @@ class Gate:
         if body is None:  # the client has gone
             return
         with self.drain.count():
-            await self.app(scope, _again(body, receive), send)
+            await self.app(scope, given(body, receive), send)
 
     def _check_key(self, scope: MutableMapping[str, Any]) -> None:
         if not self._keys or scope["path"] in OPEN:
@@ -143,15 +143,15 @@ class Gate:
         )
 
 
-def _again(body: bytes, receive: Receive) -> Receive:
+def given(body: bytes, receive: Receive) -> Receive:
     """Gives the body that was read, then what comes after it: the client's hang-up."""
-    given = False
+    told = False
 
     async def first() -> Message:
-        nonlocal given
-        if given:
+        nonlocal told
+        if told:
             return await receive()
-        given = True
+        told = True
         return {"type": "http.request", "body": body, "more_body": False}
 
     return first

@@ -17,8 +17,9 @@ class Options:
         max_particles: most particles of one request.
         max_running: particles that are drawn at a time; more wait.
         max_waiting: particles that may wait; a request over that is told to come back.
+        max_plain: requests without our settings that may be under way; one more is told to come back.
         max_body: largest body of a request, bytes.
-        timeout: seconds that a request with our settings may take, with its wait.
+        timeout: seconds that a request may take, with its wait.
         compile_seconds: seconds that compiling a constraint may take.
         grace: seconds that running requests have to finish once the server is told to stop.
     """
@@ -28,6 +29,7 @@ class Options:
     max_particles: int = 64
     max_running: int = 64
     max_waiting: int = 256
+    max_plain: int = 256
     max_body: int = 1 << 20
     timeout: float = 120.0
     compile_seconds: float = 2.0

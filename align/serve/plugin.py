@@ -22,6 +22,7 @@ from .gate import Drain, Gate
 from .launch import KEY_VARIABLE
 from .metrics import Metrics
 from .options import Options
+from .plain import Plain
 from .rewards import Rewards
 from .routes import attach
 from .wire import KEY
@@ -48,7 +49,11 @@ class AlignEndpoints:
         def refused(status: int) -> None:
             app.state.align.metrics.refused(status)
 
-        app.add_middleware(
+        def done(outcome: str, seconds: float) -> None:
+            app.state.align.metrics.done("plain", outcome, seconds)
+
+        app.add_middleware(Plain, most=options.max_plain, seconds=options.timeout, done=done)
+        app.add_middleware(  # the last one comes first
             Gate,
             keys=[keys] if keys else [],
             max_body=options.max_body,

@@ -38,8 +38,8 @@ for _ in range(60):
 HEAVY = {"allOf": [{"type": "string", "pattern": f".*{letter}.*"} for letter in "abcdefghijklmnop"]}
 REWARD = "everyday=align.rewards.rules:everyday_answer"
 TRIES = 40
-Check = Callable[[], Awaitable[tuple[str, int]]]
-"""Sends a request; what was wrong with the reply, if anything, and how many tokens were drawn for it."""
+Way = Callable[[int], Awaitable[tuple[str, int]]]
+"""Sends a request of a number; what was wrong with the reply, if anything, and how many tokens were drawn for it."""
 
 
 @contextmanager
@@ -242,7 +242,7 @@ def wrong(text: str, spec: dict[str, Any]) -> str:
     return "" if right else f"{text!r} is not of the schema"
 
 
-def goods(client: Client) -> list[Callable[[int], Awaitable[tuple[str, int]]]]:
+def goods(client: Client) -> list[Way]:
     """Kinds of good requests."""
     return [
         client.plain,
@@ -285,7 +285,7 @@ async def speed(
     rows = []
     async with httpx.AsyncClient(base_url=url, timeout=300, limits=httpx.Limits(max_connections=64)) as http:
         client = Client(http)
-        ways: dict[str, Callable[[int], Awaitable[tuple[str, int]]]] = {
+        ways: dict[str, Way] = {
             "unconstrained, temperature 1": lambda n: client.plain(n, temperature=1.0),
             "structured output, record regex": client.structured,
             "AWRS, record regex": lambda n: client.answer(n, {"regex": SHORT}, "awrs", 1),
@@ -318,53 +318,73 @@ async def speed(
     return rows
 
 
+class Crowd:
+    """Clients that send one request after another, every tenth of them bad.
+
+    Args:
+        client: by which they all send.
+        say: told of what was wrong.
+    """
+
+    def __init__(self, client: Client, say: Callable[[str], None]) -> None:
+        self._client, self._say, self._kinds = client, say, goods(client)
+        self.good, self.bad, self.faults = Counter[str](), Counter[str](), list[str]()
+        self.waits: list[float] = []
+
+    async def warm_up(self) -> None:
+        """Each kind of good requests twice."""
+        for number in range(2 * len(self._kinds)):
+            await self._kinds[number % len(self._kinds)](number)
+
+    async def run(self, clients: int, over: Callable[[int], bool]) -> None:
+        """So many clients, each until it is over after as many requests as it has sent."""
+        await asyncio.gather(*(self._one(place, over) for place in range(clients)))
+
+    async def _one(self, place: int, over: Callable[[int], bool]) -> None:
+        kinds = self._kinds
+        bads = itertools.cycle([*BAD][place % len(BAD) :] + [*BAD][: place % len(BAD)])
+        for turns in itertools.count():
+            if over(turns):
+                return
+            turn = place + turns
+            number, sent = 1000 * place + turn, time.perf_counter()
+            kind = next(bads) if turn % 10 == 9 else f"good {turn % len(kinds)}"
+            try:
+                if kind in BAD:
+                    fault = await self._client.bad(kind, number)
+                    self.bad[kind] += 1
+                else:
+                    fault, _ = await kinds[turn % len(kinds)](number)
+                    self.waits.append(time.perf_counter() - sent)
+                    self.good[kind] += 1
+            except Exception as error:
+                fault = f"{kind}: {type(error).__name__}: {error}"
+            if fault:
+                self.faults.append(fault)
+                self._say(fault)
+
+
 async def load(
     url: str, process: psutil.Process, minutes: float, say: Callable[[str], None], clients: int = 32
 ) -> dict[str, Any]:
     """``clients`` clients, one request in ten bad; then nothing may be left."""
-    good, bad, faults = Counter[str](), Counter[str](), list[str]()
-    waits: list[float] = []
     memory: list[tuple[float, list[int]]] = []
     limits = httpx.Limits(max_connections=2 * clients, max_keepalive_connections=clients)
     async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as http:
         client = Client(http)
-        kinds = goods(client)
+        crowd = Crowd(client, say)
         say(f"{await fill(http):,} tokens of the cache touched")
-        for number in range(2 * len(kinds)):
-            await kinds[number % len(kinds)](number)
+        await crowd.warm_up()
         began = time.monotonic()
         until = began + 60 * minutes
-
-        async def one(place: int) -> None:
-            rng = random.Random(place)
-            bads = itertools.cycle(rng.sample(list(BAD), len(BAD)))
-            for turn in itertools.count(place):
-                if time.monotonic() > until:
-                    return
-                number = 1000 * place + turn
-                sent = time.perf_counter()
-                kind = next(bads) if turn % 10 == 9 else f"good {turn % len(kinds)}"
-                try:
-                    if kind in BAD:
-                        fault = await client.bad(kind, number)
-                        bad[kind] += 1
-                    else:
-                        fault, _ = await kinds[turn % len(kinds)](number)
-                        waits.append(time.perf_counter() - sent)
-                        good[kind] += 1
-                except Exception as error:
-                    fault = f"{kind}: {type(error).__name__}: {error}"
-                if fault:
-                    faults.append(fault)
-                    say(fault)
 
         async def watch() -> None:
             while time.monotonic() < until:
                 memory.append((time.monotonic() - began, resident(process)))
-                say(f"{memory[-1][0]:.0f} s: {memory[-1][1]} MiB, {good.total()} good, {bad.total()} bad")
+                say(f"{memory[-1][0]:.0f} s: {memory[-1][1]} MiB, {crowd.good.total()} good, {crowd.bad.total()} bad")
                 await asyncio.sleep(15)
 
-        await asyncio.gather(watch(), *(one(place) for place in range(clients)))
+        await asyncio.gather(watch(), crowd.run(clients, lambda turns: time.monotonic() > until))
         seconds = time.monotonic() - began
         remaining: dict[str, float] = {}
         for _ in range(60):
@@ -377,10 +397,10 @@ async def load(
         "part": "load",
         "clients": clients,
         "seconds": seconds,
-        "good": good.total(),
-        "bad": dict(bad),
-        "faults": faults,
-        "waits": waits,
+        "good": crowd.good.total(),
+        "bad": dict(crowd.bad),
+        "faults": crowd.faults,
+        "waits": crowd.waits,
         "busy": client.busy,
         "left": remaining,
         "memory": memory,
