@@ -31,6 +31,14 @@ def score(
             "commas, or by giving the option again.",
         ),
     ] = None,
+    annotator: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC",
+            help="Add scores and win_rates of several answers against each other: a rule, a reward model, or YAML, "
+            "as it stands or in a file, such as '{gpm: runs/gpm}'.",
+        ),
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="What to write: .jsonl or .parquet.")] = Path(
         "scored.jsonl"
     ),
@@ -75,19 +83,23 @@ def score(
     """Add columns of rewards, log-probs and similarity to a data set.
 
     A pair gets NAME_chosen and NAME_rejected, a single answer NAME_completion; ches and its kin compare the answers of
-    a pair, and get one column NAME. Rows that cannot be scored are set aside with the reason. The same command goes on
-    with what was interrupted.
+    a pair, and get one column NAME. An annotator compares the answers of align generate --n. Rows that cannot be
+    scored are set aside with the reason. The same command goes on with what was interrupted.
 
         align score pairs.jsonl --with align.rewards.rules:everyday_answer,runs/reward_bt -o scored.jsonl
 
         align score pairs.jsonl --with ches,ches_ln,logps --model smollm2-135m-instruct -o scored.jsonl
+
+        align score answers.jsonl --annotator runs/reward_gpm -o groups.jsonl
     """
     _check_options(source, output, dtype, quantile, canned, regression)
     from align.score.run import check_columns, identity_at, processes, score_data
     from align.score.scorers import OF_THE_MODEL, Policy, named_specs
     from align.tracking.files import make_room
 
-    named = named_specs([part for given in specs or [] for part in given.split(",") if part])
+    parts = [part for given in specs or [] for part in given.split(",") if part]
+    named = named_specs(parts) if parts or annotator is None else {}
+    judging = _annotator(annotator) if annotator is not None else []
     asked = {"--reference-quantile": quantile, "--reference-regression": regression}
     needy = [spec for spec in named.values() if spec in OF_THE_MODEL]
     needy += [option for option, value in asked.items() if value is not None]
@@ -100,7 +112,7 @@ def score(
     if model is not None and needy:
         device = processes().device
         policy = Policy.load(model, dtype=dtype, max_length=max_length, batch_size=batch_size, device=device)
-    scorers = _scorers(named, policy, dtype, batch_size)
+    scorers = [*_scorers(named, policy, dtype, batch_size), *judging]
     if (quantile, canned, regression) != (None, None, None):
         from align.score.references import CannedReferences, PredictedReferences, SampledReferences
         from align.trainers.references import Draws
@@ -162,6 +174,19 @@ def _scorers(named: dict[str, str], policy: Policy | None, dtype: str, batch_siz
             device = processes().device
             scorers.append(ModelScorer(name, folder, dtype=dtype, batch_size=batch_size, device=device))
     return scorers
+
+
+def _annotator(given: str) -> list[Scorer]:
+    """The annotator of ``--annotator``: YAML as it stands, or the file that holds it."""
+    from align.config.read import parse_yaml
+    from align.score.annotated import AnnotatorScorer
+
+    path = Path(given).expanduser()
+    is_file = given.endswith((".yaml", ".yml"))
+    if is_file and not path.is_file():
+        raise ConfigError("align score", [("--annotator", f"{given}: no such file")])
+    text = path.read_text("utf-8") if is_file else given
+    return [AnnotatorScorer(parse_yaml(text, given), "align score", "--annotator")]
 
 
 def _with_references(scorers: list[Scorer]) -> list[AnswerScorer]:

@@ -18,8 +18,11 @@ from typing import Any
 from align.data.fields import FieldError, answer_field, collecting, content, required, resolve
 from align.data.pairs import comparison
 from align.data.rows import Content, row_id
+from align.rewards.encoding import as_answer
 
 LISTED = "completions"
+DRAWN = "completion_ids"
+"""Column of ``align generate --n``: the token ids of the completions."""
 ONE_TOKEN = "one_token"
 """Column beside ``ches`` and ``ches_ln``: neither answer has more than one token before its end token. Such answers
 part in nothing that CHES sees but the state before the end token, and without that in nothing: it is then 0."""
@@ -107,6 +110,9 @@ def _answers(row: dict[str, Any], problems: list[FieldError]) -> tuple[Content, 
     named = _named(row, problems)
     if problems:
         return prompt, {}
+    if LISTED in row and row.get(DRAWN) is not None and prompt:
+        # What a model gave: an answer that it ended at once is an answer.
+        return prompt, {LISTED: [as_answer(prompt, one) if isinstance(one, str) else one for one in named.values()]}
     prompt, resolved = resolve(prompt, named)
     return prompt, {LISTED if LISTED in row else "completion": list(resolved.values())}
 

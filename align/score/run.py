@@ -284,7 +284,9 @@ def check_columns(source: str, named: Mapping[str, str]) -> None:
 def _check_new(names: Iterable[str], others: Columns, row: ScoreRow) -> None:
     """Columns of the data are not written over."""
     if taken := sorted({*row.fields, *others, "row_id"}.intersection(names)):
-        raise AlignError(f"there is a column {taken[0]} already: give the new one another name, --with NAME=SPEC")
+        raise AlignError(
+            f"there is a column {taken[0]} already: rename it, or give the new one another name, --with NAME=SPEC"
+        )
 
 
 @contextmanager

@@ -35,13 +35,13 @@ class Scored(NamedTuple):
     """Columns of rows.
 
     Args:
-        columns: one mapping a row, from names to what JSON holds.
+        columns: one mapping a row, from names to what JSON holds; or why the row is to be set aside.
         cut: answers that were too long, of which the beginning was scored.
         moved: rows whose prompt ends in other tokens when an answer follows.
         left_out: answers drawn for references that have no reward.
     """
 
-    columns: list[Columns]
+    columns: Sequence[Columns | FieldError]
     cut: int = 0
     moved: int = 0
     left_out: int = 0
@@ -86,7 +86,7 @@ class RuleScorer:
         except ValueError as error:
             raise ConfigError("align score", [("--with", str(error))]) from error
         self.name = name
-        self.identity = {"rule": spec, "code": _code(self.reward.rule)}
+        self.identity = {"rule": spec, "code": code_hash(self.reward.rule)}
 
     def score(self, rows: Sequence[ScoreRow]) -> Scored:
         own = [row for row in rows for _ in row.each]
@@ -119,7 +119,7 @@ def _answer_names(row: ScoreRow) -> list[str]:
     ]
 
 
-def _code(rule: Callable[..., Any]) -> str | None:
+def code_hash(rule: Callable[..., Any]) -> str | None:
     """Hash of the file that the function stands in; None where there is no such file."""
     try:
         source = inspect.getsourcefile(rule)
