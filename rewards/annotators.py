@@ -10,10 +10,16 @@ In a recipe an annotator is one of
   expression of ``align.rewards.expression``. ``{reward: ..., temperature: 0.1}`` says how sure it is:
   ``p = sigmoid((r_i - r_j) / temperature)``; 1 if not given, and of a reward model the tau that it was saved with.
 - ``{gpm: FOLDER}``  a preference model, ``p = sigmoid(s / tau)``; ``temperature`` takes the place of its tau.
+- ``{pal: FOLDER, annotators: {ann: 2, bob: 1}}``  the people of a PAL model in these shares, or ``all`` alike: the
+  mean of ``sigmoid(r_i - r_j)``, each by their own reward.
+- ``{compare: "module:function"}``  a function of prompts, first and second answers to probabilities that the first is
+  preferred; asked in both orders unless ``both_orders: false``.
+- ``{judge: {url: "http://localhost:8000", model: NAME}}``  a language model behind a server (``align.rewards.judge``).
 
-**Which preferences are transitive.** Those of one reward are, whatever its temperature, and then offline and online
-methods look for the same best answer. A preference model may prefer a to b, b to c and c to a; no answer is best then,
-and the solution of the game is a mixture of answers.
+**Which preferences are transitive.** Those of one reward are, or of one expression, whatever the temperature: one
+answer is best, online and offline. The others may prefer a to b, b to c and c to a, a population too, though none of
+its people does. No answer is best then: the solution of the game is a mixture of answers, which online methods look
+for, while offline ones find what does best against the data's answers.
 
 **Labels.** The verdicts are probabilities. *Soft* labels give them to the loss as they are; *drawn* ones
 (``align.losses.selfplay.draw_labels``) flip a coin of that bias: the same game in expectation, with more variance.
@@ -25,21 +31,23 @@ do so at full strength.
 from __future__ import annotations
 
 import difflib
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-import torch
-
+from .annotator_kinds import CompareAnnotator, ModelAnnotator, PalAnnotator, RewardAnnotator
 from .encoding import Content
 from .expression import NODES as EXPRESSIONS
 from .expression import CannedReference, Expression, ExpressionError, parse_expression
 from .functions import RewardFunction
-from .named import is_gpm, is_rule, load_reward, reward_folder, reward_name, split_choice
+from .judge import Judge, parse_judge
+from .named import FITTED_FILE, is_gpm, is_rule, load_function, load_reward, reward_folder, reward_name, split_choice
+from .pal import CONFIG_FILE as PAL_FILE
 from .scorers import ModelReward, load_scorer
-from .verdicts import AnnotatorError, Problem, Verdicts, check_groups
+from .verdicts import NO_COLUMNS, AnnotatorError, Columns, Groups, Problem, Verdicts
 
 __all__ = [
     "Annotator",
@@ -50,10 +58,6 @@ __all__ = [
     "annotator_of",
     "parse_annotator",
 ]
-
-Groups = Sequence[Sequence[Content]]
-Columns = Mapping[str, Sequence[Any]]
-NO_COLUMNS: Columns = MappingProxyType({})
 
 
 class Annotator(Protocol):
@@ -91,7 +95,8 @@ class ParsedAnnotator:
         """The annotator.
 
         Raises:
-            ExpressionError: a model that cannot be loaded, or is of another kind than the recipe says.
+            ExpressionError: a model that cannot be loaded, or is of another kind than the recipe says; a judge whose
+                key is not in the environment.
         """
         try:
             return self.make()
@@ -124,100 +129,15 @@ def parse_annotator(given: Any) -> ParsedAnnotator:
         return _reward(given, "", None)
     kinds = [kind for kind in _KINDS if kind in given]
     if len(kinds) != 1:
-        key = str(next(iter(given)))
+        key = "" if kinds else str(next(iter(given)))
         near = difflib.get_close_matches(key, [*_KINDS, *EXPRESSIONS], n=1)
-        _fail(
-            key if not kinds else "",
-            f"did you mean {near[0]}?" if near and not kinds else f"give one of {', '.join(_KINDS)}",
-        )
+        _fail(key, f"did you mean {near[0]}?" if near else f"give one of {', '.join(_KINDS)}")
     kind = kinds[0]
     parse, known = _KINDS[kind]
     for key in given:
         if key != kind and key not in known:
             _fail(str(key), f"unknown key; known beside {kind}: {', '.join(known) or 'none'}")
     return parse(given)
-
-
-# --- kinds -----------------------------------------------------------------------------------------------------------
-
-
-class _Judging(ABC):
-    """What is the same in all: sizes are checked, and an error names the prompt that it is of."""
-
-    name: str
-
-    def __call__(self, prompts: Sequence[Content], answers: Groups, columns: Columns = NO_COLUMNS) -> Verdicts:
-        check_groups(self.name, prompts, answers, columns)
-        try:
-            return self._verdicts(prompts, answers, columns)
-        except ValueError as error:
-            raise self._located(error, prompts, answers, columns) from error
-
-    @abstractmethod
-    def _verdicts(self, prompts: Sequence[Content], answers: Groups, columns: Columns) -> Verdicts:
-        """Of what was checked. Raises ValueErrors."""
-
-    def _located(
-        self, error: ValueError, prompts: Sequence[Content], answers: Groups, columns: Columns
-    ) -> AnnotatorError:
-        """The error with the first prompt that raises one alone."""
-        for row, prompt in enumerate(prompts):
-            own = slice(row, row + 1)
-            try:
-                self._verdicts(prompts[own], answers[own], {name: values[own] for name, values in columns.items()})
-            except ValueError as alone:
-                return AnnotatorError(self.name, str(alone), row, prompt)
-        return AnnotatorError(self.name, str(error))
-
-
-@dataclass(frozen=True)
-class RewardAnnotator(_Judging):
-    """Differences of a reward over a temperature, as log-odds; pairs of an answer without one are set aside."""
-
-    name: str
-    reward: RewardFunction
-    temperature: float
-
-    def _verdicts(self, prompts: Sequence[Content], answers: Groups, columns: Columns) -> Verdicts:
-        size, found = len(answers[0]), []
-        for rows in _apart(prompts):
-            asked = [prompts[row] for row in rows for _ in range(size)]
-            given = {name: [values[row] for row in rows for _ in range(size)] for name, values in columns.items()}
-            found += self.reward(asked, [answer for row in rows for answer in answers[row]], **given)
-        rewards = torch.tensor([torch.nan if one is None else one for one in found], dtype=torch.float64)
-        rewards = rewards.view(len(prompts), size) / self.temperature
-        lacking = torch.tensor([one is None for one in found]).view_as(rewards)
-        problems = []
-        for i, j in zip(*torch.triu_indices(size, size, 1).tolist(), strict=True):
-            for row in (lacking[:, i] | lacking[:, j]).nonzero()[:, 0].tolist():
-                none = i if lacking[row, i] else j
-                problems.append(Problem(row, i, j, f"answer {none} has no reward: {self.name} gave None"))
-        return Verdicts.of_log_odds(rewards[:, :, None] - rewards[:, None], problems)
-
-
-@dataclass(frozen=True)
-class ModelAnnotator(_Judging):
-    """A reward or preference model: the log-odds of ``RewardModel.score_groups``, ``tau / temperature`` times."""
-
-    name: str
-    scorer: ModelReward
-    temperature: float | None = None
-
-    def _verdicts(self, prompts: Sequence[Content], answers: Groups, columns: Columns) -> Verdicts:
-        scores = torch.stack(self.scorer.log_odds(prompts, answers)).double()
-        if self.temperature is not None:
-            scores = scores * (self.scorer.model.config.tau / self.temperature)
-        return Verdicts.of_log_odds(scores)
-
-
-def _apart(prompts: Sequence[Content]) -> Iterator[range]:
-    """Runs in which no prompt stands beside itself: rewards take equal prompts in a row for one group of answers."""
-    start = 0
-    for row in range(1, len(prompts)):
-        if prompts[row] == prompts[row - 1]:
-            yield range(start, row)
-            start = row
-    yield range(start, len(prompts))
 
 
 # --- what a recipe says ----------------------------------------------------------------------------------------------
@@ -240,8 +160,10 @@ def _reward(given: Any, where: str, temperature: float | None) -> ParsedAnnotato
             rules.append(part.reward)
         else:
             models[place] = _model(part.reward, place)
-            if not isinstance(given, str):
-                part.check_reference(is_gpm(part.reward))
+            if split_choice(part.reward)[1] is None and (Path(models[place]) / PAL_FILE).is_file():
+                _fail(place, f"{part.reward} has a reward a person: write pal: FOLDER with annotators, or FOLDER@WHO")
+            if part.is_made and is_gpm(part.reward):
+                _fail(_join(where, f"{part.where}.reference"), "a gpm compares answers: no canned one has a reward")
     name = reward_name(given) if isinstance(given, str) else _named(expression)
     if isinstance(given, str) and models:
         return ParsedAnnotator(name, lambda: _of_model(name, given, temperature), models)
@@ -275,12 +197,72 @@ def _gpm(given: Mapping[str, Any]) -> ParsedAnnotator:
     return ParsedAnnotator(name, lambda: _of_model(name, spec, temperature, "gpm"), {"gpm": folder})
 
 
+def _pal(given: Mapping[str, Any]) -> ParsedAnnotator:
+    spec = _text(given, "pal")
+    folder = _model(spec, "pal")
+    if split_choice(spec)[1] is not None:
+        _fail("pal", f"{spec} names one person, who is a reward: write reward, or the folder alone and annotators")
+    if not (Path(folder) / PAL_FILE).is_file():
+        _fail("pal", f"{spec}: no {PAL_FILE} in this folder, so it holds no PAL model")
+    known = list(json.loads((Path(folder) / PAL_FILE).read_text(encoding="utf-8"))["users"])
+    if (Path(folder) / FITTED_FILE).is_file():
+        known += json.loads((Path(folder) / FITTED_FILE).read_text(encoding="utf-8"))
+    people = _people(given.get("annotators"), known)
+    name = reward_name(spec)
+
+    def make() -> Annotator:
+        from .pal_model import PalRewardModel  # transformers: not for reading recipes
+
+        return PalAnnotator(name, PalRewardModel.from_pretrained(folder), people)
+
+    return ParsedAnnotator(name, make, {"pal": folder})
+
+
+def _people(given: Any, known: Sequence[str]) -> dict[str, float]:
+    """Shares by name, 1 in sum."""
+    if given == "all":
+        given = dict.fromkeys(known, 1)
+    if not isinstance(given, Mapping) or not given:
+        _fail("annotators", "is missing: all, or weights by name, {ann: 2, bob: 1}")
+    for name, weight in given.items():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1) or known[:8]
+            _fail(f"annotators.{name}", f"the model knows no such annotator; it knows {', '.join(near)}")
+        _positive(weight, f"annotators.{name}")
+    total = math.fsum(given.values())
+    return {name: weight / total for name, weight in given.items()}
+
+
+def _compare(given: Mapping[str, Any]) -> ParsedAnnotator:
+    spec, both_orders = _text(given, "compare"), given.get("both_orders", True)
+    if not isinstance(both_orders, bool):
+        _fail("both_orders", f"is {both_orders!r}; it must be true or false")
+    try:
+        function = load_function(spec, "function", "(prompts, first, second)")
+    except ValueError as error:
+        raise ExpressionError("compare", str(error)) from error
+    name = spec.rpartition(":")[2]
+    return ParsedAnnotator(name, lambda: CompareAnnotator(name, function, both_orders))
+
+
+def _judge(given: Mapping[str, Any]) -> ParsedAnnotator:
+    try:
+        settings = parse_judge(given["judge"])
+    except ExpressionError as error:
+        raise ExpressionError(_join("judge", error.where), error.problem) from error
+    return ParsedAnnotator(settings.model, lambda: Judge.of(settings))
+
+
 def _temperature(given: Mapping[str, Any]) -> float | None:
     value = given.get("temperature")
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        _fail("temperature", f"is {value!r}; it must be a positive number")
+    return _positive(value, "temperature")
+
+
+def _positive(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        _fail(where, f"is {value!r}; it must be a positive number")
     return float(value)
 
 
@@ -317,4 +299,7 @@ def _fail(where: str, problem: str) -> NoReturn:
 _KINDS: dict[str, tuple[Callable[[Mapping[str, Any]], ParsedAnnotator], tuple[str, ...]]] = {
     "reward": (_tempered, ("temperature",)),
     "gpm": (_gpm, ("temperature",)),
+    "pal": (_pal, ("annotators",)),
+    "compare": (_compare, ("both_orders",)),
+    "judge": (_judge, ()),
 }

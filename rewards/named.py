@@ -11,6 +11,8 @@ from typing import Any
 
 CONFIG_FILE = "reward.json"
 """In the folder of a reward model."""
+FITTED_FILE = "annotators.json"
+"""In the folder of a PAL model: weights of annotators that came after its training."""
 OF_TRL = ("completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
 """What TRL gives a reward beside the columns of the data: of the very answers that it sampled."""
 Reward = Callable[..., Sequence[float | None]]

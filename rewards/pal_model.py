@@ -21,11 +21,11 @@ from torch import Tensor
 
 from .carrier import RewardConfig
 from .models import CONFIG_FILE, RewardModel, RewardOutput
+from .named import FITTED_FILE as FITTED_FILE
 from .named import split_choice
 from .pal import CONFIG_FILE as PAL_FILE
 from .pal import Pal, load_pal
 
-FITTED_FILE = "annotators.json"
 CHOICES = "annotator:NAME, mean (of the known ones), uniform, group:NUMBER, mix:WEIGHT:WEIGHT..."
 
 

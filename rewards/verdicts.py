@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from .encoding import Content, plain
 
+Groups = Sequence[Sequence[Content]]
+Columns = Mapping[str, Sequence[Any]]
+NO_COLUMNS: Columns = MappingProxyType({})
 MOST_LOG_ODDS = 10.0
 """Scores that are made of probabilities end here, as those of a preference model of tau 0.1 do; a sure judge's logit
 is infinite."""
@@ -95,12 +99,7 @@ def _emptied(values: Tensor, problems: Sequence[Problem]) -> Tensor:
     return torch.where(over, values, 0.5)
 
 
-def check_groups(
-    name: str,
-    prompts: Sequence[Content],
-    answers: Sequence[Sequence[Content]],
-    columns: Mapping[str, Sequence[Any]],
-) -> None:
+def check_groups(name: str, prompts: Sequence[Content], answers: Groups, columns: Columns) -> None:
     """Raise an AnnotatorError unless all prompts have as many answers, two or more, and one value of each column."""
     if not len(prompts) or len(prompts) != len(answers):
         raise AnnotatorError(name, f"{len(prompts)} prompts and {len(answers)} groups of answers: one group a prompt")

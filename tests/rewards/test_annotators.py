@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from align.rewards.annotators import AnnotatorError, Verdicts, annotator_of, parse_annotator
 from align.rewards.expression import ExpressionError
 from align.rewards.models import RewardModel
+from align.rewards.pal import PalB
+from align.rewards.pal_model import PalRewardModel
 from align.rewards.verdicts import MOST_LOG_ODDS
 
 HERE = __name__
@@ -38,6 +40,25 @@ def faulty(prompts, completions):
 
 def short(prompts, completions):
     return [1.0]
+
+
+def first_is_better(prompts, first, second):
+    """Nine times of ten, if not by as much longer; it says nothing of an answer with an x."""
+    return [
+        None if "x" in a + b else min(1, 0.9 + 0.1 * (len(a) - len(b))) for a, b in zip(first, second, strict=True)
+    ]
+
+
+def unsure(prompts, first, second):
+    return [{"high": 1.5, "text": "yes", "nan": math.nan}.get(text, 0.5) for text in first]
+
+
+def breaks(prompts, first, second):
+    return [1 / len(text) for text in first]
+
+
+def one_for_all(prompts, first, second):
+    return [0.5]
 
 
 @pytest.fixture(autouse=True)
@@ -174,6 +195,92 @@ def test_a_reward_model_and_one_in_an_expression(backbone_dir: Callable[[str], P
         annotator_of(spec)(["cat", "an ant"], [[" a", " b"], [" a", [{"role": "assistant", "content": "b"}]]])
 
 
+@pytest.fixture(scope="module")
+def pal_dir(backbone_dir: Callable[[str], Path], tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    model = PalRewardModel.create(backbone_dir("llama"), kind="pal", frozen=True)
+    pal = PalB(model.hidden_size, ["ann", "bob@x.org"], groups=2, dimension=6)
+    with torch.no_grad():
+        pal.logits.weight.copy_(torch.tensor([[2.0, -2.0], [-2.0, 2.0]]))
+    model.attach(pal).fitted = {"eve": [0.25, 0.75]}
+    folder = tmp_path_factory.mktemp("pal")
+    model.save_pretrained(folder / "run" / "model")
+    return folder / "run"
+
+
+def test_a_population_is_the_mean_of_its_people(pal_dir: Path):
+    """Ann twice as often as eve: p = (2 sigmoid(r_i - r_j of ann) + sigmoid(r_i - r_j of eve)) / 3."""
+    prompts, answers = ["an apple", "cat"], [[" no", " ok", " ok"], [" the garden", " a hint", ""]]
+    each = {
+        who: annotator_of(f"{pal_dir}@annotator:{who}")(prompts, answers).preference
+        for who in ("ann", "bob@x.org", "eve")
+    }
+    found = annotator_of({"pal": str(pal_dir), "annotators": {"ann": 2, "eve": 1}})(prompts, answers)
+    assert torch.allclose(found.preference, (2 * each["ann"] + each["eve"]) / 3, atol=1e-6)
+    assert (each["ann"] - each["eve"]).abs().max() > 0.01
+    assert torch.allclose(found.scores, torch.logit(found.preference))
+    everybody = annotator_of({"pal": str(pal_dir), "annotators": "all"})(prompts, answers)
+    assert torch.allclose(everybody.preference, sum(each.values()) / 3, atol=1e-6)
+
+
+def test_a_comparison_in_both_orders():
+    """Lengths 2 and 1: p = 1 in one order and 0.8 in the other: (1 + 1 - 0.8)/2 = 0.6. Equal answers: 1/2."""
+    both = annotator_of({"compare": "rules:first_is_better"})
+    found = both(["p"], [["aa", "b", "bx", "c"]])
+    assert both.name == "first_is_better"
+    assert found.preference[0, 0, 1] == pytest.approx(0.6)
+    assert found.preference[0, 1, 3] == pytest.approx(0.5)
+    assert found.scores[0, 1, 0] == pytest.approx(math.log(0.4 / 0.6))
+    assert [(one.first, one.second) for one in found.problems] == [(0, 2), (1, 2), (2, 3)]
+    assert found.preference[0, 2].isnan().tolist() == [True, True, False, True]
+    as_given = annotator_of({"compare": "rules:first_is_better", "both_orders": False})(["p"], [["c", "b"]])
+    assert as_given.preference[0].tolist() == [[0.5, 0.9], [pytest.approx(0.1), 0.5]]
+
+
+@pytest.mark.parametrize(
+    ("function", "answers", "message"),
+    [
+        ("unsure", ["a", "high"], r"unsure: prompt 1 \('q'\): .*gave 1.5 for answer 1 against 0: .*in \[0, 1\]"),
+        ("unsure", ["text", "a"], "gave 'yes' for answer 0 against 1"),
+        ("unsure", ["nan", "a"], "gave nan for answer 0 against 1"),
+        ("breaks", ["a", ""], r"prompt 1 \('q'\): the function fails: ZeroDivisionError"),
+        ("one_for_all", ["a", "b"], "one_for_all: the function gave 1 probabilities for 2 pairs"),
+    ],
+)
+def test_a_faulty_comparison_is_told(function, answers, message):
+    with pytest.raises(AnnotatorError, match=message):
+        annotator_of({"compare": f"rules:{function}"})(["p", "q"], [["a", "b"], answers])
+
+
+@pytest.mark.parametrize(
+    ("annotators", "where", "problem"),
+    [
+        (None, "annotators", "is missing: all, or weights by name"),
+        ({}, "annotators", "is missing"),
+        ({"anne": 1}, "annotators.anne", "no such annotator; it knows ann$"),
+        ({"zzz": 1}, "annotators.zzz", "it knows ann, bob@x.org, eve"),
+        ({"ann": 0}, "annotators.ann", "must be a positive number"),
+    ],
+)
+def test_people_are_looked_for_and_not_loaded(pal_dir: Path, annotators, where, problem):
+    with pytest.raises(ExpressionError, match=problem) as caught:
+        parse_annotator({"pal": str(pal_dir), "annotators": annotators})
+    assert caught.value.where == where
+
+
+def test_a_folder_of_another_kind(pal_dir: Path, gpm_dir: Path):
+    with pytest.raises(ExpressionError, match=r"no pal.json in this folder"):
+        parse_annotator({"pal": str(gpm_dir), "annotators": "all"})
+    with pytest.raises(ExpressionError, match="names one person"):
+        parse_annotator({"pal": f"{pal_dir}@mean", "annotators": "all"})
+    with pytest.raises(ExpressionError, match="write pal: FOLDER"):
+        parse_annotator(str(pal_dir))
+    canned = {"reward": {"lsc": {"reward": str(gpm_dir), "reference": {"canned": "No."}}}}
+    with pytest.raises(ExpressionError, match="no canned one has a reward") as caught:
+        parse_annotator(canned)
+    assert caught.value.where == "reward.lsc.reference"
+
+
 @pytest.mark.parametrize(
     ("said", "where", "problem"),
     [
@@ -194,6 +301,8 @@ def test_a_reward_model_and_one_in_an_expression(backbone_dir: Callable[[str], P
         ),
         ({"gpm": "rules:length"}, "gpm", "is a rule"),
         ({"gpm": None}, "gpm", "must be text"),
+        ({"compare": "rules:no"}, "compare", "has no no"),
+        ({"compare": "rules:unsure", "both_orders": 1}, "both_orders", "must be true or false"),
     ],
 )
 def test_what_is_wrong_in_a_recipe_is_said_with_its_place(said, where, problem):
