@@ -60,7 +60,11 @@ class RewardAnnotator(Judging):
         size, found = len(answers[0]), []
         for rows in _apart(prompts):
             asked = [prompts[row] for row in rows for _ in range(size)]
-            given = {name: [values[row] for row in rows for _ in range(size)] for name, values in columns.items()}
+            given: dict[str, Any] = {
+                name: [values[row] for row in rows for _ in range(size)]
+                for name, values in columns.items()
+                if name not in ("prompts", "completions")  # of the data's rows; the reward is asked for others
+            }
             found += self.reward(asked, [answer for row in rows for answer in answers[row]], **given)
         rewards = torch.tensor([torch.nan if one is None else one for one in found], dtype=torch.float64)
         rewards = rewards.view(len(prompts), size) / self.temperature
@@ -123,6 +127,7 @@ class PalAnnotator(Judging):
         with torch.no_grad():
             for person, share in self.people.items():
                 weights = self.model.choose(f"annotator:{person}").chosen
+                assert weights is not None
                 states, questions = (one.to(weights.device) for one in found)
                 rewards = self.model.pal.reward(states, weights, questions).double().cpu().view(len(prompts), size)
                 total += share * torch.sigmoid(rewards[:, :, None] - rewards[:, None])

@@ -98,7 +98,8 @@ def test_verdicts_mirror(values):
 
 def test_columns_are_one_a_prompt():
     annotator = annotator_of("rules:wanted")
-    found = annotator(["p", "q"], [["a", "aaa"], ["a", "aaa"]], {"target": [1, 3]})
+    columns = {"target": [1, 3], "completions": [["of the data"], []]}
+    found = annotator(["p", "q"], [["a", "aaa"], ["a", "aaa"]], columns)
     assert found.scores[:, 0, 1].tolist() == [2, -2]
     with pytest.raises(AnnotatorError, match="wanted: 1 values of target for 2 prompts"):
         annotator(["p", "q"], [["a", "b"], ["a", "b"]], {"target": [1]})
