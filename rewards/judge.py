@@ -7,7 +7,7 @@
       cache: judged.sqlite              # what it said, by content: a run that goes on does not ask again
       timeout: 60                       # seconds of one try
       retries: 3                        # after the first try, where the server is busy, fails or cannot be reached
-      logprobs: true                    # false for a server that does not give them
+      logprobs: true                    # false for a server that refuses them, as `align serve` does
       template: |                       # with these three fields; the reply is to be one letter
         {prompt} ... A: {first} ... B: {second} ... A or B?
 
@@ -74,7 +74,10 @@ TEMPLATE = """Which of two answers to a request is better?
 Judge how helpful, correct and clear they are. Neither their order nor their length counts. \
 Reply with one letter, A or B."""
 _FIELD = re.compile("{(" + "|".join(FIELDS) + ")}")
-_LETTER = re.compile(r"\W*(?:(?:the\s+)?(?:better\s+)?answer(?:\s+is)?\W+)?([AB])\W*", re.I)
+# Not the article: what follows is the end, a mark, or what is said of an answer.
+_LETTER = re.compile(
+    r"\W*(?:(?:the\s+)?(?:better\s+)?answer(?:\s+is)?\W+)?([AB])(?:\W*$|[.:)*\n]|\s+(?:is|was|wins|because)\b)", re.I
+)
 
 
 @dataclass(frozen=True)
@@ -292,7 +295,8 @@ class Judge:
             what = f"the server said {error.code}: {self._said(error)}"
             if error.code in (408, 429) or error.code >= 500:
                 raise _Again(what, _seconds(error.headers.get("Retry-After"))) from error
-            raise _SetAside(what, by_server=True) from error
+            hint = "; set logprobs: false" if self.settings.logprobs and "logprobs" in what else ""
+            raise _SetAside(what + hint, by_server=True) from error
         except (OSError, HTTPException) as error:  # timeouts and URLError among them
             raise _Again(f"{type(error).__name__}: {error}") from error
         except ValueError as error:
@@ -359,7 +363,7 @@ def read_reply(reply: Any) -> float:
             return weights["A"] / total
     except (KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
         raise _SetAside(f"the reply is not of a chat: {json.dumps(reply)[:200]}", by_server=True) from error
-    if (found := _LETTER.fullmatch(text)) is None:
+    if (found := _LETTER.match(text)) is None:
         raise _SetAside(f"the judge's reply is not A or B: {text[:80]!r}", by_server=False)
     return float(found[1].upper() == "A")
 

@@ -129,6 +129,8 @@ def test_both_orders_by_log_probs(server: Server):
         (said(" **a**."), 1),
         (said("Answer: B"), 0),
         (said("The better answer is A."), 1),
+        (said("A is the better choice."), 1),
+        (said("B: The Nile, the"), 0),
         (said("B", ("B", {"B": 0.9})), 0),
         (said("\nB", ("\n", {"\n": 1.0}), ("B", {"B": 0.6, "A": 0.2})), 0.25),
         (said("I think so", ("I", {"I": 0.4, "A": 0.3, "B": 0.1})), 0.75),
@@ -143,6 +145,8 @@ def test_what_a_reply_says(reply: Any, probability: float):
     "reply",
     [
         said("A tie"),
+        said("A better answer is"),
+        said("A or B"),
         said(""),
         said("C"),
         said("both", ("both", {"both": 0.5, "A": 0.1})),
@@ -237,6 +241,17 @@ def test_a_refusal_is_not_asked_again(server: Server, monkeypatch: pytest.Monkey
     assert len(server.requests) == 2
     assert server.headers[0]["Authorization"] == "Bearer sk-secret"
     assert "sk-secret" not in repr(annotator)
+
+
+def test_a_server_that_refuses_log_probs(server: Server):
+    def behave(question: str, number: int) -> Any:
+        refused = 400, {}, "logprobs: this server gives none"
+        return refused if "logprobs" in server.requests[-1] else prefers_long(question, number)
+
+    server.behave = behave
+    with pytest.raises(AnnotatorError, match="said 400: logprobs: this server gives none; set logprobs: false"):
+        judge(server)(["ask"], [["aa", "b"]])
+    assert judge(server, logprobs=False)(["ask"], [["aa", "b"]]).preference[0, 0, 1] == 1
 
 
 def test_a_redirect_is_not_followed(server: Server):
