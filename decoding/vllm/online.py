@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 KEPT_WAITING = 5.0
 """Seconds that the engine may take to give what a request took, once it is stopped from outside."""
+REFUSED_EVERY = 0.2
+"""Seconds between two looks at the tokens that were refused."""
 
 
 async def run(
@@ -37,7 +40,7 @@ async def run(
         request: its constraint is one of ``constraints.build``.
         vocabulary: of the model.
         name: different from that of any other request that runs.
-        trace: fetch the tokens that were refused, too.
+        trace: fetch the tokens that were refused, too, every so often.
         happened: told of every event and action, in order, as they come, in the loop's thread.
         executor: where a potential is evaluated; None: in asyncio's own threads.
 
@@ -76,6 +79,8 @@ async def run(
         except Exception as error:
             return error
 
+    loop = asyncio.get_running_loop()
+    looked = -math.inf
     try:
         do(particles.start())
         while not particles.done:
@@ -90,7 +95,11 @@ async def run(
             if request.potential is None:
                 do(particles.receive(came))
             else:
-                do(await asyncio.get_running_loop().run_in_executor(executor, particles.receive, came))
+                do(await loop.run_in_executor(executor, particles.receive, came))
+            if trace and not particles.done and loop.time() > looked + REFUSED_EVERY:
+                for found in await client.collective_rpc("align_refused", args=(particles.unknown,)):
+                    particles.refused(found)
+                looked = loop.time()
             tell()
         records = await finish()
     except asyncio.CancelledError:

@@ -58,7 +58,7 @@ class Lost:
 
 @dataclass(frozen=True)
 class Refused:
-    """Tokens that the constraint refused before a particle's token of that step was drawn; known in the end."""
+    """Tokens that the constraint refused before a particle's token of that step was drawn; told after that one."""
 
     particle: int
     step: int
@@ -109,12 +109,28 @@ class Particles:
         self._result: Result | None = None
         self._names: dict[int, str] = {}
         self._culprit: int | None = None
+        self._known: dict[int, int] = {}  # of particles, the first step of which it is not known what was refused
         self.failed = ""
 
     @property
     def names(self) -> list[str]:
         """Names of all requests, under which the engine keeps what they took."""
         return list(self._names.values())
+
+    @property
+    def unknown(self) -> dict[str, int]:
+        """Requests with tokens of which it is not known what was refused before them, and the first such step."""
+        known = {number: self._known.get(number, 0) for number in self._names}
+        return {self._names[number]: step for number, step in known.items() if step < len(self._tokens[number])}
+
+    def refused(self, found: Sequence[tuple[str, int, Sequence[int]]]) -> None:
+        """Tell what was refused: name, step and tokens, of each request in order; what comes too early is left."""
+        numbers = {name: number for number, name in self._names.items()}
+        for name, step, tokens in found:
+            number = numbers[name]
+            if self._known.get(number, 0) <= step < len(self._tokens[number]):
+                self._known[number] = step + 1
+                self._tell(Refused(number, step, tuple(tokens)))
 
     @property
     def done(self) -> bool:
@@ -186,7 +202,8 @@ class Particles:
         """
         for number, record in zip(self._names, records, strict=False):
             for step, tokens in record["refused"] if record is not None else ():
-                self._tell(Refused(number, step, tuple(tokens)))
+                if step >= self._known.get(number, 0):
+                    self._tell(Refused(number, step, tuple(tokens)))
         found = [record for record in records if record is not None]
         evaluations = tuple(count for record in found for count in record["evaluations"])
         masks = sum(record["masks"] for record in found)

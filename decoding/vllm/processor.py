@@ -143,6 +143,10 @@ class AlignWorker:
             found = [one or other for one, other in zip(found, rows.pop(names), strict=True)]
         return found
 
+    def align_refused(self, since: dict[str, int]) -> list[tuple[str, int, list[int]]]:
+        """Tokens that were refused in these requests, each from a position of its answer on."""
+        return [one for rows in _here for one in rows.refused(since)]
+
     def align_waiting(self) -> int:
         """How many records wait to be fetched."""
         return sum(len(rows.records) for rows in _here)

@@ -164,6 +164,16 @@ class Rows:
         found = (self.records.pop(name, None) for name in names)
         return [None if record is None else record.plain() for record in found]
 
+    def refused(self, since: Mapping[str, int]) -> list[tuple[str, int, list[int]]]:
+        """Tokens that were refused in these requests, each from a position on: name, position, tokens."""
+        known = [(name, first, self.records[name]) for name, first in since.items() if name in self.records]
+        return [
+            (name, position, tokens)
+            for name, first, record in known
+            for position, tokens in sorted(record.refused.items())
+            if position >= first
+        ]
+
     def draw(self, logits: Tensor, rows: Mapping[int, tuple[Row, Sequence[int]]]) -> None:
         """Draw the next token of rows of the batch: it alone stays, and its logit is its log-weight.
 

@@ -292,7 +292,13 @@ def test_the_page_shows_particles_as_they_grow(server: Any, browser: Any) -> Non
     assert browser.run("document.querySelector('#numbers dd').textContent") in texts
     assert browser.complaints == []
 
-    browser.run("type('constraint', '(')")
+    browser.run("type('constraint', '([a-z] ){150,}'); type('longest', 400); document.querySelector('#run').click()")
+    browser.wait_for("document.querySelectorAll('.particle .text s').length > 20")  # before there is an answer
+    assert browser.run("!document.querySelector('#stop').disabled && !document.querySelectorAll('#numbers dd').length")
+    browser.run("document.querySelector('#stop').click()")
+    browser.wait_for("document.querySelector('#stop').disabled")
+
+    browser.run("type('constraint', '('); type('longest', 20)")
     browser.run("document.querySelector('#run').click()")
     assert "regex" in browser.wait_for("document.querySelector('#error').textContent")
     browser.run("type('constraint', '[ab]{3}'); document.querySelector('#side').click()")

@@ -124,7 +124,7 @@ def test_the_engine() -> None:
 def test_the_worker_is_extended_without_a_clash() -> None:
     """One class is made of both, and names that the worker has are refused."""
     own = {name for name in dir(AlignWorker) if not name.startswith("__")}
-    assert own == {"align_pop", "align_waiting"}
+    assert own == {"align_pop", "align_refused", "align_waiting"}
     assert not own & set(dir(WorkerBase))
 
 

@@ -23,7 +23,7 @@ from align.decoding.generate import generate
 from align.decoding.request import Answer, Request
 from align.decoding.smc import Copy, Extended, Finished, Stop
 from align.decoding.vllm import online
-from align.decoding.vllm.particles import Abort, Add, Drawn, Lost, Particles, merged
+from align.decoding.vllm.particles import Abort, Add, Drawn, Lost, Particles, Refused, merged
 from align.decoding.vllm.rows import Record, Rows
 from align.decoding.vllm.settings import FAILED, read
 
@@ -221,6 +221,8 @@ class Client:
             self.running.discard(name)
 
     async def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[Any]:
+        if method == "align_refused":
+            return [self.rows.refused(args[0])]
         assert method == "align_pop"
         assert not self.running  # all are aborted before it is asked what they took
         if self.dead:
@@ -331,6 +333,34 @@ def test_a_potential_does_not_hold_up_the_loop_and_who_watches_is_in_it(
     assert set(threads) == {threading.main_thread()}
     assert isinstance(told[-1], Finished)
     assert {Copy, Stop, Extended} <= {type(event) for event in told}
+
+
+@pytest.mark.parametrize("every", [0.0, math.inf])
+def test_refused_tokens_are_told_while_particles_grow(
+    every: float, laws: Laws, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every token once, and after it; all but the last ones before the end, where they are asked for."""
+    monkeypatch.setattr(online, "REFUSED_EVERY", every)
+    client: Any = Client(vocabulary, laws)
+    request = replace(request_of(vocabulary, threshold=0.9), constraint=build({"regex": "(a|bb){20,}"}, vocabulary))
+    told: list[Any] = []
+    answer = asyncio.run(online.run(client, request, vocabulary, "r", trace=True, happened=told.append))
+    assert answer.valid
+    assert not client.rows.records
+    (end,) = [place for place, event in enumerate(told) if isinstance(event, Finished)]
+    tokens: set[tuple[int, int]] = set()
+    refused: list[tuple[int, int]] = []
+    for place, event in enumerate(told):
+        if isinstance(event, Extended) and event.token is not None:
+            tokens.add((event.particle, event.step))
+        elif isinstance(event, Refused):
+            assert (event.particle, event.step) in tokens or place > end
+            refused.append((event.particle, event.step))
+    assert len(set(refused)) == len(refused)
+    assert set(refused) >= tokens
+    assert any(isinstance(event, Refused) and event.tokens for event in told)
+    early = sum(isinstance(event, Refused) for event in told[:end])
+    assert early == 0 if every else early > len(refused) / 2
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, "x", None])
