@@ -41,9 +41,10 @@ def test_python_runs(code, tmp_path, monkeypatch, tiny_tokenizer, make_tiny_mode
 
 
 def test_the_command_of_transfer_q_runs(tiny_model_dir):
-    """The model and the quickstart's run are a tiny model here, and the answer is short."""
-    (text,) = re.findall(r"^align generate[^`]*--transfer-q[^`]*", README, re.MULTILINE)
-    words = shlex.split(text.replace("\\\n", " "))
+    """The model and the quickstart's run are a tiny model here, the answer short; on vLLM it is the same one."""
+    texts = re.findall(r"^align generate[^`]*--transfer-q[^`]*", README, re.MULTILINE)
+    words, on_vllm = (shlex.split(text.replace("\\\n", " ")) for text in texts)
+    assert on_vllm == [*words, "--engine", "vllm"]
     assert words[words.index("--transfer-q") + 1] == load_recipe("quickstart").output
     stand_ins = {"smollm2-135m-instruct": str(tiny_model_dir), "runs/quickstart": f"{tiny_model_dir}/"}
     result = CliRunner().invoke(app, [*(stand_ins.get(word, word) for word in words[1:]), "--max-new-tokens", "4"])
