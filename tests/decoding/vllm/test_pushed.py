@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from transformers import TrainingArguments
 
+from align.data.prompts import ROW_ID
 from align.decoding.engines.vllm import VLLMEngine
 from align.errors import AlignError
+from align.rewards.annotators import Verdicts
+from align.trainers.online import Drawing, OnlineTrainer
 from align.trainers.pushed import Pushed, merged, start
 
 PROMPTS = [[0], [0, 1, 2], [2] * 40, [0, 1, 2, 2, 1]]
@@ -190,6 +197,64 @@ def test_weights_are_those_of_a_merged_model(adapted: Any) -> None:
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, atol=1e-6, rtol=0)
     assert {value.dtype for _, value in merged(adapted, torch.bfloat16)} == {torch.bfloat16}
+
+
+class Followed(Pushed):
+    """Compares the engine with the policy before each drawing."""
+
+    policy: Any
+
+    def __init__(self, engine: VLLMEngine) -> None:
+        super().__init__(engine)
+        self.laws: list[Tensor] = []
+
+    def push(self, model: Any) -> None:
+        super().push(model)
+        self.policy = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.policy.eval()
+        assert_computes(self._engine, self.policy)
+        with torch.no_grad():
+            self.laws.append(self.policy(torch.tensor([[0]])).logits)
+        self.policy.train()
+        return super().__call__(*args, **kwargs)
+
+
+class LongerIsBetter:
+    name = "longer"
+
+    def __call__(self, prompts: Any, answers: Sequence[Sequence[str]], columns: Any = None) -> Verdicts:
+        size = torch.tensor([[float(len(answer)) for answer in own] for own in answers], dtype=torch.float64)
+        scores = size[:, :, None] - size[:, None, :]
+        return Verdicts(scores.sigmoid(), scores, [])
+
+
+def test_online_training_draws_from_the_policy_of_each_step(
+    pushed: Pushed, engine: VLLMEngine, model: Any, tmp_path: Path
+) -> None:
+    """Through the trainer, with an adapter: in three steps vLLM draws thrice, each time with other weights."""
+    draws = Followed(engine)
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=3, learning_rate=0.1, use_cpu=True, report_to="none", disable_tqdm=True, seed=1
+    )
+    trainer = OnlineTrainer(
+        deepcopy(model),
+        arguments,
+        loss="ipo",
+        annotator=LongerIsBetter(),
+        drawing=Drawing(max_new_tokens=5),
+        tokenizer=engine.llm.get_tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+        train_dataset=Dataset.from_dict({"prompt": ["a b", "ab", "b b a", "b"] * 2, ROW_ID: list("12345678")}),
+        draw=draws,
+    )
+    trainer.train()
+    assert len(draws.laws) == 3
+    assert all(float((one - other).abs().max()) > 0.01 for one, other in pairwise(draws.laws))
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 24
+    assert all(1 <= tokens <= 5 for row in rows for tokens in row["tokens"])
 
 
 def test_an_engine_for_weights_to_come(engine: VLLMEngine, model: Any, folder: Path, tmp_path: Path) -> None:
