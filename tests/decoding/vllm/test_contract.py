@@ -13,12 +13,26 @@ from vllm import LLM, SamplingParams
 from vllm.config import ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.launchers import cli_args
+from vllm.entrypoints.launchers.api_server.entry import build_and_serve
+from vllm.entrypoints.launchers.launcher import setup_server
+from vllm.entrypoints.openai.chat_completion.api_router import create_chat_completion
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion.api_router import create_completion
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.utils import api_utils
 from vllm.exceptions import VLLMClientError, VLLMValidationError
 from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.sample import sampler
@@ -140,3 +154,35 @@ def test_the_client_and_its_plugins() -> None:
 def test_what_the_processor_puts_in_the_samplers_place() -> None:
     assert names(sampler.batched_count_greater_than) in (["x", "values"], ["logprobs", "of"])
     assert "batched_count_greater_than(" in inspect.getsource(sampler)
+
+
+def test_what_copies_take_their_blocks_by() -> None:
+    """Where a version has another of these, copies are computed, or nothing starts."""
+    assert issubclass(AsyncScheduler, Scheduler)
+    assert "_get_local_prefix_cache_hit" not in vars(AsyncScheduler)
+    assert names(Scheduler._get_local_prefix_cache_hit) == ["request"]
+    assert names(KVCacheManager.prefix_cache_lookup_enabled) == ["request"]
+    lookup = names(SingleTypeKVCacheManager._has_partial_local_hit)
+    assert lookup == ["new_computed_blocks", "num_local_computed_tokens"]
+    assert names(KVCacheBlocks) == ["blocks"]
+
+
+def test_the_server_and_its_handlers() -> None:
+    """What is started in the place of ``vllm serve``, and what its routes are asked for."""
+    assert names(build_and_serve)[:4] == ["engine_client", "listen_address", "sock", "args"]
+    assert names(setup_server) == ["args", "reuse_port"]
+    given = {"vllm_config", "usage_context", "disable_log_stats", "enable_log_requests"}
+    assert set(names(AsyncLLM.from_vllm_config)) >= given
+    assert names(AsyncLLM.shutdown) == ["timeout"]
+    assert names(OpenAIServingChat.render_chat_request) == ["request"]
+    assert names(OpenAIServingCompletion.render_completion_request) == ["request"]
+    assert names(OpenAIServingCompletion.create_error_response)[0] == "message"
+    assert names(OpenAIServingModels.model_name) == ["lora_request"]
+    for handler in (create_chat_completion, create_completion):
+        assert names(handler) == ["request", "raw_request"]
+    assert all("vllm_xargs" in kind.model_fields for kind in (ChatCompletionRequest, CompletionRequest))
+    source = inspect.getsource(api_utils)  # a request whose time is up is stopped as one whose client has gone
+    assert "listen_for_disconnect(request)" in inspect.getsource(api_utils.with_cancellation)
+    assert 'message["type"] == "http.disconnect"' in source
+    assert {"make_arg_parser", "validate_parsed_serve_args"} <= set(dir(cli_args))
+    assert {"cli_env_setup", "validate_json_request"} <= set(dir(api_utils))

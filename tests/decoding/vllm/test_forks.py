@@ -271,23 +271,3 @@ def test_each_way_of_scheduling_has_its_scheduler(monkeypatch: pytest.MonkeyPatc
         config: Any = SimpleNamespace(scheduler_config=SimpleNamespace(async_scheduling=ahead))
         monkeypatch.setattr(forks, name, lambda vllm_config, kind=name, **others: (kind, vllm_config, others))
         assert forks.scheduler(vllm_config=config, block_size=4) == (name, config, {"block_size": 4})
-
-
-def test_what_of_vllm_is_used() -> None:
-    """What is not vLLM's public surface; where a version has another, copies are computed, or nothing starts."""
-    from inspect import signature
-
-    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
-    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-    from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
-
-    assert issubclass(AsyncScheduler, Scheduler)
-    assert "_get_local_prefix_cache_hit" not in vars(AsyncScheduler)
-    assert list(signature(Scheduler._get_local_prefix_cache_hit).parameters) == ["self", "request"]
-    assert list(signature(KVCacheManager.prefix_cache_lookup_enabled).parameters) == ["self", "request"]
-    assert list(signature(SingleTypeKVCacheManager._has_partial_local_hit).parameters)[1:] == [
-        "new_computed_blocks",
-        "num_local_computed_tokens",
-    ]
-    assert list(signature(KVCacheBlocks).parameters) == ["blocks"]
