@@ -102,6 +102,31 @@ CURVES: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
         (("training", "good/all"),),
     ),
     (
+        "Win rate",
+        "",
+        "Online training: answers to held-out prompts preferred to the reference's by the annotator; 0.5 is no change.",
+        (("held-out", "eval_win_rate"),),
+    ),
+    (
+        "KL",
+        "nats per answer",
+        "Online training: log-ratio to the reference of the answers that were learnt from, and of the policy's own to "
+        "held-out prompts, where its mean is the KL.",
+        (("training", "kl/k1"), ("held-out", "eval_kl")),
+    ),
+    (
+        "Answer length",
+        "tokens",
+        "Online training: answers that were learnt from, and the policy's own to held-out prompts.",
+        (("training", "length/tokens"), ("held-out", "eval_length")),
+    ),
+    (
+        "Entropy",
+        "nats per token",
+        "Of the policy, at the tokens of these answers.",
+        (("training", "entropy"), ("held-out", "eval_entropy")),
+    ),
+    (
         "KL",
         "nats",
         "grpo: to the model before training, a token. kto: its reference point, the mean log-ratio of other answers.",

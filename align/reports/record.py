@@ -16,6 +16,7 @@ from align.errors import AlignError
 from align.tracking.metrics import read_metrics
 from align.tracking.run_folder import read_manifest
 
+SAMPLES_SHOWN = 20
 SUITES = ("generation", "thumbs", "reward", "preference", "displacement", "goals", "cycles", "pal")
 
 
@@ -45,7 +46,7 @@ class RunRecord:
         recipe_text, recipe: ``config.resolved.yaml``.
         metrics: rows of ``metrics.jsonl``.
         evals: contents of ``eval/NAME.json`` by suite.
-        samples: rows of ``samples.jsonl``.
+        samples: answers before and after training, of the generation suite.
         faults: ``rejected_rows.jsonl``, grouped by reason, most frequent first.
     """
 
@@ -83,14 +84,17 @@ def read_run(run: Path) -> RunRecord:
     recipe_path = run / "config.resolved.yaml"
     recipe_text = recipe_path.read_text(encoding="utf-8") if recipe_path.exists() else ""
     evals = {suite: _read_json(path) for suite in SUITES if (path := run / "eval" / f"{suite}.json").exists()}
+    recipe = _parse_recipe(recipe_text, recipe_path)
     return RunRecord(
         path=run,
         manifest=manifest,
         recipe_text=recipe_text,
-        recipe=_parse_recipe(recipe_text, recipe_path),
+        recipe=recipe,
         metrics=read_metrics(run / "metrics.jsonl"),
         evals=evals,
-        samples=_read_jsonl(run / "samples.jsonl"),
+        samples=evals.get("generation", {}).get("rows", [])[:SAMPLES_SHOWN]
+        if recipe.get("online")  # its samples.jsonl has the answers that it learnt from
+        else _read_jsonl(run / "samples.jsonl"),
         faults=group_faults(_read_jsonl(run / "rejected_rows.jsonl")),
     )
 
