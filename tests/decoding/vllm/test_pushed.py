@@ -257,7 +257,15 @@ def test_online_training_draws_from_the_policy_of_each_step(
     assert all(1 <= tokens <= 5 for row in rows for tokens in row["tokens"])
 
 
-def test_an_engine_for_weights_to_come(engine: VLLMEngine, model: Any, folder: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="session")
+def kept() -> list[VLLMEngine]:
+    """Engines that live to the end: the first that goes takes along what all of a process need."""
+    return []
+
+
+def test_an_engine_for_weights_to_come(
+    engine: VLLMEngine, kept: list[VLLMEngine], model: Any, folder: Path, tmp_path: Path
+) -> None:
     """A second one, in bfloat16, whose head is its embeddings; random states are what they were.
 
     Of bfloat16 a law keeps two digits, and the bounds of a model of two layers are wide for a wrong one.
@@ -275,6 +283,7 @@ def test_an_engine_for_weights_to_come(engine: VLLMEngine, model: Any, folder: P
     made = start(
         tmp_path, dtype="bfloat16", ends={4, 3}, max_model_len=64, block_size=32, kv_cache_memory_bytes=1 << 26
     )
+    kept.append(made)
     assert torch.equal(torch.random.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert np.array_equal(np.random.get_state()[1], states[2])
