@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from align.decoding.constraints import Vocabulary
+from align.decoding.engines import TransformersEngine
 from align.decoding.engines.vllm import VLLMEngine
+from align.decoding.request import Answer
 
 HERE = Path(__file__).parent
 END = 4
@@ -82,3 +84,49 @@ def engine(folder: Path) -> Iterator[VLLMEngine]:
     )
     yield made
     made.llm.llm_engine.engine_core.shutdown()
+
+
+@pytest.fixture(scope="session")
+def outside(model: Any) -> TransformersEngine:
+    return TransformersEngine(model)
+
+
+@pytest.fixture
+def predicates(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module ``vllm_predicates``, which constraints import by name."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    import vllm_predicates
+
+    vllm_predicates.CALLS.clear()
+    return vllm_predicates
+
+
+@pytest.fixture
+def nothing_is_left(engine: VLLMEngine) -> Iterator[None]:
+    """After every test vLLM has no request, running or waiting, and no record waits to be fetched."""
+    yield
+    core = engine.llm.llm_engine.engine_core.engine_core
+    assert engine.llm.llm_engine.get_num_unfinished_requests() == 0
+    assert not core.scheduler.requests
+    assert engine.llm.collective_rpc("align_waiting") == [0]
+
+
+@pytest.fixture(scope="session")
+def assert_same() -> Callable[..., None]:
+    """``assert_same(found, expected)``: the same samples from the same questions, the same weights up to float32."""
+
+    def compare(found: Sequence[Answer], expected: Sequence[Answer], within: float = 2e-4) -> None:
+        for one, other in zip(found, expected, strict=True):
+            assert one.reason == other.reason
+            assert one.result is not None
+            assert other.result is not None
+            assert [sample.tokens for sample in one.result.samples] == [
+                sample.tokens for sample in other.result.samples
+            ]
+            weights = [sample.log_weight for sample in other.result.samples]
+            assert [sample.log_weight for sample in one.result.samples] == pytest.approx(weights, abs=within)
+            assert one.result.log_normaliser == pytest.approx(other.result.log_normaliser, abs=within)
+            assert one.result.resamplings == other.result.resamplings
+            assert one.valid == other.valid
+
+    return compare

@@ -20,11 +20,6 @@ from align.decoding.request import Request
 BLOCK = 32
 
 
-@pytest.fixture(scope="module")
-def outside(model: Any) -> TransformersEngine:
-    return TransformersEngine(model)
-
-
 @pytest.fixture
 def scheduler(engine: VLLMEngine) -> Iterator[Any]:
     """The engine's scheduler; afterwards nothing runs, and it has all its blocks again."""

@@ -37,11 +37,6 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def outside(model: Any) -> TransformersEngine:
-    return TransformersEngine(model)
-
-
-@pytest.fixture(scope="module")
 def adapted(model: Any) -> Any:
     """The model with an adapter that changes much."""
     torch.manual_seed(5)
