@@ -104,7 +104,7 @@ CURVES: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
     (
         "Win rate",
         "",
-        "Online training: answers to held-out prompts preferred to the reference's by the annotator; 0.5 is no change.",
+        "Online training: share of held-out prompts whose answer the annotator prefers to the reference's; 0.5: no change.",
         (("held-out", "eval_win_rate"),),
     ),
     (
