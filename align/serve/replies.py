@@ -25,7 +25,7 @@ def answer_json(answer: Answer, vocabulary: Vocabulary, request: Request) -> Jso
         "tokens": list(drawn.tokens) if drawn is not None else [],
         "finished": drawn is not None and drawn.tokens[-1] in vocabulary.ends,
         "valid": answer.valid,
-        "reason": answer.reason.replace("max_new_tokens", "max_tokens"),  # as requests call it
+        "reason": as_asked(answer.reason),
         "seed": request.seed,
         "log_weight": number(drawn.log_weight) if weighted and drawn is not None else None,
         "log_normaliser": number(result.log_normaliser) if weighted and result is not None else None,
@@ -38,6 +38,11 @@ def answer_json(answer: Answer, vocabulary: Vocabulary, request: Request) -> Jso
         ],
         "usage": usage(answer, len(request.prompt)),
     }
+
+
+def as_asked(reason: str) -> str:
+    """What went wrong, with the names that requests have for things."""
+    return reason.replace("max_new_tokens", "max_tokens")
 
 
 def usage(answer: Answer, prompt_tokens: int) -> Json:

@@ -181,7 +181,8 @@ async def _admitted(http: Request, request: OpenAI, settings: wire.Settings, dra
             return await service.admit(name, settings, drawing, ids, said, deadline)
     except TimeoutError:
         raise RefusedError(
-            504, f"the constraint's turn to be compiled did not come in {seconds:g} s; try again"
+            504,
+            f"the prompt was not rendered and the constraint compiled, in its turn, within {seconds:g} s; try again",
         ) from None
 
 

@@ -28,7 +28,7 @@ from .checker import Checker
 from .errors import HungUpError, RefusedError
 from .metrics import OUTCOMES, Metrics
 from .options import Options
-from .replies import Json, answer_json
+from .replies import Json, answer_json, as_asked
 from .rewards import Rewards
 from .wire import KEY, LONGEST, Settings
 
@@ -168,7 +168,7 @@ class Service:
                 max_draws=settings.max_draws,
             )
         except ValueError as error:  # a ConstraintError is one
-            raise RefusedError(400, str(error)) from None
+            raise RefusedError(400, as_asked(str(error))) from None
         return Job(name, request, settings, self.admission.reserve(settings.particles), deadline)
 
     async def answer(self, job: Job, happened: Happened | None = None) -> Json:
@@ -199,7 +199,7 @@ class Service:
                 "tokens, or a constraint that the model finds easier",
             ) from None
         except ConstraintError as error:
-            raise RefusedError(400, str(error)) from None
+            raise RefusedError(400, as_asked(str(error))) from None
         finally:
             job.ticket.leave()
         self.metrics.answered(answer)

@@ -16,7 +16,8 @@ class AllOf:
     """
 
     def __init__(self, *constraints: Constraint) -> None:
-        self.constraints = _some(constraints, "AllOf")
+        parts = (one.constraints if isinstance(one, AllOf) else (one,) for one in _some(constraints, "AllOf"))
+        self.constraints = tuple(part for several in parts for part in several)  # so that each may be in the prefilter
 
     def start(self) -> tuple[Any, ...]:
         return tuple(constraint.start() for constraint in self.constraints)

@@ -63,6 +63,7 @@ BAD: list[tuple[str, dict[str, Any], int, str]] = [
     ("/v1/completions", {"prompt": [1, 999999], **ours(constraint=ENDLESS)}, 400, "999999 is the id of no token"),
     ("/v1/completions", {"prompt": [], **ours(constraint=ENDLESS)}, 400, "prompt"),
     ("/v1/chat/completions", {"messages": CHAT, "max_tokens": 9999, **ours(constraint=ENDLESS)}, 400, "max_tokens"),
+    ("/v1/chat/completions", {"messages": CHAT, "max_tokens": 0, **ours(constraint=ENDLESS)}, 400, "max_tokens is 0"),
     ("/v1/completions", {"prompt": "a", "stop": ["b"], **ours(constraint=ENDLESS)}, 400, "stop: it does not go with"),
     ("/v1/completions", {"prompt": "a", "max_tokens": 4, **ours(constraint=ENDLESS)}, 422, "no valid answer"),
     ("/v1/completions", {"prompt": "a", "logprobs": 2}, 400, "processed_logits"),

@@ -218,6 +218,14 @@ def test_a_prefilter_is_what_parts_with_masks_allow_where_others_have_none(lette
         assert whole.prefilter(whole.start()) is None
 
 
+def test_a_prefilter_has_the_masks_of_nested_parts_too(letters: Vocabulary) -> None:
+    inner = AllOf(AllOf(parse("regex:[b-d]+", letters), Asks()), parse("regex:[c-e]+", letters))
+    nested = AllOf(parse("regex:[a-d]+", letters), inner)
+    found = nested.prefilter(nested.start())
+    assert found is not None
+    assert [chr(token) for token in np.flatnonzero(found[:256])] == ["c", "d"]
+
+
 def test_a_memo_keeps_prefilters_and_masks_apart_and_gives_copies(letters: Vocabulary) -> None:
     calls: list[str] = []
 
