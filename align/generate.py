@@ -36,6 +36,11 @@ from .controlled import Control, Controller, Decode, Inputs, check_columns
 from .transfer import Guide, Transfer
 
 BATCH = 8
+OF_ANSWERS = (
+    *("chosen", "rejected", "response", "response_1", "response_2", "completion", "messages", "text", "label"),
+    *("preference", "preference_strength", "strength", "margin", "scores", "win_rates", "row_id"),
+)
+"""Columns of a prompt's row that speak of other answers than those that are drawn."""
 
 
 @dataclass(frozen=True)
@@ -88,14 +93,15 @@ class Answerer:
 
     Args:
         settings: the model and how to draw from it.
+        loaded: the model, where it is at hand.
 
     Raises:
         AlignError: the model cannot be loaded.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, loaded: LoadedModel | None = None) -> None:
         self.settings = settings
-        loaded: LoadedModel = load_run(settings.model)
+        loaded = loaded or load_run(settings.model)
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.eos_ids = end_tokens(self.model, self.tokenizer)
         self.context = getattr(self.model.config, "max_position_embeddings", None)
@@ -229,14 +235,15 @@ def answer_file(
     output: Path,
     progress: Callable[[int, int], None],
     control: Control | Transfer | None = None,
+    make: Callable[[Settings, Control | Transfer | None], Answerer] = answerer_of,
 ) -> Answered:
     """Answer every prompt of a file; answers are written as they are made, and a second call goes on.
 
     A row of the output is ``{row, prompt, completion, tokens, finished, settings}``, with the row's number in the
     input, and under control what weights and questions came to, and the ``inputs`` that the answer depends on. With
     ``settings.n`` it is ``{row, prompt, completions, finished, prompt_ids, completion_ids, settings}``: lists of n,
-    and the token ids that were read and drawn. Rows are in the order of the input once all are there. What has failed
-    on a row is tried again by the next call.
+    the token ids that were read and drawn, and the other columns of the input, which rules may ask for. Rows are in
+    the order of the input once all are there. What has failed on a row is tried again by the next call.
 
     Args:
         settings: the model and how to draw from it; a prompt that is listed twice gets two independent answers.
@@ -244,6 +251,7 @@ def answer_file(
         output: JSONL; its folder is made where it is missing.
         progress: called with the number of rows done and of all, after every batch.
         control: constraint or reward of the answers, and the baseline if there is one.
+        make: loads the model, where there is something to answer.
 
     Raises:
         AlignError: the output is something else than answers to these prompts with these settings and inputs (it is
@@ -264,13 +272,15 @@ def answer_file(
     done, failed = read_done(output, wanted)
     pending = {row: prompt for row, prompt in prompts.items() if row not in done}
     if pending:
-        answerer = answerer_of(settings, control)
+        answerer = make(settings, control)
         encoded = dict(_encoded(answerer, source, pending, faults))
         controller = _steered(answerer, control) if control is not None else None
         with output.open("a", encoding="utf-8") as file:
 
             def write(answers: Mapping[int, Mapping[str, Any]]) -> None:
                 own = {row: {"prompt": prompts[row], **made, **wanted[row]} for row, made in answers.items()}
+                if settings.n is not None:
+                    own = {row: made | _others(rows[row], made) for row, made in own.items()}
                 write_rows(file, own)
                 done.update(answers)
                 progress(len(done), len(encoded) + len(prompts) - len(pending))
@@ -368,6 +378,10 @@ def _draw(
         answerer.draw([rows[number] for number in numbers], settings.seed + 1_000_003 * copy, keep)
     except ValueError as error:
         raise AlignError(f"{settings.model}: {error}") from error
+
+
+def _others(row: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in OF_ANSWERS and name not in {"row", *made}}
 
 
 def _columns(made: Sample) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 
 from align.config.load import config_hash, resolved_yaml
 from align.config.schema import Recipe
+from align.data.groups import TokenizedGroups
 from align.data.report import fault_report, show_masks, write_rejected
 from align.data.splits import Split, read_split
 from align.data.tokenize import TokenizedCompletions
@@ -59,7 +60,7 @@ def train(recipe: Recipe, *, source: str, command: Sequence[str], dry_run: bool 
         dry_run: show eight tokenised rows with their masks, the steps and a memory estimate, and write nothing.
 
     Returns:
-        The run folder.
+        The run folder; with section ``iterate`` that of the last round.
 
     Raises:
         AlignError: the run cannot start or go on; the message says what to do.
@@ -76,6 +77,10 @@ def train(recipe: Recipe, *, source: str, command: Sequence[str], dry_run: bool 
     if dry_run:
         show_plan(recipe, tokenizer)
         return Path(recipe.output)
+    if recipe.iterate is not None:
+        from .iterate import train_rounds  # it trains each round by this function
+
+        return train_rounds(recipe, tokenizer, source, command)
     with RunFolder(recipe.output) as run:
         checkpoint = run.open_or_resume(config_hash(recipe), recipe.resume)
         _run(recipe, tokenizer, run, checkpoint, source, command)
@@ -186,6 +191,8 @@ def show_plan(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
     """Eight rows with their masks, the steps, and the memory that they would need; nothing is written."""
     split = read_splits(recipe, tokenizer, None)["train"]
     out = Console()
+    if recipe.iterate is not None:
+        out.print(f"{recipe.iterate.rounds} rounds of what follows, each from where the one before ends")
     out.print(show_masks(split.tokenized, tokenizer))
     chosen = TrainingFilter(recipe, split) if recipe.data.filter is not None else None
     if chosen is not None:
@@ -221,9 +228,10 @@ def _row_lengths(recipe: Recipe, split: Split) -> list[int]:
     """Tokens of each row as it is laid out: the prompt once where it is shared."""
     if isinstance(split.tokenized, TokenizedCompletions):
         lengths = [len(row.input_ids) for row in split.tokenized.rows]
-        if recipe.online is not None:
-            drawn = recipe.online.answers * recipe.online.max_new_tokens
-            return [length + drawn for length in lengths]
+        if isinstance(split.tokenized, TokenizedGroups):
+            return [len(row.input_ids) + sum(map(len, row.answer_ids)) for row in split.tokenized.rows]
+        if spec := recipe.online or recipe.iterate:
+            return [length + spec.answers * spec.max_new_tokens for length in lengths]
         if recipe.grpo is None:
             return lengths
         longest = recipe.grpo.max_completion_length
@@ -242,9 +250,9 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, run: Path | 
     """
     spec = recipe.data
     sources = {"train": spec.train, **({"eval": spec.eval} if spec.eval else {})}
-    kind = recipe.data_kind
+    wanted = {"train": (recipe.data_kind, recipe.data_rules), "eval": recipe.held_out}
     splits = {
-        name: read_split(path, tokenizer, spec.max_length, kind=kind, rules=recipe.data_rules)
+        name: read_split(path, tokenizer, spec.max_length, kind=wanted[name][0], rules=wanted[name][1])
         for name, path in sources.items()
     }
     faults = [fault for split in splits.values() for fault in split.faults]

@@ -52,7 +52,7 @@ def train(
         with writing_to(output):
             folder = run(checked, source=recipe, command=command, dry_run=dry_run)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(_interrupted(output, command)) from None
+        raise KeyboardInterrupt(_interrupted(output, command, rounds=checked.iterate is not None)) from None
     if not dry_run:
         _show_result(folder)
 
@@ -75,10 +75,12 @@ def _show_result(run: Path) -> None:
         print("{}\n  {}".format(*use))
 
 
-def _interrupted(output: Path, command: list[str]) -> str:
+def _interrupted(output: Path, command: list[str], rounds: bool) -> str:
     """What is saved, and how to go on."""
     from align.tracking.run_folder import RunFolder
 
+    if rounds:
+        return f"interrupted: {output} keeps what is done; to go on from there:\n  {shlex.join(command)}"
     checkpoint = RunFolder(output).newest_checkpoint()
     saved = f"{checkpoint} is saved" if checkpoint else "no checkpoint was complete yet"
     return f"interrupted: {saved}; to go on from there:\n  {shlex.join(command)}"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from align.config.schema import DataSpec
+    from align.data.groups import GroupRules
     from align.data.prompts import PromptRules
     from align.data.rewards import RewardRules
     from align.data.rows import CompletionTable, Fault, PairTable
@@ -56,7 +57,8 @@ def _validate_recipe(source: str) -> None:
     tokenizer = load_tokenizer(recipe.model.name, trust_remote_code=recipe.model.trust_remote_code)
     for data in filter(None, (recipe.data.train, recipe.data.eval)):
         print()
-        split = _show_tokenized(data, tokenizer, recipe.data, recipe.data_kind, recipe.data_rules)
+        kind, rules = (recipe.data_kind, recipe.data_rules) if data == recipe.data.train else recipe.held_out
+        split = _show_tokenized(data, tokenizer, recipe.data, kind, rules)
         if recipe.data.filter is not None and data == recipe.data.train:
             from align.score.training import TrainingFilter
 
@@ -101,7 +103,7 @@ def _show_tokenized(
     tokenizer: PreTrainedTokenizerBase,
     spec: DataSpec,
     kind: DataKind,
-    rules: PromptRules | RewardRules | None = None,
+    rules: PromptRules | RewardRules | GroupRules | None = None,
 ) -> Split:
     from align.data.splits import read_split
 
@@ -117,11 +119,14 @@ def _described(
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int | None = None,
 ) -> str:
+    from align.data.groups import GroupTable, describe_groups
     from align.data.prompts import PromptTable, describe_prompts
     from align.data.report import describe
     from align.data.rewards import RatedTable, describe_ratings
     from align.data.thumbs import ThumbTable, describe_thumbs
 
+    if isinstance(table, GroupTable):
+        return describe_groups(table, tokenizer, max_length)
     if isinstance(table, PromptTable):
         return describe_prompts(table, tokenizer)
     if isinstance(table, RatedTable):

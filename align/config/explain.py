@@ -75,7 +75,7 @@ def unknown_key(key: str, siblings: Mapping[str, str], elsewhere: Mapping[str, s
     if near := nearest(key, elsewhere, cutoff=0.85):
         return f"unknown key; did you mean {elsewhere[near]}?"
     known = ", ".join(sorted(siblings))
-    return f"unknown key; known here: {known}" if siblings and len(known) < 120 else "unknown key"
+    return f"unknown key; known here: {known}" if siblings and len(known) < 160 else "unknown key"
 
 
 def unknown_name(name: object, known: Iterable[str], kind: str, listing: str) -> str:

@@ -10,7 +10,8 @@ from align.losses.catalogue import LossInfo
 from align.losses.checks import setting_hints
 
 from .explain import STRICT
-from .schema import WITHOUT_LOSSES, Recipe, reward_kind
+from .kinds import WITHOUT_LOSSES, reward_kind
+from .schema import Recipe
 from .training import training_fields
 
 
@@ -44,5 +45,5 @@ def _settings(info: LossInfo) -> dict[str, Any]:
 def _training() -> dict[str, Any]:
     methods = ("grpo", "bradley_terry", "kto", "sft", "dpo")
     fields = {name: hint for method in methods for name, hint in training_fields(method).items()}
-    fields |= training_fields(None, online=True)
+    fields |= training_fields(None, gives=True)
     return {name: TypeAdapter(hint, config=STRICT).json_schema() for name, hint in sorted(fields.items())}

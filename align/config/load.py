@@ -17,13 +17,15 @@ from pydantic import ValidationError
 from align.errors import ConfigError
 
 from .explain import Problem, leaves, model_problems, nearest
+from .iterate import check_groups
+from .kinds import EVALS, data_kind, eval_applies, gives_answers, reward_kind
 from .losses import check_losses, fill_losses, with_implied_method
 from .online import check_online
 from .pal import check_pal, is_frozen
 from .paths import check_paths, data_problem, model_problem
 from .read import parse_mapping, parse_yaml
 from .reward import check_reward_model
-from .schema import EVALS, Recipe, data_kind, eval_applies, reward_kind
+from .schema import Recipe
 from .training import check_training, training_fields
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
         problems += model_problems(error, Recipe, data, _known_keys(data))
     problems += check_losses(data)
     if isinstance(training := data.get("training"), dict):
-        problems += check_training(training, data.get("method"), data.get("online") is not None)
+        problems += check_training(training, data.get("method"), gives_answers(data))
     problems += check_paths(data)
     problems += _across(data)
     if problems:
@@ -174,7 +176,7 @@ def _override(recipe: DictConfig, text: str) -> Problem | None:
 
 def _known_keys(data: dict[str, Any]) -> dict[str, str]:
     """Where each key belongs, for those that stand in the wrong section."""
-    training = training_fields(data.get("method"), data.get("online") is not None) if data.get("training") else {}
+    training = training_fields(data.get("method"), gives_answers(data)) if data.get("training") else {}
     return {**{key: f"training.{key}" for key in training}, **leaves(Recipe)}
 
 
@@ -189,12 +191,12 @@ def _across(data: dict[str, Any]) -> list[Problem]:
     if isinstance(source, dict) and source.get("eval") and source["eval"] == source.get("train"):
         problems.append(("data.eval", "the same as data.train; held-out data must be other data"))
     if isinstance(evals := data.get("evals"), list):
-        problems += _unfit_evals(data.get("method"), evals, data.get("online") is not None)
-    problems += check_online(data)
+        problems += _unfit_evals(data.get("method"), evals, gives_answers(data))
+    problems += check_online(data) + check_groups(data)
     return problems + _thumbs(data) + _grpo(data) + check_reward_model(data) + check_pal(data) + _reward(data)
 
 
-def _unfit_evals(method: Any, evals: list[Any], online: bool) -> list[Problem]:
+def _unfit_evals(method: Any, evals: list[Any], gives: bool) -> list[Problem]:
     """Evaluations of another kind of data than the method's."""
     method = method if isinstance(method, str) else None
     wants = {
@@ -209,16 +211,17 @@ def _unfit_evals(method: Any, evals: list[Any], online: bool) -> list[Problem]:
     }
     reads = {"pairs": "the losses read pairs", "thumbs": f"method: {method} reads single answers with a thumb"}
     reads["completions"] = "method: sft reads single answers"
-    reads["prompts"] = "online training reads prompts" if online else "method: grpo reads prompts"
+    reads["prompts"] = "the policy answers prompts itself" if gives else "method: grpo reads prompts"
+    reads["groups"] = f"method: {method} reads groups of answers"
     reads["judgements"] = "method: pal trains a reward an annotator"
     trains = (
-        reads[data_kind(method, online)] if reward_kind(method) is None else f"method: {method} trains a reward model"
+        reads[data_kind(method, gives)] if reward_kind(method) is None else f"method: {method} trains a reward model"
     )
-    fitting = ", ".join(name for name in EVALS if eval_applies(name, method, online))
+    fitting = ", ".join(name for name in EVALS if eval_applies(name, method, gives))
     return [
         (f"evals.{index}", f"{name} {wants[name]}, and {trains}; leave {fitting}")
         for index, name in enumerate(evals)
-        if name in EVALS and not eval_applies(name, method, online)
+        if name in EVALS and not eval_applies(name, method, gives)
     ]
 
 

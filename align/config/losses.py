@@ -9,7 +9,7 @@ from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from .explain import Problem, nearest, type_problem, unknown_name
-from .schema import WITHOUT_LOSSES, reward_kind
+from .kinds import WITHOUT_LOSSES, gives_answers, group_column, reward_kind
 
 if TYPE_CHECKING:
     from align.losses import Loss
@@ -28,7 +28,7 @@ def check_losses(recipe: Mapping[str, Any]) -> list[Problem]:
         what = "both are given" if method is not None else "neither is given"
         return [("method, losses", f"{what}; a recipe has one method, or a list of losses")]
     if isinstance(method, str) and isinstance(loss, Mapping):
-        return _check_method(method, loss, recipe.get("online") is not None)
+        return _check_method(method, loss, gives_answers(recipe))
     if isinstance(terms, list):
         problems = [("loss", "belongs to method; with losses, each term holds its own settings")] if loss else []
         for index, term in enumerate(terms):
@@ -55,7 +55,7 @@ def fill_losses(recipe: dict[str, Any]) -> None:
         term.update(_settings(term["name"], given))
 
 
-def _check_method(method: str, loss: Mapping[str, Any], online: bool) -> list[Problem]:
+def _check_method(method: str, loss: Mapping[str, Any], gives: bool) -> list[Problem]:
     from align.losses import LOSSES
 
     if method in WITHOUT_LOSSES:
@@ -63,7 +63,8 @@ def _check_method(method: str, loss: Mapping[str, Any], online: bool) -> list[Pr
     if method not in LOSSES:
         trained = [name for name, info in LOSSES.items() if info.kind in ("pair", "thumbs") or reward_kind(name)]
         return [("method", unknown_name(method, [*trained, *WITHOUT_LOSSES], "method", LISTING))]
-    if (what := _not_in_recipes(method)) and not (online and LOSSES[method].kind == "selfplay"):
+    used = LOSSES[method].kind == "selfplay" and (gives or group_column(method) is not None)
+    if (what := _not_in_recipes(method)) and not used:
         return [("method", what)]
     return _check_settings(method, loss, "loss")
 
@@ -76,6 +77,9 @@ def _check_term(term: Mapping[str, Any], where: str) -> list[Problem]:
         return [(f"{where}.name", unknown_name(term["name"], pairs, "loss", LISTING))]
     if reward_kind(term["name"]) is not None:
         return []  # told with section reward
+    if LOSSES[term["name"]].kind == "selfplay":
+        what = f"{term['name']} learns from groups of answers and stands alone; write method: {term['name']}"
+        return [(f"{where}.name", what)]
     if what := _not_in_recipes(term["name"]):
         return [(f"{where}.name", what)]
     settings = {key: value for key, value in term.items() if key not in ("name", "weight")}
@@ -87,12 +91,14 @@ def _not_in_recipes(name: str) -> str | None:
     from align.losses import LOSSES
 
     used = {
-        "ranking": "reads K ranked answers to a prompt, and recipes train on pairs or thumbs; call it from Python",
+        "ranking": "reads K ranked answers to a prompt, and recipes train on pairs or thumbs; call it from Python "
+        f"(align.losses.{name})",
         "selfplay": "learns from answers that the policy gives as it learns: it takes section online",
-        "reward": "is a part of training a reward or preference model, and no method by itself; call it from Python",
+        "reward": "is a part of training a reward or preference model, and no method by itself; call it from Python "
+        f"(align.losses.{name})",
     }
     what = used.get(LOSSES[name].kind) if reward_kind(name) is None else None
-    return what and f"{name} {what} (align.losses.{name})"
+    return what and f"{name} {what}"
 
 
 def _check_settings(name: str, settings: Mapping[str, Any], where: str) -> list[Problem]:

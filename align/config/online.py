@@ -61,7 +61,7 @@ def check_online(recipe: Mapping[str, Any]) -> list[Problem]:
         what = f"{method} does not learn" if method else "no method, and a sum of losses does not learn"
         what += " from answers of its own; a pair loss with soft labels does (ipo, dpo, slic), and "
         return [("method", what + ", ".join(fitting))]
-    problems = _annotator(spec.get("annotator")) + _unread(str(method), spec)
+    problems = annotator_problems("online.annotator", spec.get("annotator")) + _unread(str(method), spec)
     model = recipe.get("model")
     if spec.get("engine") == "vllm" and (spec.get("mixture") or 0) > 0:
         problems.append(("online.engine", "vllm draws from one model; a mixture takes engine: transformers"))
@@ -86,7 +86,8 @@ def _unread(method: str, spec: Mapping[str, Any]) -> list[Problem]:
     return problems
 
 
-def _annotator(given: Any) -> list[Problem]:
+def annotator_problems(at: str, given: Any) -> list[Problem]:
+    """What is wrong with the annotator that the recipe names at ``at``."""
     from align.rewards.annotators import parse_annotator
     from align.rewards.expression import ExpressionError
 
@@ -95,9 +96,7 @@ def _annotator(given: Any) -> list[Problem]:
     try:
         parsed = parse_annotator(given)
     except ExpressionError as error:
-        return [(f"online.annotator.{error.where}".rstrip("."), error.problem)]
+        return [(f"{at}.{error.where}".rstrip("."), error.problem)]
     return [
-        (f"online.annotator.{where}".rstrip("."), what)
-        for where, name in parsed.models.items()
-        if (what := model_problem(name))
+        (f"{at}.{where}".rstrip("."), what) for where, name in parsed.models.items() if (what := model_problem(name))
     ]

@@ -8,7 +8,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from .explain import Problem
-from .schema import RewardSpec, reward_kind
+from .kinds import reward_kind
+from .schema import RewardSpec
 
 MARGIN_OR_STRENGTH = ("margin_bradley_terry", "scaled_bradley_terry")
 

@@ -6,21 +6,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
+from .iterate import GroupsSpec, IterateSpec
+from .kinds import EVALS, WITHOUT_LOSSES, Eval, data_kind, eval_applies, gives_answers, group_column
 from .online import OnlineSpec
 from .section import Section, Text
 
 if TYPE_CHECKING:
+    from align.data.groups import GroupRules
     from align.data.prompts import PromptRules
     from align.data.rewards import RewardRules
     from align.data.splits import DataKind
-    from align.rewards.kinds import Kind
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
-Eval = Literal["thumbs", "preference", "generation", "displacement", "goals", "reward", "cycles", "pal"]
-EVALS: tuple[Eval, ...] = ("thumbs", "preference", "generation", "displacement", "goals", "reward", "cycles", "pal")
-WITHOUT_LOSSES = ("sft", "grpo", "pal")
-"""Methods that are no loss of the table."""
 
 
 class LossTerm(Section):
@@ -261,48 +259,6 @@ class PalSpec(Section):
     """Folder that keeps embeddings; when not given, one in Align's cache that all runs share."""
 
 
-def data_kind(method: str | None, online: bool = False) -> DataKind:
-    """What a method learns from, by itself or on answers of its own; pairs for losses that are not in the table."""
-    if online:
-        return "prompts"
-    if method == "sft":
-        return "completions"
-    if method == "grpo":
-        return "prompts"
-    if method == "pal":
-        return "judgements"
-    if method is None:
-        return "pairs"
-    from align.losses import LOSSES  # torch: not for `align --help`
-
-    if reward_kind(method) == "attributes":
-        return "ratings"
-    return "thumbs" if method in LOSSES and LOSSES[method].kind == "thumbs" else "pairs"
-
-
-def reward_kind(method: str | None) -> Kind | None:
-    """The kind of reward model that a method trains; None for a method that trains a policy."""
-    if method is None or method in WITHOUT_LOSSES:
-        return None
-    from align.losses import LOSSES
-    from align.rewards.kinds import kind_trained_by
-
-    return kind_trained_by(LOSSES[method]) if method in LOSSES else None
-
-
-def eval_applies(name: Eval, method: str | None, online: bool = False) -> bool:
-    """Whether an evaluation can run on what a method trains, with held-out data of its kind."""
-    if online:
-        return name == "generation"
-    trained = reward_kind(method)
-    if name in ("reward", "cycles") or trained is not None:
-        return trained is not None if name == "reward" else name == "cycles" and trained in ("scalar", "gpm")
-    kind = data_kind(method)
-    if name == "pal" or kind == "judgements":
-        return name == "pal" and kind == "judgements"
-    return name == "generation" or kind == {"thumbs": "thumbs", "goals": "prompts"}.get(name, "pairs")
-
-
 def _evals_of(fields: dict[str, Any]) -> list[Eval]:
     data, generation = fields.get("data"), fields.get("generation")
     if data is None or not data.eval:
@@ -310,8 +266,8 @@ def _evals_of(fields: dict[str, Any]) -> list[Eval]:
     asked_for = {"cycles"}  # few data sets have any
     if generation is None or generation.reward is None:
         asked_for.add("generation")
-    method, online = fields.get("method"), fields.get("online") is not None
-    return [name for name in EVALS if eval_applies(name, method, online) and name not in asked_for]
+    method, gives = fields.get("method"), gives_answers(fields)
+    return [name for name in EVALS if eval_applies(name, method, gives) and name not in asked_for]
 
 
 class Recipe(Section):
@@ -336,12 +292,16 @@ class Recipe(Section):
     """Rewards and sampling of method grpo."""
     online: OnlineSpec | None = None
     """Train method on answers that the policy gives as it learns: who compares them, and how they are drawn."""
+    groups: GroupsSpec | None = None
+    """What methods gpo and sppo, and their pointwise forms, take of groups of answers; its defaults when not given."""
+    iterate: IterateSpec | None = None
+    """Train such a method in rounds: answers of the policy to all prompts, compared, and learnt from."""
     pal: PalSpec | None = None
     """The model of method pal and its training; its defaults when not given."""
     training: dict[str, Any] = Field(default_factory=dict)
     """Fields of TRL's DPOConfig, such as learning_rate and max_steps (SFTConfig for sft, KTOConfig for bco, kto,
-    GRPOConfig for grpo, RewardConfig for reward models and pal, transformers' TrainingArguments for online training);
-    of pal.frozen the seed alone."""
+    GRPOConfig for grpo, RewardConfig for reward models and pal, transformers' TrainingArguments for online training
+    and for groups of answers); of pal.frozen the seed alone; of iterate for each round."""
     generation: GenerationSpec = Field(default_factory=GenerationSpec)
     """Settings of the generation evaluation."""
     evals: list[Eval] = Field(default_factory=_evals_of)
@@ -358,11 +318,20 @@ class Recipe(Section):
     @property
     def data_kind(self) -> DataKind:
         """What the run learns from."""
-        return data_kind(self.method, self.online is not None)
+        return data_kind(self.method, gives_answers(vars(self)))
 
     @property
-    def data_rules(self) -> PromptRules | RewardRules | None:
-        """What it asks of prompts, for method grpo, or of pairs and ratings, for a reward model."""
+    def held_out(self) -> tuple[DataKind, PromptRules | RewardRules | GroupRules | None]:
+        """What data.eval holds, and what is asked of it: as data.train, but prompts alone beside groups of answers."""
+        from align.data.prompts import PromptRules
+
+        if self.data_kind == "groups":
+            return "prompts", PromptRules((), self.generation.max_new_tokens)
+        return self.data_kind, self.data_rules
+
+    @property
+    def data_rules(self) -> PromptRules | RewardRules | GroupRules | None:
+        """What it asks of prompts, of groups of answers, or, for a reward model, of pairs and ratings."""
         if self.reward is not None:
             from align.data.rewards import RewardRules
 
@@ -372,14 +341,18 @@ class Recipe(Section):
                 needs_margin=self.method == "margin_bradley_terry",
                 over_long=self.reward.over_long,
             )
-        if self.online is not None:
+        if spec := self.online or self.iterate:
             from align.data.prompts import PromptRules
             from align.rewards.annotators import parse_annotator
             from align.rewards.scorers import asked_columns
 
-            parsed = parse_annotator(self.online.annotator)
+            parsed = parse_annotator(spec.annotator)
             columns, every = asked_columns(parsed.rules)
-            return PromptRules(parsed.data_columns, self.online.max_new_tokens, columns, every)
+            return PromptRules(parsed.data_columns, spec.max_new_tokens, columns, every)
+        if column := group_column(self.method):
+            from align.data.groups import GroupRules
+
+            return GroupRules(column, (self.groups or GroupsSpec()).use)
         if self.grpo is None:
             return None
         from align.data.prompts import PromptRules

@@ -1,9 +1,9 @@
 """The ``training:`` section against the fields of TRL's configs.
 
 The fields pass through to ``trl.DPOConfig`` (``trl.SFTConfig`` for sft, ``trl.KTOConfig`` for bco and kto,
-``trl.GRPOConfig`` for grpo, ``transformers.TrainingArguments`` for online training), whose own checks come late or
-never: a dataclass takes any type. So each value is held against its field's annotation here, before anything is
-loaded.
+``trl.GRPOConfig`` for grpo, ``transformers.TrainingArguments`` for online training and for groups of answers), whose
+own checks come late or never: a dataclass takes any type. So each value is held against its field's annotation here,
+before anything is loaded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from pydantic import AfterValidator, Field
 
 from .explain import Problem, nearest, type_problem
-from .schema import data_kind, reward_kind
+from .kinds import data_kind, reward_kind
 
 # Keys of TRL that another key of the recipe sets.
 ELSEWHERE = {
@@ -135,9 +135,13 @@ RANGES: dict[str, Any] = {
 }
 
 
-def training_fields(method: str | None, online: bool = False) -> dict[str, Any]:
-    """What a recipe of this method may set under ``training:``, with the type of each. Imports TRL: seconds."""
-    return _fields(_config_name(method, online))
+def training_fields(method: str | None, gives: bool = False) -> dict[str, Any]:
+    """What a recipe of this method may set under ``training:``, with the type of each. Imports TRL: seconds.
+
+    Args:
+        gives: ``kinds.gives_answers``.
+    """
+    return _fields(_config_name(method, gives))
 
 
 def _elsewhere(name: str) -> dict[str, str | None]:
@@ -160,11 +164,11 @@ def _fields(name: str) -> dict[str, Any]:
     }
 
 
-def check_training(training: Mapping[str, Any], method: str | None, online: bool = False) -> list[Problem]:
+def check_training(training: Mapping[str, Any], method: str | None, gives: bool = False) -> list[Problem]:
     """Problems of the ``training:`` section."""
     if not training or (method == "pal" and training.keys() <= {"seed"}):
         return []
-    name = _config_name(method, online)
+    name = _config_name(method, gives)
     fields, elsewhere = _fields(name), _elsewhere(name)
     problems = []
     for key, value in training.items():
@@ -180,8 +184,8 @@ def check_training(training: Mapping[str, Any], method: str | None, online: bool
     return problems
 
 
-def _config_name(method: str | None, online: bool) -> str:
-    if online:
+def _config_name(method: str | None, gives: bool) -> str:
+    if gives or data_kind(method) == "groups":
         return PLAIN
     if reward_kind(method) is not None:
         return "RewardConfig"

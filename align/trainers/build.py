@@ -29,7 +29,7 @@ from align.models.scoring import attach_scoring
 from align.rewards.named import load_function
 from align.tracking.run_folder import REFERENCES
 
-from .build_online import online_trainer
+from .build_online import online_trainer, rated_trainer
 from .grpo import GroupTrainer, check_prompts, reward_function, with_references
 from .matching import Encoder
 from .memory import ReleaseFreed
@@ -106,6 +106,8 @@ def build(
             trainer: Trainer = _thumbs_trainer(recipe, losses[0], common)
         elif recipe.online is not None:
             trainer = online_trainer(recipe, losses[0], common, facts)
+        elif recipe.data_kind == "groups":
+            trainer = rated_trainer(recipe, losses[0], common)
         elif recipe.data_kind == "prompts":
             trainer, data = _group_trainer(recipe, common, output)
         elif losses:
@@ -227,7 +229,7 @@ def training_arguments(recipe: Recipe, output: Path, tokenizer: PreTrainedTokeni
         "save_total_limit": 2,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
-    if recipe.online is not None:
+    if recipe.online is not None or recipe.iterate is not None or recipe.data_kind == "groups":
         del decided["max_length"]
         return TrainingArguments(**{**defaults, **recipe.training, **decided})
     if recipe.grpo is not None:

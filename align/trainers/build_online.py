@@ -1,4 +1,4 @@
-"""The trainer of a recipe with section ``online``."""
+"""The trainer of a recipe with section ``online``, and that of a method that learns from groups of answers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from align.rewards.annotators import annotator_of
 from align.rewards.expression import ExpressionError
 
 from .online import Drawing, OnlineTrainer
+from .rated import RatedTrainer
 
 
 def online_trainer(recipe: Recipe, loss: Loss, common: dict[str, Any], facts: dict[str, Any]) -> OnlineTrainer:
@@ -47,4 +48,21 @@ def online_trainer(recipe: Recipe, loss: Loss, common: dict[str, Any], facts: di
         peft_config=common["peft_config"],
         train_dataset=common["train_dataset"],
         eval_dataset=held_out,
+    )
+
+
+def rated_trainer(recipe: Recipe, loss: Loss, common: dict[str, Any]) -> RatedTrainer:
+    """On groups of the data.
+
+    Raises:
+        ValueError: the trainer refuses the set-up.
+    """
+    return RatedTrainer(
+        common["model"],
+        common["args"],
+        loss=loss,
+        shared_prompt=recipe.data.shared_prompt,
+        tokenizer=common["processing_class"],
+        peft_config=common["peft_config"],
+        train_dataset=common["train_dataset"],
     )

@@ -11,7 +11,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import set_seed
 
-from align.config.schema import Recipe, reward_kind
+from align.config.kinds import reward_kind
+from align.config.schema import Recipe
 from align.errors import AlignError
 from align.losses import Loss
 from align.models.fingerprint import weights_hash

@@ -27,7 +27,7 @@ def test_every_shipped_recipe_loads(name: str) -> None:
     assert (recipe.model.name == "smollm2-135m-instruct") is not name.endswith("_large")
     assert recipe.output == f"runs/{name}"
     of_kind = {"completions": ["generation"], "thumbs": ["thumbs", "generation"], "judgements": ["pal"]}
-    of_kind["prompts"] = ["generation", "goals"]
+    of_kind["prompts"] = ["generation", "goals"] if recipe.grpo is not None else ["generation"]
     pairs = ["preference", "generation", "displacement"] if recipe.reward is None else ["reward"]
     if name.startswith("reward_cycles"):
         pairs = ["cycles"]

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from align.config.json_schema import recipe_schema
+from align.config.kinds import reward_kind
 from align.config.load import load_recipe, resolved_yaml
 from align.config.losses import with_implied_method
-from align.config.schema import reward_kind
 from align.errors import ConfigError
 from align.losses import LOSSES, LogicLoss
 from align.trainers.build import losses_of
@@ -112,16 +112,26 @@ def test_every_loss_on_pairs_or_thumbs_passes_with_its_defaults(write_recipe: Wr
             assert load_recipe(write_recipe(method=name)).method == name
 
 
-@pytest.mark.parametrize("kind", ["ranking", "selfplay", "reward"])
+@pytest.mark.parametrize("kind", ["ranking", "reward"])
 def test_other_losses_say_where_they_are_used(write_recipe: Write, kind: str) -> None:
     names = [name for name, info in LOSSES.items() if info.kind == kind and reward_kind(name) is None]
     assert names
-    words = {"ranking": "recipes train on pairs or thumbs", "selfplay": "online training", "reward": "reward or"}[kind]
+    words = {"ranking": "recipes train on pairs or thumbs", "reward": "reward or"}[kind]
     for name in names:
         found = problems(write_recipe(method=name))["method"]
         assert words in found
         assert found.endswith(f"call it from Python (align.losses.{name})")
         assert words in problems(write_recipe(method=None, losses=[{"name": name}]))["losses.0.name"]
+
+
+def test_losses_on_answers_of_the_policy(write_recipe: Write) -> None:
+    """Two need answers as they are drawn; the others also learn from groups of the data. None is part of a sum."""
+    for name in ("mdpo", "nash_md_pg"):
+        assert problems(write_recipe(method=name, loss={}))["method"].endswith("it takes section online")
+    for name in ("gpo", "gpo_pointwise", "sppo", "sppo_pointwise"):
+        assert load_recipe(write_recipe(method=name, loss={})).data_kind == "groups"
+        found = problems(write_recipe(method=None, losses=[{"name": name}]))["losses.0.name"]
+        assert found == f"{name} learns from groups of answers and stands alone; write method: {name}"
 
 
 @pytest.mark.parametrize("name", ["bco", "kto"])

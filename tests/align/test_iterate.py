@@ -1,0 +1,196 @@
+"""Whole recipes on groups of answers, and in rounds, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import align.iterate
+from align.cli import app
+from align.config.load import load_recipe
+from align.errors import AlignError, ConfigError
+from align.run import train
+
+ITERATE = {"rounds": 2, "answers": 3, "max_new_tokens": 5}
+TRAINING = {"max_steps": 2, "per_device_train_batch_size": 4, "save_steps": 1, "learning_rate": 1e-2}
+
+
+def run(path: Path, *changes: str) -> Path:
+    return train(load_recipe(str(path), changes), source=str(path), command=["align", "train", str(path)])
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    return found
+
+
+@pytest.fixture
+def recipe(recipe_in: Callable[..., Path], users_rule: str, tmp_path: Path) -> Callable[..., Path]:
+    def write(**changes: Any) -> Path:
+        annotator = {"reward": users_rule, "temperature": 10}
+        settings = {
+            "method": "sppo",
+            "loss": {"beta": 0.1},
+            "iterate": {**ITERATE, "annotator": annotator},
+            "training": TRAINING,
+            "generation": {"prompts": 4, "max_new_tokens": 5},
+        }
+        return recipe_in(tmp_path, **{**settings, **changes})
+
+    return write
+
+
+def test_rounds(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """Each round answers with the policy of the one before, which is its reference; the last one's weights are the
+    whole's.
+    """
+    last = run(recipe())
+    whole = tmp_path / "run"
+    assert last == whole / "round-2" / "run"
+    assert manifest(whole)["status"] == manifest(last)["status"] == "finished"
+    for number in (1, 2):
+        rows = lines(whole / f"round-{number}" / "scored.jsonl")
+        assert len(rows) == 24
+        assert all(len(row["win_rates"]) == len(row["completion_ids"]) == 3 for row in rows)
+        assert (whole / f"round-{number}" / "run" / "report.html").is_file()
+    first, second = (lines(whole / f"round-{number}" / "answers.jsonl") for number in (1, 2))
+    assert first[0]["settings"]["model"] != second[0]["settings"]["model"]
+    assert second[0]["settings"]["model"] == str(whole / "round-1" / "run" / "adapter")
+    assert [row["completions"] for row in first] != [row["completions"] for row in second]
+    kinds = [manifest(whole / f"round-{number}" / "run")["reference"]["kind"] for number in (1, 2)]
+    assert kinds == ["adapters-off", "frozen-copy"]
+    before, after = (
+        load_file(whole / f"round-{number}" / "run" / "adapter" / "adapter_model.safetensors") for number in (1, 2)
+    )
+    assert any(not value.equal(after[name]) for name, value in before.items())
+    assert [row["step"] for row in lines(whole / "metrics.jsonl")] == [1, 2]
+    assert (whole / "adapter").resolve() == (last / "adapter").resolve()
+    said = CliRunner().invoke(app, ["generate", "-m", str(whole), "-p", "say", "--max-new-tokens", "2"])
+    assert said.exit_code == 0, said.output
+    with pytest.raises(AlignError, match="holds this very run, finished"):
+        run(recipe())
+
+
+def test_the_same_command_goes_on_from_any_stage(
+    recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted before each stage of both rounds in turn, they end in the weights of rounds that were not."""
+    path = recipe(evals=[])
+    run(path, f"output={tmp_path / 'straight'}")
+    for number in (1, 2):
+        for name, stage in (("answer_file", "answers.jsonl"), ("score_data", "scored.jsonl"), ("train", "run")):
+            kept, place = getattr(align.iterate, name), tmp_path / "run" / f"round-{number}" / stage
+
+            def stop(*given: Any, kept: Any = kept, place: Path = place, **named: Any) -> Any:
+                if str(place) in [str(getattr(one, "output", one)) for one in given]:
+                    raise KeyboardInterrupt
+                return kept(*given, **named)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(align.iterate, name, stop)
+                with pytest.raises(KeyboardInterrupt):
+                    run(path)
+            assert manifest(tmp_path / "run")["status"] == "interrupted"
+            assert not place.exists()
+    run(path)
+    one, other = (
+        load_file(tmp_path / folder / "round-2" / "run" / "adapter" / "adapter_model.safetensors")
+        for folder in ("straight", "run")
+    )
+    assert all(value.equal(other[name]) for name, value in one.items())
+    with pytest.raises(AlignError, match="holds rounds of another recipe"):
+        run(path, "loss.beta=0.2")
+
+
+def test_all_weights(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """Without an adapter the next round starts from the model of the one before."""
+    path = recipe(model={"lora": None}, iterate={**ITERATE, "annotator": "users_rule:longer"}, method="gpo", evals=[])
+    last = run(path)
+    assert manifest(last)["model"]["name"] == str(tmp_path / "run" / "round-1" / "run" / "model")
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
+
+
+def test_a_rule_gets_the_columns_of_its_prompts(
+    recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wants.py").write_text(
+        "def close(prompts, completions, wanted):\n"
+        "    return [-abs(len(text) - float(want)) for text, want in zip(completions, wanted)]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"say {n}", "wanted": n, "other": n}) + "\n" for n in range(6)))
+    path = recipe(
+        iterate={**ITERATE, "rounds": 1, "annotator": "wants:close"}, data={"train": str(data), "eval": None}, evals=[]
+    )
+    run(path)
+    for row in lines(tmp_path / "run" / "round-1" / "scored.jsonl"):
+        rewards = [-abs(len(text) - row["wanted"]) for text in row["completions"]]
+        assert row["scores"][0] == pytest.approx(rewards[0] - sum(rewards[1:]) / 2)
+        assert "other" not in row
+    data.write_text(data.read_text().replace("say 1", "tell 1"))
+    shutil.rmtree(tmp_path / "run" / "round-1" / "run")
+    marked = tmp_path / "run" / "manifest.json"
+    marked.write_text(json.dumps(manifest(tmp_path / "run") | {"status": "interrupted"}))
+    with pytest.raises(AlignError, match="has changed since"):
+        run(path)
+
+
+def test_groups_of_data(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """What ``align score --annotator`` wrote is data of gpo and sppo; held-out data are prompts."""
+    run(recipe(iterate={**ITERATE, "rounds": 1, "annotator": "users_rule:longer"}, evals=[]))
+    scored = str(tmp_path / "run" / "round-1" / "scored.jsonl")
+    path = recipe(iterate=None, data={"train": scored}, method="gpo", groups={"use": "best_and_worst"})
+    dry = CliRunner().invoke(app, ["train", str(path), "--dry-run", f"output={tmp_path / 'groups'}"])
+    assert dry.exit_code == 0, dry.output
+    assert "answer 2" in dry.stdout
+    valid = CliRunner().invoke(app, ["validate", str(path)])
+    assert valid.exit_code == 0, valid.output
+    assert "groups of 2 answers" in valid.stdout
+    folder = run(path, f"output={tmp_path / 'groups'}")
+    facts = manifest(folder)["data"]
+    assert facts["train"]["groups"] + facts["train"]["ties"] == 24
+    assert facts["train"]["as_drawn"] == facts["train"]["groups"]
+    assert (folder / "eval" / "generation.json").is_file()
+    logged = [row for row in lines(folder / "metrics.jsonl") if "loss" in row]
+    assert len(logged) == 2
+    assert logged[0]["kl/k1"] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "where", "what"),
+    [
+        ({"method": "ipo"}, "iterate", "belongs to methods that learn from groups of answers: gpo, gpo_pointwise"),
+        ({"method": "mdpo"}, "iterate", "belongs to methods that learn from groups of answers"),
+        ({"method": "mdpo", "iterate": None}, "method", "it takes section online"),
+        ({"online": {"annotator": "users_rule:longer"}}, "iterate", "does not go with online"),
+        ({"iterate": {**ITERATE}}, "iterate.annotator", "missing"),
+        ({"iterate": {**ITERATE, "annotator": "users_rule:shorter"}}, "iterate.annotator", "shorter"),
+        ({"iterate": {**ITERATE, "annotator": {"gpm": "./nowhere"}}}, "iterate.annotator", "nowhere"),
+        ({"training": {"eval_strategy": "steps"}}, "training.eval_strategy", "groups have no held-out loss"),
+        ({"data": {"filter": {"wanted": {"keep": 0.5}}}}, "data.filter", "iterate makes them itself"),
+        ({"evals": ["preference"]}, "evals.0", "the policy answers prompts itself; leave generation"),
+        ({"iterate": None, "evals": ["preference"]}, "evals.0", "method: sppo reads groups of answers"),
+        ({"iterate": None, "loss": {"beta": -1}}, "loss", "must be positive"),
+        ({"groups": {"use": "some"}}, "groups.use", "all"),
+    ],
+)
+def test_what_a_recipe_may_not_say(
+    recipe: Callable[..., Path], changes: dict[str, Any], where: str, what: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(str(recipe(**changes)))
+    said = [text for found, text in caught.value.problems if found.startswith(where)]
+    assert said, caught.value.problems
+    assert what in said[0]
