@@ -1,6 +1,6 @@
 """Training in rounds: answers to all prompts, what they are worth, a run on them, and again from where it ended.
 
-    output/prompts.jsonl            what is answered, with the columns that the annotator asks for
+    output/round-1/prompts.jsonl    what is answered, with the columns that the annotator asks for
     output/round-1/answers.jsonl    K answers a prompt by the policy as it is then, at temperature 1
     output/round-1/scored.jsonl     with scores and win rates, each answer against the others
     output/round-1/run/             the run on them; its reference is the policy that gave the answers
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gc
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,12 @@ from transformers import PreTrainedTokenizerBase
 from align.config.iterate import IterateSpec
 from align.config.load import config_hash, resolved_yaml
 from align.config.schema import ModelSpec, Recipe
-from align.data.prompts import TokenizedPrompt
 from align.data.report import fault_report
 from align.data.splits import Split
 from align.errors import AlignError
 from align.generate import Answerer, Settings, answer_file
 from align.models.load import LoadedModel, load_policy, load_tokenizer
-from align.run import read_splits, train
+from align.run import read_splits, same_data, train
 from align.score.annotated import AnnotatorScorer
 from align.score.run import score_data
 from align.tracking.files import write_text
@@ -61,14 +61,16 @@ def train_rounds(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, source: str
         _check_rounds(folder, recipe)
         folder.open_or_resume(config_hash(recipe), recipe.resume)
         write_text(folder.path / "config.resolved.yaml", resolved_yaml(recipe))
-        split = read_splits(recipe, tokenizer, folder.path)["train"]
-        prompts = _write_prompts(split, folder.path)
+        splits = read_splits(recipe, tokenizer, folder.path)
+        same_data(folder, splits)
         seed = int(recipe.training.get("seed", 42))
-        folder.update_manifest(**run_facts(command, seed), recipe=source, data={"train": split.facts})
+        facts = {name: split.facts for name, split in splits.items()}
+        folder.update_manifest(**run_facts(command, seed), recipe=source, data=facts)
         model, run = recipe.model, folder.path
         for number in range(1, recipe.iterate.rounds + 1):
             at = folder.path / f"round-{number}"
             console.print(f"round {number} of {recipe.iterate.rounds}: {at}", highlight=False)
+            prompts = _write_prompts(splits["train"], recipe.iterate.prompts, number, seed, at)
             _answer(recipe.iterate, model, prompts, at / "answers.jsonl", seed * 1_000_003 + number)
             _judge(recipe.iterate, at)
             run = at / "run"
@@ -91,21 +93,16 @@ def _check_rounds(folder: RunFolder, recipe: Recipe) -> None:
         )
 
 
-def _write_prompts(split: Split, folder: Path) -> Path:
-    """The usable prompts of ``data.train``, with the columns that the annotator asks for."""
+def _write_prompts(split: Split, count: int | None, number: int, seed: int, at: Path) -> Path:
+    """The prompts of a round, with the columns that the annotator asks for."""
     rows: list[Any] = list(split.tokenized.rows)
-    lines = []
-    for row in rows:
-        assert isinstance(row, TokenizedPrompt)
-        lines.append(json.dumps({"prompt": row.prompt, **row.columns}, ensure_ascii=False, default=str) + "\n")
-    path, text = folder / "prompts.jsonl", "".join(lines)
-    if any(folder.glob("round-*")) and path.exists() and path.read_text("utf-8") != text:
-        raise AlignError(
-            f"{split.table.source} has changed since {folder} was started: bring the old data back, or choose another "
-            "output"
-        )
-    write_text(path, text)
-    return path
+    if count is not None:
+        random.Random(seed).shuffle(rows)
+        rows = [rows[place % len(rows)] for place in range((number - 1) * count, number * count)]
+    at.mkdir(exist_ok=True)
+    lines = (json.dumps({"prompt": row.prompt, **row.columns}, ensure_ascii=False, default=str) for row in rows)
+    write_text(at / "prompts.jsonl", "".join(f"{line}\n" for line in lines))
+    return at / "prompts.jsonl"
 
 
 def _answer(spec: IterateSpec, model: ModelSpec, prompts: Path, output: Path, seed: int) -> None:

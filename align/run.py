@@ -102,7 +102,7 @@ def _run(
         for leftover in ("eval", COMPARED):  # of weights that are gone
             shutil.rmtree(run.path / leftover, ignore_errors=True)
     else:
-        _same_data(run, splits)
+        same_data(run, splits)
     if recipe.data.filter is not None:
         splits["train"] = _filter(recipe, tokenizer, splits["train"], run, resumed=checkpoint is not None)
     if recipe.pal is not None and recipe.pal.frozen:
@@ -287,7 +287,7 @@ def _filter(
     return kept
 
 
-def _same_data(run: RunFolder, splits: dict[str, Split]) -> None:
+def same_data(run: RunFolder, splits: dict[str, Split]) -> None:
     """A run goes on with the data that it started with, or not at all."""
     known = run.manifest.get("data", {})
     for name, split in splits.items():

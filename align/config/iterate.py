@@ -29,6 +29,9 @@ class IterateSpec(Section):
     """Who compares the answers, as in section online."""
     rounds: int = Field(default=3, ge=1)
     """How often; training.max_steps and the like are of one round."""
+    prompts: int | None = Field(default=None, ge=1)
+    """Prompts of a round: the next so many of the data in an order drawn by the seed, from its start again when it
+    ends. All of them in every round when not given."""
     answers: int = Field(default=5, ge=2)
     """Answers to a prompt, drawn at temperature 1."""
     max_new_tokens: int = Field(default=64, ge=1)

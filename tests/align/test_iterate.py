@@ -113,6 +113,16 @@ def test_the_same_command_goes_on_from_any_stage(
         run(path, "loss.beta=0.2")
 
 
+def test_each_round_may_have_prompts_of_its_own(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """Two rounds of 14 of the 24 prompts: all of them, and the first four of the second round again."""
+    spec = {"rounds": 2, "answers": 2, "max_new_tokens": 2, "prompts": 14, "annotator": "users_rule:longer"}
+    run(recipe(iterate=spec, evals=[]))
+    first, second = (lines(tmp_path / "run" / f"round-{number}" / "answers.jsonl") for number in (1, 2))
+    asked = [json.dumps(row["prompt"]) for row in (*first, *second)]
+    assert (len(first), len(second), len(set(asked))) == (14, 14, 24)
+    assert asked[24:] == asked[:4]
+
+
 def test_all_weights(recipe: Callable[..., Path], tmp_path: Path) -> None:
     """Without an adapter the next round starts from the model of the one before."""
     path = recipe(model={"lora": None}, iterate={**ITERATE, "annotator": "users_rule:longer"}, method="gpo", evals=[])
