@@ -153,7 +153,7 @@ class Answerer:
             max_new_tokens=self.settings.max_new_tokens,
             temperature=self.settings.temperature,
             seed=seed,
-            batch_size=BATCH,
+            batch_size=BATCH if self.settings.n is None else 4 * BATCH,  # copies of a prompt are read once
             on_batch=on_batch,
         )
 

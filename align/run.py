@@ -210,6 +210,9 @@ def show_plan(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
         rows = chosen.expected() or total
         count = rows * (len(lengths) // total)  # in grpo a row has several answers
         lengths = [lengths[place * len(lengths) // count] for place in range(count)]
+    if recipe.iterate is not None and recipe.iterate.prompts is not None:
+        rows = recipe.iterate.prompts
+        lengths = [lengths[place % total] for place in range(rows)]
     if recipe.grpo is not None:
         check_prompts(rows, arguments, recipe.data.train)
     planned = plan(recipe, arguments, lengths)
