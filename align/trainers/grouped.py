@@ -186,11 +186,10 @@ class GroupedTrainer(Hosted, Trainer):  # type: ignore[misc]
         judged = self._judged(batch)
         return int(judged.sum() if pointwise else judged.all(1).sum())
 
-    @staticmethod
-    def _judged(batch: Mapping[str, Tensor]) -> Tensor:
-        """Which groups have a score of every answer, as a mask of their answers, (B, K)."""
-        whole = ~(batch["win_rates"].isnan() | batch["scores"].isnan()).any(1, keepdim=True)
-        return whole.expand_as(batch["win_rates"])
+    def _judged(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Which groups have a number of every answer, as a mask of their answers, (B, K)."""
+        values = batch["scores" if "scores" in self.takes else "win_rates"]
+        return (~values.isnan().any(1, keepdim=True)).expand_as(values)
 
     # --- loss ---------------------------------------------------------------------------------------------------
 
@@ -288,7 +287,7 @@ class GroupedTrainer(Hosted, Trainer):  # type: ignore[misc]
             self.count("rewards/accuracies", right.sum(), int(decided.sum()))
         for name, values in output.metrics.items() if output is not None else ():
             self.count(name, values.sum(), values.numel())
-        self._total_train_tokens += int((rows.segments != PADDING).sum())
+        self.count(_TOKENS, (rows.segments != PADDING).sum(), 0)
 
     def count(self, name: str, total: Tensor | float, of: int) -> None:
         """Add to a mean that is logged next."""
@@ -300,13 +299,15 @@ class GroupedTrainer(Hosted, Trainer):  # type: ignore[misc]
         if "loss" in logs and self._sums:
             names = sorted(self._sums)
             sums = torch.tensor([self._sums[name] for name in names], dtype=torch.float64, device=self.args.device)
-            reduced = self.accelerator.reduce(sums, reduction="sum").tolist()
-            logs |= {name: total / of for name, (total, of) in zip(names, reduced, strict=True) if of}
+            reduced = dict(zip(names, self.accelerator.reduce(sums, reduction="sum").tolist(), strict=True))
+            self._total_train_tokens += int(reduced.pop(_TOKENS, [0.0])[0])
+            logs |= {name: total / of for name, (total, of) in reduced.items() if of}
             logs["num_tokens"] = float(self._total_train_tokens)
             self._sums.clear()
         super().log(logs, start_time)
 
 
+_TOKENS = "num_tokens"
 _ROWS = ("input_ids", "position_ids", "segments", "source", "target", "answer")
 
 

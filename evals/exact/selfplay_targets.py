@@ -51,9 +51,9 @@ def two_step_game(stack: Stack) -> tuple[World, Tensor]:
     return world, circular_labels(1, len(world.length), seed=stack.seed + 4)
 
 
-def play_ipo(world: World, p: Tensor, stack: Stack, tau: float, mixture: Mixture) -> list[Tensor]:
-    """Where online IPO on pairs of the mixture's answers ends, (P, N) from each start."""
-    loss, length, reference = Loss.of("ipo", beta=tau), stack.here(world.length), stack.here(world.log_mu)
+def play(world: World, p: Tensor, stack: Stack, tau: float, mixture: Mixture, name: str = "ipo") -> list[Tensor]:
+    """Where a pair loss on pairs of the mixture's answers ends, (P, N) from each start."""
+    loss, length, reference = Loss.of(name, beta=tau), stack.here(world.length), stack.here(world.log_mu)
     labels = stack.here(p)
     i, j = every_pair(len(world.length))
 
@@ -62,9 +62,10 @@ def play_ipo(world: World, p: Tensor, stack: Stack, tau: float, mixture: Mixture
         weights = 2 * opponent[:, i] * opponent[:, j]
         return expected_pair_loss(loss, world.sequence_logps(logits), reference, length, labels, weights)
 
-    # The gradient is -4/tau times that of the game's payoff.
+    # The gradient of IPO is -4/tau times that of the game's payoff; DPO's is at most tau.
+    rate = tau if name == "ipo" else 4 / tau
     return [
-        world.sequence_logps(follow(surrogate, start, rate=tau, steps=STEPS, small=_small(stack))).exp()
+        world.sequence_logps(follow(surrogate, start, rate=rate, steps=STEPS, small=_small(stack))).exp()
         for start in starts(world, stack)
     ]
 
@@ -104,25 +105,32 @@ def sampled_mixture(world: World, stack: Stack, coefficient: float) -> Mixture:
 
 
 def check_online_ipo(stack: Stack) -> Iterator[Row]:
-    """Online IPO and IPO-MD."""
+    """Online IPO and IPO-MD, with offline IPO and online DPO beside them."""
     tolerance = stack.tolerance(TOLERANCE)
     world, p = one_token_game()
     for tau in (1.0, 0.2):
-        ours = play_ipo(world, p, stack, tau, itself(world))
+        ours = play(world, p, stack, tau, itself(world))
         quantity = f"online: Nash at tau {tau:g}"
         yield Row.policy("ipo", quantity, nash(p, world.mu, tau), ours, world.reward, tolerance)
+    # On pairs that the reference gave, each answer is held against the reference, and the game is never played.
+    offline = play(world, p, stack, 0.2, lambda logits: stack.here(world.mu))
+    borda = normalised(world.log_mu + against(p, world.mu) / 0.2)
+    yield Row.policy("ipo", "offline: mu exp(p(. > mu)/tau)", borda, offline, world.reward, tolerance)
+    yield Row.policy("ipo", "offline beside Nash, tau 0.2", nash(p, world.mu, 0.2), offline, world.reward, None)
+    online = play(world, p, stack, 0.2, itself(world), "dpo")
+    yield Row.policy("ipo", "online DPO beside it", nash(p, world.mu, 0.2), online, world.reward, None)
     tau, coefficient = 0.5, 0.5
     sampled = sampled_mixture(world, stack, coefficient)
-    mixed = [sampled(stack.here(world.table(x.double().cpu()))) for x in play_ipo(world, p, stack, tau, sampled)]
+    mixed = [sampled(stack.here(world.table(x.double().cpu()))) for x in play(world, p, stack, tau, sampled)]
     exact = nash(p, world.mu, tau / (1 - coefficient))
     quantity = "IPO-MD's mixture: Nash at 2 tau"
     yield Row.policy("ipo", quantity, exact, mixed, world.reward, tolerance)
 
     world, p = two_step_game(stack)
-    ours = play_ipo(world, p, stack, 0.2, itself(world))
+    ours = play(world, p, stack, 0.2, itself(world))
     yield Row.policy("ipo", "online, two tokens: Nash", nash(p, world.mu, 0.2), ours, world.reward, tolerance)
     sampled = sampled_mixture(world, stack, coefficient)
-    ours = play_ipo(world, p, stack, 0.1, sampled)
+    ours = play(world, p, stack, 0.1, sampled)
     exact = fixed_point(p, world.mu, 0.1, token_mixture(world, coefficient))
     yield Row.policy("ipo", "IPO-MD, two tokens: fixed point", exact, ours, world.reward, tolerance)
     mixture, equilibrium = token_mixture(world, coefficient)(exact), nash(p, world.mu, 0.2)

@@ -1,0 +1,213 @@
+"""Online training on a tiny model: what a step learns, and that nothing of how it is laid out changes it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from align.losses import Loss
+from align.trainers.judging import labelled
+from align.trainers.online import OnlineTrainer
+from align.trainers.windows import Windows
+
+TrainerOf = Callable[..., OnlineTrainer]
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+ONLINE = ["ipo", "dpo", "slic", "nash_md_pg", "gpo", "gpo_pointwise", "sppo", "sppo_pointwise", "mdpo"]
+
+
+@pytest.mark.parametrize("loss", ONLINE)
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_every_loss_trains(trainer_of: TrainerOf, weights: Any, samples: Any, loss: str, lora: Any) -> None:
+    trainer = trainer_of(
+        loss=loss, peft_config=lora, inner_steps=2 if loss == "mdpo" else 1, drawing={"mixture": 0.25}
+    )
+    before = weights(trainer)
+    trainer.train()
+    assert any(not torch.equal(value, before[name]) for name, value in weights(trainer).items())
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["step"] for entry in logs] == [1, 2]
+    assert all(math.isfinite(value) for entry in logs for value in entry.values())
+    assert logs[0]["kl/k1"] == pytest.approx(0, abs=1e-4)  # at the first step the policy is the reference
+    assert {"entropy", "length/tokens", "length/truncated", "preference/decided"} <= logs[0].keys()
+    assert len(samples(trainer)) == (4 if loss == "mdpo" else 8)
+
+
+@pytest.mark.parametrize("loss", ["ipo", "gpo", "nash_md_pg", "mdpo"])
+def test_accumulation_changes_nothing(trainer_of: TrainerOf, assert_equal: Any, by_letters: Any, loss: str) -> None:
+    """Four prompts in one batch, or two and two, or one at a time; some pairs have no verdict."""
+    settings: dict[str, Any] = {"loss": loss, "annotator": by_letters(silent=["then", "tea", "an inn"])}
+    settings |= {"drawing": {"mixture": 0.5 if loss in ("ipo", "nash_md_pg") else 0.0}, "inner_steps": 2}
+    one = trainer_of("one", **settings)
+    one.train()
+    for batch, accumulated in ((2, 2), (1, 4)):
+        sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated}
+        other = trainer_of(f"by {batch}", arguments=sizes, **settings)
+        other.train()
+        assert_equal(one, other, 2e-5)
+        ours, theirs = one.state.log_history, other.state.log_history
+        for left, right in zip(ours[:-1], theirs[:-1], strict=True):
+            assert left.keys() == right.keys()
+            for name in left.keys() - {"perf/tokens_per_s", "perf/peak_rss_gb"}:
+                assert right[name] == pytest.approx(left[name], rel=2e-3, abs=2e-5), name
+
+
+def test_a_shared_row_is_as_good_as_rows_of_their_own(trainer_of: TrainerOf, assert_equal: Any) -> None:
+    """By plain SGD: Adam makes a step of the rate out of a gradient that is rounding alone."""
+    sgd = {"optim": "sgd", "learning_rate": 0.1}
+    settings: dict[str, Any] = {"drawing": {"answers": 3}, "arguments": sgd}
+    one, other = trainer_of("one", **settings), trainer_of("other", shared_prompt=False, **settings)
+    assert one.shared_prompt
+    assert not other.shared_prompt
+    one.train()
+    other.train()
+    assert_equal(one, other, 2e-5)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_mdpo_meets_the_log_probs_of_its_own_tokens(trainer_of: TrainerOf, shared: bool) -> None:
+    """At the first inner step every ratio is 1, whatever the layout: the reward d / t is 0."""
+    trainer = trainer_of(loss="mdpo", shared_prompt=shared, inner_steps=2, drawing={"answers": 3})
+    trainer.train()
+    batch = trainer.lay_out(trainer._window[1][0])  # type: ignore[index]
+    trainer.model.load_state_dict(trainer.ref_model.state_dict())
+    rows = {name: batch[name] for name in ("input_ids", "position_ids", "segments", "source", "target", "answer")}
+    from align.losses.rows import Rows
+    from align.models.scoring import score
+
+    with torch.no_grad():
+        logps = score(trainer.model.eval(), Rows(**rows, answers=batch["win_rates"].numel())).logps
+    torch.testing.assert_close(logps, batch["behaviour"], rtol=0, atol=1e-4)
+
+
+def test_the_gradient_is_that_of_the_loss(
+    trainer_of: TrainerOf, weights: Any, by_letters: Any, make_tiny_model: Callable[..., LlamaForCausalLM]
+) -> None:
+    """One step of plain SGD is the gradient of the mean IPO loss over the pairs, by logits and by hand."""
+    trainer = trainer_of(
+        arguments={"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0},
+        annotator=by_letters(silent=["then", "tea", "an inn", "other", "her hat"]),
+        loss=Loss.of("ipo", beta=2.0),
+        drawing={"answers": 3},
+    )
+    before = weights(trainer)
+    trainer.train()
+    assert trainer._window is not None
+    (groups,) = trainer._window[1]
+    model = make_tiny_model()
+
+    def logp(group: Any, answer: int) -> Tensor:
+        ids = torch.tensor([[*group.prompt_ids, *group.answer_ids[answer]]])
+        logps = model(ids).logits[0].log_softmax(-1)
+        start = len(group.prompt_ids)
+        return sum(logps[at - 1, ids[0, at]] for at in range(start, ids.shape[1]))  # type: ignore[return-value]
+
+    terms = []
+    for group in groups:
+        totals = [logp(group, answer) for answer in range(3)]
+        for i, j in ((0, 1), (0, 2), (1, 2)):
+            p = float(group.preference[i, j])
+            if not math.isnan(p):
+                h = (totals[i] - totals[i].detach()) - (totals[j] - totals[j].detach())  # the policy is the reference
+                terms.append((h - (p - 0.5) / 2.0) ** 2)
+    assert 8 <= len(terms) < 12  # of four prompts; five of all eight have a pair without a verdict
+    torch.stack(terms).mean().backward()  # type: ignore[no-untyped-call]
+    after = weights(trainer)
+    for name, value in model.named_parameters():
+        if name in before and value.grad is not None:
+            torch.testing.assert_close(before[name] - after[name], value.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_a_step_without_a_verdict_leaves_the_weights(trainer_of: TrainerOf, weights: Any, by_letters: Any) -> None:
+    everything = ["the cat", "an inn", "her hat", "then", "a thin man", "other", "in there", "tea"]
+    for loss in ("ipo", "gpo", "nash_md_pg", "mdpo"):
+        trainer = trainer_of(loss, loss=loss, annotator=by_letters(silent=everything), arguments={"weight_decay": 0.0})
+        before = weights(trainer)
+        trainer.train()
+        assert all(torch.equal(value, before[name]) for name, value in weights(trainer).items())
+        assert trainer.state.log_history[0]["preference/set_aside"] == 1
+
+
+@pytest.mark.parametrize(("kind", "settings"), [("ema", {"decay": 0.5}), ("previous", {"every": 2})])
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_the_reference_follows(trainer_of: TrainerOf, weights: Any, kind: str, settings: Any, lora: Any) -> None:
+    """After three steps: half of the last policy, a quarter of the one before, ...; or the policy of step 2."""
+    trainer = trainer_of(reference=kind, peft_config=lora, arguments={"max_steps": 3}, **settings)
+    policies = [weights(trainer)]
+
+    def reference() -> dict[str, Tensor]:
+        if lora is None:
+            return {name: value.detach() for name, value in trainer.ref_model.named_parameters()}
+        named = dict(trainer.model.named_parameters())
+        return {name: named[name.replace(".default.", ".ref.")].detach() for name in policies[0]}
+
+    follow = trainer.moving.follow
+
+    def followed(*args: Any) -> None:
+        policies.append(weights(trainer))
+        follow(*args)
+
+    trainer.moving.follow = followed  # type: ignore[method-assign]
+    trainer.train()
+    for name, value in reference().items():
+        own = [policy[name] for policy in policies]
+        wanted = own[2] if kind == "previous" else own[3] / 2 + own[2] / 4 + own[1] / 8 + own[0] / 8
+        torch.testing.assert_close(value, wanted, rtol=0, atol=1e-6)
+
+
+def test_labels() -> None:
+    table = torch.tensor([[0.5, 0.9, 0.5], [0.1, 0.5, math.nan], [0.5, math.nan, 0.5]], dtype=torch.float64)
+    assert labelled(table, "soft", "a") is table
+    argmax = labelled(table, "argmax", "a")
+    assert argmax[0].tolist() == [0.5, 1, 0.5]
+    assert argmax[1, 2].isnan()
+    drawn = torch.stack([labelled(table, "drawn", f"row {n}") for n in range(2000)])
+    assert set(drawn[:, 0, 1].tolist()) == {0.0, 1.0}
+    assert float(drawn[:, 0, 1].mean()) == pytest.approx(0.9, abs=0.02)
+    assert torch.equal(drawn[:, 0, 1] + drawn[:, 1, 0], torch.ones(2000, dtype=torch.float64))
+    assert drawn[:, 2, 1].isnan().all()
+    torch.testing.assert_close(labelled(table, "drawn", "row 3"), drawn[3], equal_nan=True)
+
+
+def test_windows() -> None:
+    """Ten rows by three, twice each: three windows an epoch, one row left out, another order in the next epoch."""
+    windows = Windows(10, 3, 2, seed=1)
+    first = list(windows)
+    assert len(first) == len(windows) == 18
+    for start in range(0, 18, 6):
+        assert first[start : start + 3] == first[start + 3 : start + 6]
+    assert len(set(first)) == 9
+    windows.set_epoch(1)
+    assert list(windows) != first
+    assert list(Windows(10, 3, 2, seed=1)) == first
+    with pytest.raises(ValueError, match="2 prompts, and a step takes 3"):
+        Windows(2, 3, 1, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ({"loss": "orpo", "labels": "soft"}, None),
+        ({"loss": "bco"}, "on groups of answers"),
+        ({"labels": "hard"}, "soft, drawn, argmax"),
+        ({"inner_steps": 0}, "at least 1"),
+        ({"loss": "nash_md_pg", "drawing": {"answers": 3}}, "takes 2"),
+        ({"drawing": {"answers": 1}}, "two or more"),
+        ({"drawing": {"mixture": 1.5}}, r"\[0, 1\]"),
+        ({"reference": "moving"}, "fixed, ema, previous"),
+        ({"reference": "ema", "decay": 1.0}, r"\[0, 1\)"),
+        ({"reference": "previous", "every": 0}, "at least 1"),
+    ],
+)
+def test_what_cannot_be(trainer_of: TrainerOf, settings: Any, what: str | None) -> None:
+    if what is None:
+        trainer_of(**settings)
+        return
+    with pytest.raises(ValueError, match=what):
+        trainer_of(**settings)
