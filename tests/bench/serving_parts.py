@@ -30,7 +30,7 @@ from align.decoding.vllm.settings import read
 
 COUNTS = {1: 2, 8: 16, 32: 64}
 """Requests of a round, by how many are under way at a time; of requests with particles as many as that."""
-QUICK = {1: 1, 8: 8}
+QUICK = {2: 2}
 TRANSFER = "Transfer-Q*, 10 candidates, 20 tokens, range"
 Say = Callable[[dict[str, Any]], None]
 
@@ -158,7 +158,7 @@ def peer(options: argparse.Namespace, say: Say) -> None:
 def transfer(options: argparse.Namespace, say: Say, dtype: str = "bfloat16") -> None:
     """Transfer-Q*."""
     rounds, steps = (1, 1) if options.quick else (2, 4)
-    for made in against_naive(Bench(dtype), rounds, 12 if options.quick else 64, steps, lambda text: None):
+    for made in against_naive(Bench(dtype), rounds, 6 if options.quick else 64, steps, lambda text: None):
         say({**made, "dtype": dtype, "load": os.getloadavg()[0]})
 
 
@@ -172,7 +172,7 @@ def rows(options: argparse.Namespace, say: Say) -> None:
     from vllm import SamplingParams
 
     torch.manual_seed(0)
-    for size in (49_152, 151_936):
+    for size in (49_152,) if options.quick else (49_152, 151_936):
         letters = [bytes([first, second]) for first in range(32, 127) for second in range(32, 127)]
         tokens = [*letters, *(b"%06d" % number for number in range(size - len(letters) - 1))]
         vocabulary = Vocabulary([*tokens, None], frozenset({size - 1}))
