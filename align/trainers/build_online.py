@@ -7,6 +7,8 @@ from typing import Any
 from align.config.schema import Recipe
 from align.errors import AlignError
 from align.losses import Loss
+from align.models.ends import end_tokens
+from align.models.load import locate
 from align.rewards.annotators import annotator_of
 from align.rewards.expression import ExpressionError
 
@@ -33,6 +35,7 @@ def online_trainer(recipe: Recipe, loss: Loss, common: dict[str, Any], facts: di
     return OnlineTrainer(
         common["model"],
         common["args"],
+        draw=_engine(recipe, common, facts) if spec.engine == "vllm" else None,
         loss=loss,
         annotator=annotator,
         drawing=Drawing(spec.answers, spec.mixture, spec.max_new_tokens),
@@ -49,6 +52,18 @@ def online_trainer(recipe: Recipe, loss: Loss, common: dict[str, Any], facts: di
         train_dataset=common["train_dataset"],
         eval_dataset=held_out,
     )
+
+
+def _engine(recipe: Recipe, common: dict[str, Any], facts: dict[str, Any]) -> Any:
+    """A vLLM that draws answers with the policy's weights."""
+    from .pushed import Pushed, start  # vLLM is imported by none that does not ask for it
+
+    ends = end_tokens(common["model"], common["processing_class"])
+    dtype = "bfloat16" if common["args"].bf16 else "float16" if common["args"].fp16 else "float32"
+    # A prompt leaves room for its answer within data.max_length.
+    engine = start(locate(recipe.model.name), dtype=dtype, ends=ends, max_model_len=recipe.data.max_length)
+    facts["engine"] = {"name": "vllm", "dtype": dtype}
+    return Pushed(engine)
 
 
 def rated_trainer(recipe: Recipe, loss: Loss, common: dict[str, Any]) -> RatedTrainer:
