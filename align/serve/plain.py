@@ -88,7 +88,7 @@ class Plain:
                 whole = message["type"] == "http.response.body" and not message.get("more_body", False)
                 await send(message)
 
-        working = asyncio.create_task(self.app(scope, given(body, until_gone), say))  # type: ignore[arg-type]
+        working: asyncio.Future[None] = asyncio.ensure_future(self.app(scope, given(body, until_gone), say))
         listening = asyncio.create_task(listen())
         try:
             await asyncio.wait([working], timeout=self.seconds)

@@ -16,8 +16,9 @@ class AllOf:
     """
 
     def __init__(self, *constraints: Constraint) -> None:
-        parts = (one.constraints if isinstance(one, AllOf) else (one,) for one in _some(constraints, "AllOf"))
-        self.constraints = tuple(part for several in parts for part in several)  # so that each may be in the prefilter
+        self.constraints: tuple[Constraint, ...] = ()
+        for one in _some(constraints, "AllOf"):  # flat, so that each part may be in the prefilter
+            self.constraints += one.constraints if isinstance(one, AllOf) else (one,)
 
     def start(self) -> tuple[Any, ...]:
         return tuple(constraint.start() for constraint in self.constraints)
