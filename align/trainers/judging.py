@@ -60,7 +60,8 @@ def labelled(preference: Tensor, labels: str, name: str) -> Tensor:
     """
     if labels == "soft":
         return preference
-    first, second = torch.triu_indices(*preference.shape, offset=1)
+    count = len(preference)
+    first, second = torch.triu_indices(count, count, offset=1)
     values = preference[first, second].clone()
     known = ~values.isnan()
     if labels == "drawn":

@@ -53,6 +53,8 @@ def overrides(recipe: Recipe, model: Path, folder: Path) -> list[str]:
         found += ["training.gradient_accumulation_steps=1", "training.per_device_train_batch_size=2"]
     if recipe.grpo:
         found.append("grpo.max_completion_length=4")
+    if recipe.online:
+        found += ["online.max_new_tokens=4", "online.eval_prompts=2"]
     if recipe.iterate:
         found += ["iterate.rounds=1", "iterate.prompts=4", "iterate.answers=2", "iterate.max_new_tokens=4"]
     if "generation" in recipe.evals:
