@@ -110,7 +110,7 @@ def _answer(spec: IterateSpec, model: ModelSpec, prompts: Path, output: Path, se
     settings = Settings(model.adapter or model.name, spec.max_new_tokens, 1.0, seed, raw=True, n=spec.answers)
 
     def load(settings: Settings, _: object) -> Answerer:
-        own = {"dtype": model.dtype, "attention": model.attention, "trust_remote_code": model.trust_remote_code}
+        own: dict[str, Any] = model.model_dump(include={"dtype", "attention", "trust_remote_code"})
         policy, reason = load_policy(model.name, model.adapter, **own)
         policy.to("cuda" if torch.cuda.is_available() else "cpu")
         tokenizer = load_tokenizer(model.name, trust_remote_code=model.trust_remote_code)

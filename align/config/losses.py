@@ -78,8 +78,8 @@ def _check_term(term: Mapping[str, Any], where: str) -> list[Problem]:
     if reward_kind(term["name"]) is not None:
         return []  # told with section reward
     if LOSSES[term["name"]].kind == "selfplay":
-        what = f"{term['name']} learns from groups of answers and stands alone; write method: {term['name']}"
-        return [(f"{where}.name", what)]
+        name = term["name"]
+        return [(f"{where}.name", f"{name} learns from groups of answers and stands alone; write method: {name}")]
     if what := _not_in_recipes(term["name"]):
         return [(f"{where}.name", what)]
     settings = {key: value for key, value in term.items() if key not in ("name", "weight")}

@@ -79,21 +79,30 @@ class AnnotatorScorer:
         Raises:
             AlignError: the annotator fails for all of them, such as a server that is not there.
         """
-        found: dict[int, Columns | FieldError] = {}
+        found: dict[int, Columns] = {}
+        refused: dict[int, FieldError] = {}
         for place, row in enumerate(rows):
             lacking = next((name for name, rule in self.asked.items() if rule and name not in row.fields), None)
             if lacking is not None:
-                found[place] = FieldError(lacking, f"missing, and {self.asked[lacking]} asks for it")
+                refused[place] = FieldError(lacking, f"missing, and {self.asked[lacking]} asks for it")
             elif len(row.answers.get(LISTED, ())) < 2:
-                found[place] = FieldError(LISTED, "an annotator compares answers: give two or more to the prompt")
-        sizes = {len(row.answers[LISTED]) for place, row in enumerate(rows) if place not in found}
-        for size in sizes:
-            of_size = [n for n, row in enumerate(rows) if n not in found and len(row.answers[LISTED]) == size]
-            while left := [place for place in of_size if place not in found]:
-                self._judge(rows, left, found)
-        return Scored([found[place] for place in range(len(rows))])
+                refused[place] = FieldError(LISTED, "an annotator compares answers: give two or more to the prompt")
+        by_size: dict[int, list[int]] = {}
+        for place, row in enumerate(rows):
+            if place not in refused:
+                by_size.setdefault(len(row.answers[LISTED]), []).append(place)
+        for places in by_size.values():
+            while left := [place for place in places if place not in found and place not in refused]:
+                self._judge(rows, left, found, refused)
+        return Scored([found.get(place, {}) for place in range(len(rows))], refused=refused)
 
-    def _judge(self, rows: Sequence[ScoreRow], places: Sequence[int], found: dict[int, Columns | FieldError]) -> None:
+    def _judge(
+        self,
+        rows: Sequence[ScoreRow],
+        places: Sequence[int],
+        found: dict[int, Columns],
+        refused: dict[int, FieldError],
+    ) -> None:
         """The verdicts on these rows, or why there are none on one of them."""
         own = [rows[place] for place in places]
         names = {name for row in own for name in row.fields if name in self.asked or self.every} - _TEXT
@@ -103,12 +112,12 @@ class AnnotatorScorer:
         except AnnotatorError as error:
             if error.prompt is None:
                 raise AlignError(f"{self.source}: {error}") from error
-            found[places[error.prompt]] = FieldError(self.name, error.problem)
+            refused[places[error.prompt]] = FieldError(self.name, error.problem)
             return
         for problem in verdicts.problems:
             pair = f"answers {problem.first + 1} and {problem.second + 1} were not compared"
-            found.setdefault(places[problem.prompt], FieldError(self.name, f"{pair}: {problem.reason}"))
-        whole = [number for number, place in enumerate(places) if place not in found]
+            refused.setdefault(places[problem.prompt], FieldError(self.name, f"{pair}: {problem.reason}"))
+        whole = [number for number, place in enumerate(places) if place not in refused]
         if whole:
             found |= dict(zip([places[number] for number in whole], _columns(verdicts, whole), strict=True))
 

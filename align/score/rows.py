@@ -18,7 +18,6 @@ from typing import Any
 from align.data.fields import FieldError, answer_field, collecting, content, required, resolve
 from align.data.pairs import comparison
 from align.data.rows import Content, row_id
-from align.rewards.encoding import as_answer
 
 LISTED = "completions"
 DRAWN = "completion_ids"
@@ -112,7 +111,11 @@ def _answers(row: dict[str, Any], problems: list[FieldError]) -> tuple[Content, 
         return prompt, {}
     if LISTED in row and row.get(DRAWN) is not None and prompt:
         # What a model gave: an answer that it ended at once is an answer.
-        return prompt, {LISTED: [as_answer(prompt, one) if isinstance(one, str) else one for one in named.values()]}
+        answers: list[Content] = [
+            one if isinstance(one, list) or isinstance(prompt, str) else [{"role": "assistant", "content": one}]
+            for one in named.values()
+        ]
+        return prompt, {LISTED: answers}
     prompt, resolved = resolve(prompt, named)
     return prompt, {LISTED if LISTED in row else "completion": list(resolved.values())}
 

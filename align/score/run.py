@@ -259,7 +259,8 @@ def _score_batch(scorer: Scorer, rows: Sequence[ScoreRow]) -> tuple[list[Columns
         reason = str(error).removeprefix("row 0: ")
         fault = error if isinstance(error, FieldError) else FieldError(scorer.name, reason)
         return [fault], dict.fromkeys(_COUNTED, 0)
-    return list(scored.columns), {name: getattr(scored, name) for name in _COUNTED}
+    found = [scored.refused.get(place, columns) for place, columns in enumerate(scored.columns)]
+    return found, {name: getattr(scored, name) for name in _COUNTED}
 
 
 def check_columns(source: str, named: Mapping[str, str]) -> None:

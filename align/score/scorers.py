@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from align.config.explain import nearest
@@ -35,16 +36,18 @@ class Scored(NamedTuple):
     """Columns of rows.
 
     Args:
-        columns: one mapping a row, from names to what JSON holds; or why the row is to be set aside.
+        columns: one mapping a row, from names to what JSON holds.
         cut: answers that were too long, of which the beginning was scored.
         moved: rows whose prompt ends in other tokens when an answer follows.
         left_out: answers drawn for references that have no reward.
+        refused: rows that are to be set aside, by place, and why.
     """
 
-    columns: Sequence[Columns | FieldError]
+    columns: list[Columns]
     cut: int = 0
     moved: int = 0
     left_out: int = 0
+    refused: Mapping[int, FieldError] = MappingProxyType({})
 
 
 class Scorer(Protocol):
