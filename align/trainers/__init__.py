@@ -4,6 +4,9 @@
   completion tokens alone, loss-true metrics, and the check at the first step that policy and reference agree.
 - ``thumbs``     ``ThumbsTrainer``: TRL's ``KTOTrainer`` with BCO or KTO, their state and their metrics.
 - ``grpo``       ``GroupTrainer``: TRL's ``GRPOTrainer`` on any reward or combination; references made before.
+- ``online``     ``OnlineTrainer``: answers of the policy as it learns, compared by an annotator. ``grouped`` is the loss
+  on groups of answers, ``rated`` training on groups of the data; ``windows`` the order of prompts, ``judging`` the
+  annotator and the labels, ``moving`` a reference that follows, ``kept`` what is on disk, ``pushed`` answers by vLLM.
 - ``references`` what answers have to beat, by the starting policy; ``align score`` makes its columns so, too.
 - ``reward``     ``RewardTrainer``: TRL's, with the heads of ``align.rewards.models`` and any reward loss.
 - ``pal``        PAL on embeddings that were made once; ``pal_backbone`` together with its backbone.
@@ -13,7 +16,7 @@
   ``thumbs_loss`` a loss with its state; ``thumbs_metrics`` what is logged of it.
 - ``collate``    tokenised pairs to the tensors of one forward pass.
 - ``build``      model, adapter, reference and arguments from a recipe, with the facts that the manifest states;
-  ``build_reward`` and ``build_pal`` for these methods.
+  ``build_online``, ``build_reward`` and ``build_pal`` for these methods.
 - ``plan``       steps and memory of a run that is not run: ``align train --dry-run``.
 - ``memory``     freed memory back to the system every few steps.
 - ``interrupt``  Ctrl-C and SIGTERM: save after the step in hand, then stop.
