@@ -38,7 +38,8 @@ def generate(
         float | None,
         typer.Option(
             min=0,
-            help="Spread of the draws; 0 takes the likeliest token. 0.7, 1 under a constraint, 0 with --transfer-q.",
+            help="Spread of the draws; 0 takes the likeliest token. 0.7, 1 with --n or under a constraint, 0 with "
+            "--transfer-q.",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
@@ -184,6 +185,8 @@ def generate(
     if n is not None and (source is None or given or guided):
         what = "goes with --input, without a constraint, a reward or --transfer-q"
         raise ConfigError("align generate", [("--n", what)])
+    if n is not None and temperature == 0:
+        raise ConfigError("align generate", [("--temperature", "is over 0 with --n: all answers would be one")])
     from align.controlled import Control, check
     from align.generate import Settings, answer_controlled, answer_file, answer_prompt
     from align.generate import chat as talk
@@ -191,7 +194,7 @@ def generate(
 
     control = Transfer(**guided, **given) if guided else Control(**given) if given else None
     if temperature is None:
-        temperature = 0.0 if guided else 1.0 if given else 0.7
+        temperature = 0.0 if guided else 1.0 if given or n is not None else 0.7
     drawn_by: Literal["transformers", "vllm"] = "vllm" if engine == "vllm" else "transformers"
     settings = Settings(model, max_new_tokens, temperature, seed, raw, drawn_by, n)
     if isinstance(control, Transfer):

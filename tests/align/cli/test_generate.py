@@ -172,7 +172,7 @@ def test_several_answers_a_prompt(align: Align, tiny_model_dir: Path, prompts: P
         assert [ids[-1] == tokenizer.eos_token_id for ids in row["completion_ids"]] == row["finished"]
         assert "<|im_start|>assistant" in tokenizer.decode(row["prompt_ids"])
     single = tmp_path / "single.jsonl"
-    align(*options(tiny_model_dir, "-i", prompts, "-o", single))
+    align(*options(tiny_model_dir, "-i", prompts, "-o", single, "--temperature", 1))
     assert [row["completion"] for row in answers(single)] == [row["completions"][0] for row in rows]
 
 
@@ -194,3 +194,5 @@ def test_a_row_of_several_answers_is_whole_or_not_there(
         refused = align(*options(tiny_model_dir, "--n", 3, *more))
         assert refused.exit_code == 2
         assert "goes with --input, without a constraint" in refused.stderr
+    refused = align(*options(tiny_model_dir, "-i", prompts, "-o", tmp_path / "x.jsonl", "--n", 3, "--temperature", 0))
+    assert "is over 0 with --n: all answers would be one" in refused.stderr

@@ -96,7 +96,8 @@ def test_several_answers_a_prompt(align: Align, tmp_path: Path) -> None:
     source.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in ("a b", "b", "a b")))
     one, several = tmp_path / "one.jsonl", tmp_path / "several.jsonl"
     for output, more in ((one, ()), (several, ("--n", 4))):
-        result = align("-i", source, "-o", output, "--engine", "vllm", "--max-new-tokens", 24, *more)
+        drawn = ("--engine", "vllm", "--temperature", 1, "--max-new-tokens", 24)
+        result = align("-i", source, "-o", output, *drawn, *more)
         assert result.exit_code == 0, result.output
     rows = rows_of(several)
     assert [row["completions"][0] for row in rows] == [row["completion"] for row in rows_of(one)]
