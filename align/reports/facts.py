@@ -33,6 +33,11 @@ REWARD_NOTATION = (
     "over another; m: margin or strength of the preference; o, l of an attribute: output and rating; sigma: the "
     "logistic function."
 )
+SELFPLAY_NOTATION = (
+    "i, j: answers to one prompt; S: an answer's log-prob under the policy, h, r and d: log-ratios to the reference, d "
+    "of a token (nats); p: probability that an answer is preferred; s and P: its mean log-odds and win rate against the "
+    "others; A: win rate over 1/2, less the penalty; t: step_size."
+)
 
 COUNTS = {
     "set_aside": "rows set aside",
@@ -40,11 +45,14 @@ COUNTS = {
     "truncated": "answers cut at the length limit",
     "kept": "kept by the filter, and trained on",
     "dropped": "dropped by the filter",
+    "as_drawn": "groups by the token ids that were drawn",
 }
 REFERENCES = {
     "none": "none: the loss does not compare with a reference",
     "adapters-off": "the same weights with the adapter switched off",
     "frozen-copy": "a frozen copy of the weights that training started from",
+    "ema": "a moving average of the policy",
+    "previous": "the policy of some steps before",
 }
 
 
@@ -132,6 +140,8 @@ def notation(recipe: Mapping[str, Any]) -> str:
         return REWARD_NOTATION
     if any(term.name in LOSSES and LOSSES[term.name].kind == "thumbs" for term in found):
         return THUMBS_NOTATION
+    if any(term.name in LOSSES and LOSSES[term.name].kind == "selfplay" for term in found):
+        return SELFPLAY_NOTATION
     return NOTATION if any(term.name in LOSSES and term.paper for term in found) else ""
 
 

@@ -4,7 +4,7 @@
   completion tokens alone, loss-true metrics, and the check at the first step that policy and reference agree.
 - ``thumbs``     ``ThumbsTrainer``: TRL's ``KTOTrainer`` with BCO or KTO, their state and their metrics.
 - ``grpo``       ``GroupTrainer``: TRL's ``GRPOTrainer`` on any reward or combination; references made before.
-- ``online``     ``OnlineTrainer``: answers of the policy as it learns, compared by an annotator. ``grouped`` is the loss
+- ``online``     ``OnlineTrainer``: answers of the policy as it learns, compared by an annotator. ``grouped`` is a loss
   on groups of answers, ``rated`` training on groups of the data; ``windows`` the order of prompts, ``judging`` the
   annotator and the labels, ``moving`` a reference that follows, ``kept`` what is on disk, ``pushed`` answers by vLLM.
 - ``references`` what answers have to beat, by the starting policy; ``align score`` makes its columns so, too.

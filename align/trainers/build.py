@@ -309,6 +309,8 @@ def _reference_facts(recipe: Recipe, model: Any, losses: list[Loss]) -> dict[str
     penalised = (recipe.grpo is not None and recipe.grpo.beta > 0) or recipe.online is not None
     if not penalised and not any(loss.reference for loss in losses):
         return {"kind": "none", "weights_sha256": None}
+    if recipe.online is not None and recipe.online.reference != "fixed":
+        return {"kind": recipe.online.reference, "weights_sha256": weights_hash(model.state_dict().items())}
     kind = "adapters-off" if recipe.model.lora is not None and recipe.model.adapter is None else "frozen-copy"
     return {"kind": kind, "weights_sha256": weights_hash(model.state_dict().items())}
 
@@ -317,10 +319,12 @@ def _reference_facts(recipe: Recipe, model: Any, losses: list[Loss]) -> dict[str
 def _untrained(recipe: Recipe, trainer: Trainer, kept: list[Any]) -> Iterator[Any]:
     """``kept``: the untrained model once it has been loaded anew."""
     model = trainer.model
-    if isinstance(model, PeftModel) and (recipe.model.adapter is None or "ref" in model.peft_config):
-        with use_adapter(model, "ref" if "ref" in model.peft_config else None):
+    moving = recipe.online is not None and recipe.online.reference != "fixed"  # the reference is not the start then
+    own = "ref" if isinstance(model, PeftModel) and "ref" in model.peft_config and not moving else None
+    if isinstance(model, PeftModel) and (recipe.model.adapter is None or own is not None):
+        with use_adapter(model, own):
             yield model
-    elif getattr(trainer, "ref_model", None) is not None:
+    elif getattr(trainer, "ref_model", None) is not None and not moving:
         yield trainer.ref_model
     else:
         # Nothing of the start was kept: full training without a reference, or SFT of a continued adapter.

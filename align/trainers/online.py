@@ -122,6 +122,11 @@ class OnlineTrainer(GroupedTrainer):
         self._resumed_from: Path | None = None
         self._reference_answers: list[Sample] | None = None
         super().__init__(model, args, data_collator=list, **kwargs)
+        size = self._window_size()
+        if len(self.train_dataset) < size:
+            raise ValueError(
+                f"{len(self.train_dataset):,} prompts, and a step takes {size:,}: fewer a step, or more prompts"
+            )
         if self._against and drawing.answers != 2:
             raise ValueError(
                 f"answers is {drawing.answers}: {self.group_loss.info.name} takes 2, one from the mixture"
@@ -130,11 +135,17 @@ class OnlineTrainer(GroupedTrainer):
             logger.warning("inner_steps is 1: the first step of mdpo on its answers is a plain policy gradient")
         self.add_callback(Follow(self))
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+    def _window_size(self) -> int:
+        """Prompts of a step, over all micro-batches and processes."""
         args = self.args
-        size = args.per_device_train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+        return int(
+            args.per_device_train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+        )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         data = self.train_dataset if train_dataset is None else train_dataset
-        return Windows(len(data), size, self.inner_steps, args.data_seed if args.data_seed is not None else args.seed)
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        return Windows(len(data), self._window_size(), self.inner_steps, seed)
 
     # --- a step's answers ---------------------------------------------------------------------------------------
 

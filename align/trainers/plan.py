@@ -55,6 +55,8 @@ def plan(recipe: Recipe, arguments: Any, row_lengths: list[int]) -> Plan:
     per_batch = arguments.per_device_train_batch_size
     per_step = per_batch * arguments.gradient_accumulation_steps
     steps_per_epoch = math.ceil(len(row_lengths) / per_step)
+    if recipe.online is not None:  # windows that are full, each several times
+        steps_per_epoch = max(1, len(row_lengths) // per_step) * recipe.online.inner_steps
     steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * steps_per_epoch)
     mean_length = sum(row_lengths) / len(row_lengths)
 

@@ -71,7 +71,7 @@ def play(
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """The game's table by tokens, the law before training and the law after it."""
 
-    def run(loss: str, **drawing: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def run(loss: Any, rate: float = 2e-2, inner: int = 1, penalty: float = 0.0, **drawing: Any) -> Any:
         own = {"vocab_size": 6, "eos_token_id": 5, "pad_token_id": 4, "bos_token_id": None, "initializer_range": 0.3}
         model = make_tiny_model(seed=1, **own)
         before = law(model)
@@ -81,13 +81,15 @@ def play(
             model=model,
             tokenizer=letters,
             annotator=Game(),
-            loss=Loss.of(loss, beta=TAU),
+            loss=loss if isinstance(loss, Loss) else Loss.of(loss, beta=TAU),
+            inner_steps=inner,
+            kl_penalty=penalty,
             train_dataset=Dataset.from_dict({"prompt": ["x"] * 16, ROW_ID: [str(n) for n in range(16)]}),
             drawing={"answers": 8, "max_new_tokens": 1, "batch_size": 128, **drawing},
             arguments={
                 "per_device_train_batch_size": 16,
                 "max_steps": 60,
-                "learning_rate": 2e-2,
+                "learning_rate": rate,
                 "lr_scheduler_type": "linear",
                 "adam_beta1": 0.0,  # momentum orbits where preferences run in a circle
                 "weight_decay": 0.0,
@@ -131,3 +133,9 @@ def test_offline_answers_are_held_against_the_reference(play: Any) -> None:
 def test_online_dpo_goes_elsewhere(play: Any) -> None:
     table, mu, found = play("dpo")
     assert distance(found, nash(table[None], mu[None], TAU)[0]) > 2 * CLOSE
+
+
+def test_mdpo_with_a_penalty_finds_it_too(play: Any) -> None:
+    """Win rates less tau times the log-ratio, several steps on the same answers within a trust region."""
+    table, mu, found = play(Loss.of("mdpo", step_size=2.0), rate=2e-3, inner=3, penalty=TAU)
+    assert distance(found, nash(table[None], mu[None], TAU)[0]) < CLOSE
