@@ -114,6 +114,6 @@ def samples() -> Callable[[OnlineTrainer], list[dict[str, Any]]]:
 
     def read(trainer: OnlineTrainer) -> list[dict[str, Any]]:
         path = Path(trainer.args.output_dir) / "samples.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
     return read
