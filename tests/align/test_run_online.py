@@ -35,7 +35,8 @@ def online_recipe(write_recipe: Any, users_rule: str) -> Any:
 
 
 def run(source: Path, *overrides: str) -> Path:
-    return train(load_recipe(str(source), list(overrides)), source=str(source), command=["align", "train", str(source)])
+    recipe = load_recipe(str(source), list(overrides))
+    return train(recipe, source=str(source), command=["align", "train", str(source)])
 
 
 def generation(folder: Path) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def test_a_run_goes_on_to_the_same_end(online_recipe: Any, tmp_path: Path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(users_rule, "longer", faulty)
-        with pytest.raises(AlignError, match="out of order.*goes on from step 2"):
+        with pytest.raises(AlignError, match=r"out of order.*goes on from step 2"):
             run(source, f"output={tmp_path / 'again'}")
     again = run(source, f"output={tmp_path / 'again'}")
     assert (again / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
@@ -112,7 +113,7 @@ def test_a_reference_that_moves_is_not_what_answers_are_compared_with(
         ({"method": "nash_md_pg", "online": {"answers": 4}}, "online.answers", "takes 2"),
         ({"method": "gpo", "online": {"labels": "drawn"}}, "online.labels", "scores"),
         ({"method": "bco", "loss": None}, "method", "answers of its own"),
-        ({"method": "orpo", "loss": {"odds_weight": 1.0}, "evals": ["preference"]}, "evals.0", "answers prompts itself"),
+        ({"method": "dpo", "evals": ["preference"]}, "evals.0", "answers prompts itself"),
         ({"training": {"max_lenght": 3}}, "training.max_lenght", "unknown key"),
         ({"training": {"train_sampling_strategy": "sequential"}}, "training.train_sampling_strategy", "loop's own"),
     ],

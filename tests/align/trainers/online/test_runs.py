@@ -80,8 +80,8 @@ def test_two_processes_equal_one(
             assert whole.keys() == halves.keys()
             for key in whole.keys() - {"perf/tokens_per_s", "perf/peak_rss_gb"}:
                 assert halves[key] == pytest.approx(whole[key], rel=1e-3, abs=1e-5), (loss, key)
-        lines = [(tmp_path / f"{name}-{loss}" / "samples.jsonl").read_text().split("\n")[:-1] for name in ("one", "two")]
-        entries = [[json.loads(line) for line in part] for part in lines]
+        kept = [(tmp_path / f"{name}-{loss}" / "samples.jsonl").read_text() for name in ("one", "two")]
+        entries = [[json.loads(line) for line in part.split("\n")[:-1]] for part in kept]
         drawn = [[(entry["step"], entry["row_id"], entry["answers"]) for entry in part] for part in entries]
         assert drawn[0] == drawn[1]
 
