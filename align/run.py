@@ -365,12 +365,15 @@ def _save_reward(model: RewardModel, trainer: Trainer, run: RunFolder) -> None:
 
 
 def _probe(model: Any, trainer: Trainer, tokenizer: PreTrainedTokenizerBase) -> SequenceLogps | None:
-    """Log-probs of the first (chosen) answers that the trainer holds; None where it is TRL's own."""
+    """Log-probs of the first (chosen) answers that the trainer holds; None where it holds prompts alone."""
     rows = trainer.train_dataset
-    answers = next((name for name in ("chosen_ids", "completion_ids") if name in rows.column_names), None)
+    known = ("chosen_ids", "completion_ids", "answer_ids")
+    answers = next((name for name in known if name in rows.column_names), None)
     if answers is None:
         return None
     rows = rows[:PROBED]
+    if answers == "answer_ids":
+        rows[answers] = [several[0] for several in rows[answers]]
     model.eval()
     with trainer.accelerator.autocast():
         return sequence_logps(model, rows["prompt_ids"], rows[answers], pad_token_id=int(tokenizer.pad_token_id))

@@ -169,6 +169,7 @@ def test_groups_of_data(recipe: Callable[..., Path], tmp_path: Path) -> None:
     assert valid.exit_code == 0, valid.output
     assert "groups of 2 answers" in valid.stdout
     folder = run(path, f"output={tmp_path / 'groups'}")
+    assert manifest(folder)["merged"]["answers"] == 16
     facts = manifest(folder)["data"]
     assert facts["train"]["groups"] + facts["train"]["ties"] == 24
     assert facts["train"]["as_drawn"] == facts["train"]["groups"]
