@@ -114,6 +114,11 @@ def _what(record: RunRecord) -> list[tuple[str, str]]:
     found = [("Method", method_name(record.recipe)), ("Model", _model_words(record))]
     if kind := record.section("reference").get("kind"):
         found.append(("Reference", REFERENCES.get(kind, kind)))
+    if name := record.section("annotator").get("name"):
+        settings = record.recipe.get("online") or {}
+        drawn = f", {settings['answers']} answers a prompt" if settings.get("answers") else ""
+        mixed = f", of a mixture with {settings['mixture']:g} of the reference" if settings.get("mixture") else ""
+        found.append(("Answers compared by", f"{name}{drawn}{mixed}"))
     for name, label in (("train", "Training data"), ("eval", "Held-out data")):
         if part := data.get(name):
             pairs = part.get("kept", part.get("pairs", part.get("completions", part.get("rows"))))

@@ -58,6 +58,7 @@ def test_from_recipe_to_report(online_recipe: Any) -> None:
     assert all(len(sample["answers"]) == 2 for sample in samples)
     page = (folder / "report.html").read_text()
     assert "Win rate" in page
+    assert "longer, 2 answers a prompt, of a mixture with 0.25 of the reference" in page
     assert generation(folder)["rows"][0]["before"]["text"][:10] in page.replace("&#39;", "'") or "before" in page
 
 
