@@ -1,9 +1,13 @@
 """Constraints of requests, compiled first in a process that can be killed.
 
 A regular expression, a schema or a grammar may be written so that compiling it takes minutes or gigabytes. That must
-neither hold up the server nor reach the engine, so every new one goes through a process of its own first, which has a
-time limit and a memory limit; what it says of one is kept. That it did not say anything is not kept: the machine may
-have been busy.
+neither hold up the server nor reach the engine, so every new one is compiled in a process of its own first, which has
+a time limit and a memory limit. There are two lanes: all begin in the first, where none has long, and what does not
+get done there is begun anew in the second, which has the whole limit. So a stream of hostile ones holds up those that
+take long themselves, and others only for as long as the first lane gives each.
+
+What is said of a constraint is kept; that it did not get done is kept for some minutes only, as the machine may have
+been busy.
 """
 
 from __future__ import annotations
@@ -12,23 +16,31 @@ import asyncio
 import json
 import os
 import sys
+import time
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from hashlib import sha256
-from typing import Any
+from typing import Any, Literal
 
 from align.decoding.constraints import ConstraintError
 
 from .errors import RefusedError
 
 KEPT = 4096
-WAITING = 64
-"""Constraints that may wait for those before them."""
+QUICK = 0.3
+"""Seconds that a constraint has in the first lane."""
+WAITING = (64, 16)
+"""Constraints that may be in each lane, with the one that is compiled."""
+REMEMBERED = 300.0
+"""Seconds for which a constraint that did not get done is not tried again."""
 START_SECONDS = 60.0
+GRACE = 10.0
+"""Seconds in which a process that keeps the limits says that one was over them."""
 MEMORY = 2 << 30
 LONGEST = 2000
 """Characters of what is said of one: it may quote it."""
 COMMAND = "from align.serve.checker import main; main()"
+Outcome = Literal["said", "late", "ended"]
 
 
 class Checker:
@@ -40,86 +52,143 @@ class Checker:
     """
 
     def __init__(self, seconds: float, predicates: Collection[str] = ()) -> None:
-        self.seconds, self.predicates = seconds, tuple(predicates)
-        self._known: OrderedDict[bytes, str] = OrderedDict()
-        self._one = asyncio.Lock()
-        self._process: asyncio.subprocess.Process | None = None
-        self._waiting = 0
+        self.seconds = seconds
+        limits = (min(QUICK, seconds), seconds)
+        self.lanes = [Lane(limit, most, predicates) for limit, most in zip(limits, WAITING, strict=True)]
+        self._known: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
 
     async def check(self, spec: Mapping[str, Any]) -> None:
         """Look at a constraint.
 
         Raises:
-            ConstraintError: it is none, or is not compiled within its limits.
-            RefusedError: too many wait to be looked at: 429.
+            ConstraintError: it is none.
+            RefusedError: it does not get done within its limits: 400, with the seconds after which it may be tried
+                again; or too many wait to be looked at: 429.
         """
         text = json.dumps(spec)
         digest = sha256(text.encode()).digest()
-        if digest not in self._known:
-            if self._waiting >= WAITING:
-                raise RefusedError(429, "busy: too many new constraints wait to be compiled", {"Retry-After": "5"})
-            self._waiting += 1
-            try:
-                async with self._one:
-                    if digest not in self._known:
-                        self._known[digest] = await self._asked(text)
-                        if len(self._known) > KEPT:
-                            self._known.popitem(last=False)
-            finally:
-                self._waiting -= 1
-        if problem := self._known[digest]:
+        for lane in self.lanes:
+            if self._remembers(digest):
+                break
+            async with lane:
+                if not self._remembers(digest):  # another request may have had the same
+                    outcome, said = await lane.ask(text)
+                    if outcome == "said":
+                        self._keep(digest, said, float("inf"))
+                    elif outcome == "ended" or lane is self.lanes[-1]:
+                        over = f"{self.seconds:g} s" if outcome == "late" else f"{MEMORY >> 30} GiB"
+                        problem = f"constraint: it takes over {over} to compile, more than a request may"
+                        self._keep(digest, problem, time.monotonic() + REMEMBERED)
+        problem, until = self._known[digest]
+        if until < float("inf"):
+            after = max(1, round(until - time.monotonic()))
+            raise RefusedError(
+                400, f"{problem}; write a simpler one, or try again in {after} s", {"Retry-After": str(after)}
+            )
+        if problem:
             raise ConstraintError(problem)
 
     async def start(self) -> None:
-        """Start the process, so that the first request need not wait for it.
+        """Start the processes, so that the first requests need not wait for them.
 
         Raises:
-            ConstraintError: it does not come up.
+            RefusedError: one does not come up: 500.
         """
-        async with self._one:
-            await self._started()
+        for lane in self.lanes:
+            async with lane:
+                await lane.start()
 
     async def close(self) -> None:
-        """End the process."""
-        process, self._process = self._process, None
-        if process is not None and process.returncode is None:
-            process.kill()
-            await process.wait()
+        """End the processes."""
+        for lane in self.lanes:
+            await lane.close()
 
-    async def _asked(self, text: str) -> str:
-        """What the process says: what is wrong, or nothing.
+    def _remembers(self, digest: bytes) -> bool:
+        return digest in self._known and time.monotonic() < self._known[digest][1]
+
+    def _keep(self, digest: bytes, problem: str, until: float) -> None:
+        self._known[digest] = problem, until
+        if len(self._known) > KEPT:
+            self._known.popitem(last=False)
+
+
+class Lane:
+    """Constraints that are compiled one after another; who is in it has entered it as a context.
+
+    Its process forks another for each, which takes some milliseconds, and is there still when that is killed.
+
+    Args:
+        seconds: that each has.
+        most: that may be in it.
+        predicates: as the checker's.
+    """
+
+    def __init__(self, seconds: float, most: int, predicates: Collection[str]) -> None:
+        self.seconds, self.most, self._predicates = seconds, most, list(predicates)
+        self.process: asyncio.subprocess.Process | None = None
+        self._turn = asyncio.Lock()
+        self._inside = 0
+        self._owes = False
+
+    async def __aenter__(self) -> None:
+        if self._inside >= self.most:
+            after = max(1, round(self._inside * self.seconds))
+            raise RefusedError(
+                429,
+                f"busy: too many new constraints wait to be compiled; try again in {after} s",
+                {"Retry-After": str(after)},
+            )
+        self._inside += 1
+        try:
+            await self._turn.acquire()
+        except BaseException:
+            self._inside -= 1
+            raise
+
+    async def __aexit__(self, *_: object) -> None:
+        self._inside -= 1
+        self._turn.release()
+
+    async def ask(self, text: str) -> tuple[Outcome, str]:
+        """What became of a constraint, and what is wrong with it, or nothing.
 
         Raises:
-            ConstraintError: it says nothing within its limits, and was ended.
+            RefusedError: the process is gone: 500.
         """
-        process = await self._started()
+        process = await self.start()
         assert process.stdin is not None
-        assert process.stdout is not None
         try:
-            async with asyncio.timeout(self.seconds):
+            async with asyncio.timeout(2 * self.seconds + GRACE):
+                if self._owes:  # to one that was given up
+                    await self._answer(process)
+                self._owes = True
                 process.stdin.write(text.encode() + b"\n")
                 await process.stdin.drain()
-                answer = await process.stdout.readline()
-        except (TimeoutError, ConnectionError):
-            answer = b""
-        except BaseException:  # cancelled: its answer would be taken for that to the next question
+                outcome, said = await self._answer(process)
+        except (TimeoutError, ConnectionError, ValueError):
             await self.close()
-            raise
-        if answer.endswith(b"\n"):
-            return str(json.loads(answer))
-        ended = process.returncode is not None or process.stdout.at_eof()
-        await self.close()
-        what = "takes more memory than" if ended else f"takes over {self.seconds:g} s to compile, more than"
-        raise ConstraintError(f"constraint: it {what} a request may; write a simpler one")
+            raise RefusedError(500, "the process that compiles constraints has ended; try again") from None
+        return outcome, said
 
-    async def _started(self) -> asyncio.subprocess.Process:
-        if self._process is not None and self._process.returncode is None:
-            return self._process
+    async def _answer(self, process: asyncio.subprocess.Process) -> list[Any]:
+        assert process.stdout is not None
+        answer = json.loads(await process.stdout.readline())
+        self._owes = False
+        return list(answer)
+
+    async def start(self) -> asyncio.subprocess.Process:
+        """The process, once it is ready.
+
+        Raises:
+            RefusedError: it does not come up: 500.
+        """
+        if self.process is not None and self.process.returncode is None:
+            return self.process
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-c",
             COMMAND,
-            json.dumps([self.seconds, self.predicates]),
+            json.dumps([self.seconds, self._predicates]),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for the server
@@ -129,7 +198,7 @@ class Checker:
                 "OMP_NUM_THREADS": "1",
             },
         )
-        self._process = process
+        self.process, self._owes = process, False
         assert process.stdout is not None
         try:
             async with asyncio.timeout(START_SECONDS):
@@ -141,32 +210,64 @@ class Checker:
             raise
         if not ready:
             await self.close()
-            raise ConstraintError("constraint: the process that compiles constraints does not start; see the log")
+            raise RefusedError(500, "the process that compiles constraints does not start; see the log")
         return process
+
+    async def close(self) -> None:
+        """End the process."""
+        process, self.process, self._owes = self.process, None, False
+        if process is not None and process.returncode is None:
+            process.kill()
+            await process.wait()
 
 
 def main() -> None:
     """Answer lines of JSON on standard input, each a constraint, until it ends."""
     import resource
-    import signal
 
     seconds, predicates = json.loads(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what is printed must not get among the answers
-    from align.decoding.constraints.wire import check
+    import align.decoding.constraints.wire  # noqa: F401  what is forked need not import it
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_REAL, seconds + 1)  # the server may have gone; the signal ends this process
+        print(json.dumps(_forked(line, seconds, predicates)), file=answers, flush=True)
+
+
+def _forked(text: str, seconds: float, predicates: Collection[str]) -> tuple[Outcome, str]:
+    """What a child of this process says of a constraint; the kernel ends it when its time is up."""
+    import signal
+
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
         try:
-            check(json.loads(line), predicates=predicates)
-            said = ""
-        except ConstraintError as error:
-            said = str(error)
-        except RecursionError:
-            said = "constraint: nested too deeply"
-        except Exception as error:
-            said = f"constraint: {type(error).__name__}: {error}"
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        print(json.dumps(said[:LONGEST]), file=answers, flush=True)
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            with os.fdopen(write, "w", encoding="utf-8", errors="backslashreplace") as out:
+                out.write(_problem(text, predicates))
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(write)
+    with os.fdopen(read, encoding="utf-8") as said:
+        problem = said.read()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return "said" if code == 0 else "late" if code == -signal.SIGALRM else "ended", problem
+
+
+def _problem(text: str, predicates: Collection[str]) -> str:
+    from align.decoding.constraints.wire import check
+
+    try:
+        check(json.loads(text), predicates=predicates)
+    except ConstraintError as error:
+        return str(error)[:LONGEST]
+    except RecursionError:
+        return "constraint: nested too deeply"
+    except MemoryError:
+        raise  # as where what is not Python's runs out of it: the process ends
+    except Exception as error:
+        return f"constraint: {type(error).__name__}: {error}"[:LONGEST]
+    return ""

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,6 +38,15 @@ async def refusal(checker: Checker, spec: Any) -> str:
     return str(refused.value)
 
 
+async def put_off(checker: Checker, spec: Any) -> str:
+    """What is said of one that did not get done, with the seconds after which to try again."""
+    with pytest.raises(RefusedError) as refused:
+        await checker.check(spec)
+    assert refused.value.status == 400
+    assert 1 <= int(refused.value.headers["Retry-After"]) <= 300
+    return refused.value.message
+
+
 def test_what_is_wrong_is_said_and_what_is_right_passes() -> None:
     async def work(checker: Checker) -> None:
         await checker.check({"regex": "[0-9]+"})
@@ -50,38 +60,95 @@ def test_what_is_wrong_is_said_and_what_is_right_passes() -> None:
 
 def test_a_slow_one_is_stopped_while_the_loop_goes_on() -> None:
     async def work(checker: Checker) -> None:
-        slow = asyncio.create_task(refusal(checker, SLOW))
+        slow = asyncio.create_task(put_off(checker, SLOW))
         longest, last = 0.0, time.monotonic()
         while not slow.done():
             await asyncio.sleep(0.005)
             longest, last = max(longest, time.monotonic() - last), time.monotonic()
         assert "takes over 0.3 s" in await slow
         assert longest < 0.25
-        await checker.check({"regex": "[a-z]"})  # a new process has taken its place
+        await checker.check({"regex": "[a-z]"})
 
     run(work, seconds=0.3)
 
 
-def test_that_the_process_was_held_up_is_not_the_constraints_fault_for_good() -> None:
-    """Stopped, then killed, it says nothing; asked again, it does. What it said is kept: it is not asked any more."""
+def test_hostile_ones_do_not_stop_the_new_ones_of_others() -> None:
+    """Six different ones take 2 s each, and come first: another one waits until each has had its 0.3 s."""
 
     async def work(checker: Checker) -> None:
-        for number, said in ((signal.SIGSTOP, "takes over 0.3 s"), (signal.SIGKILL, "more memory")):
-            assert checker._process is not None
-            os.kill(checker._process.pid, number)
-            assert said in await refusal(checker, {"regex": "20[0-9]{2}"})
-            await checker.start()
+        hostile = [
+            asyncio.create_task(put_off(checker, {"json": {**SLOW["json"], "title": str(n)}})) for n in range(6)
+        ]
+        await asyncio.sleep(0.05)
+        began = time.monotonic()
         await checker.check({"regex": "20[0-9]{2}"})
-        assert "unclosed group" in await refusal(checker, {"regex": "("})
-        os.kill(checker._process.pid, signal.SIGSTOP)
-        await checker.check({"regex": "20[0-9]{2}"})
-        assert "unclosed group" in await refusal(checker, {"regex": "("})
+        assert time.monotonic() - began < 6 * 0.3 + 1.2
+        assert not hostile[-1].done()
+        for task in hostile:
+            task.cancel()
+        await asyncio.gather(*hostile, return_exceptions=True)
 
-    run(work, seconds=0.3)
+    run(work, seconds=2.0)
+
+
+def test_one_that_did_not_get_done_is_tried_again_after_some_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until then it costs nothing, and who asks is told when."""
+
+    async def work(checker: Checker) -> None:
+        said = await put_off(checker, SLOW)
+        assert "takes over 0.5 s to compile" in said
+        assert "try again in 300 s" in said
+        began = time.monotonic()
+        for _ in range(3):
+            assert "takes over 0.5 s to compile" in await put_off(checker, SLOW)
+        assert time.monotonic() - began < 0.2
+        later = time.monotonic() + 300
+        monkeypatch.setattr("align.serve.checker.time", SimpleNamespace(monotonic=lambda: later))
+        began = time.monotonic()
+        await put_off(checker, SLOW)
+        assert time.monotonic() - began > 0.5
+
+    run(work, seconds=0.5)
+
+
+def test_one_that_takes_much_memory_ends_its_own_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(checker: Checker) -> None:
+        process = checker.lanes[0].process
+        said = await put_off(checker, {"regex": "[0-9]{3}"})
+        assert "takes over 2 GiB to compile" in said
+        assert checker.lanes[0].process is process
+
+    died = "import os; from align.serve import checker; checker._problem = lambda *_: os.abort(); checker.main()"
+    monkeypatch.setattr("align.serve.checker.COMMAND", died)
+    run(work)
+
+
+def test_what_is_known_is_not_asked_any_more_and_a_process_that_died_is_started_again() -> None:
+    async def work(checker: Checker) -> None:
+        assert "unclosed group" in await refusal(checker, {"regex": "("})
+        process = checker.lanes[0].process
+        assert process is not None
+        process.kill()
+        await process.wait()
+        assert "unclosed group" in await refusal(checker, {"regex": "("})
+        assert checker.lanes[0].process is process
+        await checker.check({"regex": "20[0-9]{2}"})
+        process = checker.lanes[0].process
+        assert process is not None
+        os.kill(process.pid, signal.SIGSTOP)
+        asked = asyncio.create_task(checker.check({"regex": "a"}))
+        await asyncio.sleep(0.1)
+        process.kill()
+        with pytest.raises(RefusedError, match="has ended; try again") as refused:
+            await asked
+        assert refused.value.status == 500
+        await checker.check({"regex": "a"})
+
+    run(work)
 
 
 def test_only_so_many_may_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("align.serve.checker.WAITING", 2)
+    monkeypatch.setattr("align.serve.checker.WAITING", (2, 2))
 
     async def work(checker: Checker) -> None:
         waiting = [asyncio.create_task(checker.check({"regex": f"[0-9]{{{number}}}"})) for number in (1, 2)]
@@ -95,13 +162,16 @@ def test_only_so_many_may_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     run(work)
 
 
-def test_a_question_that_is_given_up_does_not_answer_the_next_one() -> None:
+def test_questions_that_are_given_up_do_not_answer_the_next_one_nor_pile_up() -> None:
     async def work(checker: Checker) -> None:
-        given_up = asyncio.create_task(checker.check(SLOW))
-        await asyncio.sleep(0.05)
-        given_up.cancel()
-        await asyncio.gather(given_up, return_exceptions=True)
+        for number in range(20):
+            given_up = asyncio.create_task(checker.check({"json": {**SLOW["json"], "title": str(number)}}))
+            await asyncio.sleep(0.01)
+            given_up.cancel()
+            await asyncio.gather(given_up, return_exceptions=True)
+        began = time.monotonic()
         await checker.check({"regex": "[0-9]"})
+        assert time.monotonic() - began < 1.5
         assert "unclosed group" in await refusal(checker, {"regex": "("})
 
     run(work)
