@@ -127,6 +127,10 @@ class GroupedTrainer(Hosted, Trainer):  # type: ignore[misc]
         args = copy.copy(args)
         args.remove_unused_columns = False
         super().__init__(model=model, args=args, train_dataset=train_dataset, processing_class=tokenizer, **kwargs)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "FSDP and DeepSpeed: answers are drawn from, and references kept of, whole models; train without"
+            )
         self.model_accepts_loss_kwargs = True  # a step's loss is divided by its pairs, here, and not by micro-batches
         if self.ref_model is not None:
             self.ref_model.to(self.args.device)
