@@ -179,9 +179,12 @@ class Service:
         """
         costs = Costs()
         began = time.monotonic()
+        arrived = job.deadline - self.options.timeout
+        waited = self.options.timeout
         try:
             async with asyncio.timeout_at(job.deadline):
                 await job.ticket.turn()
+                waited = asyncio.get_running_loop().time() - arrived
                 client = Particles(self.client, self._generate, costs)
                 answer = await run(
                     client,
@@ -195,8 +198,12 @@ class Service:
         except TimeoutError:
             raise RefusedError(
                 504,
-                f"the request took over {self.options.timeout:g} s and was stopped; ask for fewer particles or "
-                "tokens, or a constraint that the model finds easier",
+                f"the request took over {self.options.timeout:g} s and was stopped; "
+                + (
+                    f"{waited:.1f} s of that it waited, to have its constraint compiled and for a place; try again"
+                    if waited > self.options.timeout / 2
+                    else "ask for fewer particles or tokens, or a constraint that the model finds easier"
+                ),
             ) from None
         except ConstraintError as error:
             raise RefusedError(400, as_asked(str(error))) from None

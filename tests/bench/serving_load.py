@@ -198,7 +198,7 @@ class Client:
                 reply = await self.chat("hi", {**regex, "constraint": spec}, max_tokens=24)
                 return "" if reply.status_code in (200, 400, 422) else f"{kind}: {reply.status_code}"
             case "heavy schema":
-                reply = await self.chat("hi", {**regex, "constraint": {"json": {**HEAVY, "title": str(number % 7)}}})
+                reply = await self.chat("hi", {**regex, "constraint": {"json": {**HEAVY, "title": str(number)}}})
             case "deep schema":
                 reply = await self.chat("hi", {**regex, "constraint": {"json": DEEP}}, max_tokens=24)
             case "impossible":
@@ -251,7 +251,15 @@ def goods(client: Client) -> list[Way]:
         lambda n: client.stream(n, {"regex": SHORT}),
         client.score,
         lambda n: client.answer(n, {"words": PLACES}, "awrs", 2),
+        lambda n: client.answer(n, own_constraint(n), "awrs", 1),
     ]
+
+
+def own_constraint(number: int) -> dict[str, Any]:
+    """One that nobody has sent before, so that it must be compiled while hostile ones are."""
+    if number % 2:
+        return {"regex": SHORT.replace("[1-9][0-9]?", f"({number}|[1-9][0-9]?)")}
+    return {"json": {**SCHEMA, "title": str(number)}}
 
 
 async def left(http: httpx.AsyncClient) -> dict[str, float]:
@@ -332,7 +340,7 @@ class Crowd:
         self.waits: list[float] = []
 
     async def warm_up(self) -> None:
-        """Each kind of good requests twice."""
+        """Each kind of good requests twice; those with constraints of their own have others later."""
         for number in range(2 * len(self._kinds)):
             await self._kinds[number % len(self._kinds)](number)
 

@@ -59,9 +59,15 @@ def in_a_loop(test: Callable[[], Any]) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(("timeout", "advice"), [(0.1, "ask for fewer particles"), (10.0, "9.9 s of that it waited")])
 def test_requests_with_a_reward_that_hangs_end_in_time_and_give_their_places_back(
-    rewards: Rewards, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    timeout: float,
+    advice: str,
+    rewards: Rewards,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """A tenth of a second before their time is up they are let in: it is told where the rest of it went."""
     vocabulary = Vocabulary.of(tiny_tokenizer)
 
     async def run(client: Any, request: Request, *_: Any, executor: Any, **__: Any) -> Any:
@@ -73,7 +79,7 @@ def test_requests_with_a_reward_that_hangs_end_in_time_and_give_their_places_bac
         service = Service(
             SimpleNamespace(generate=None),
             vocabulary,
-            Options(timeout=0.1),
+            Options(timeout=timeout),
             admission=admission,
             metrics=Metrics(registry=CollectorRegistry()),
             checker=Checker(1),
@@ -94,6 +100,7 @@ def test_requests_with_a_reward_that_hangs_end_in_time_and_give_their_places_bac
         assert admission.running == 8
         found = await asyncio.gather(*map(service.answer, jobs), return_exceptions=True)
         assert [getattr(one, "status", one) for one in found] == [504] * 4
+        assert all(advice in str(one) for one in found)
         assert admission.running == 0
 
     monkeypatch.setattr(work, "run", run)
