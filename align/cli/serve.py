@@ -48,7 +48,7 @@ def serve(
         int, typer.Option(min=0, help="Particles that may wait; beyond: 429.", rich_help_panel=LIMITS)
     ] = 256,
     max_plain: Annotated[
-        int, typer.Option(min=1, help="Requests without our settings under way; beyond: 429.", rich_help_panel=LIMITS)
+        int, typer.Option(min=1, help="Answers without our settings under way; beyond: 429.", rich_help_panel=LIMITS)
     ] = 256,
     max_body: Annotated[
         int, typer.Option(min=1024, help="Largest body of a request, bytes.", rich_help_panel=LIMITS)

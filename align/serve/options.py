@@ -14,10 +14,10 @@ class Options:
     Args:
         rewards: rewards that requests may use, by name: rules (``module:function``) or reward models.
         predicates: Python functions (``module:function``) that constraints of requests may call.
-        max_particles: most particles of one request.
+        max_particles: most particles of one request, and most answers of one without our settings.
         max_running: particles that are drawn at a time; more wait.
         max_waiting: particles that may wait; a request over that is told to come back.
-        max_plain: requests without our settings that may be under way; one more is told to come back.
+        max_plain: answers of requests without our settings that may be under way; what is over is told to come back.
         max_body: largest body of a request, bytes.
         timeout: seconds that a request may take, with its wait.
         compile_seconds: seconds that compiling a constraint may take.

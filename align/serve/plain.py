@@ -1,4 +1,4 @@
-"""Requests without our settings, which vLLM's own handlers answer: how many there may be at a time, and for how long.
+"""Requests without our settings, which vLLM's own handlers answer: how many answers may be drawn, and for how long.
 
 Those handlers stop what they do when the client hangs up, and not when their task is cancelled: so that of a request
 whose time is up is told that its client has gone, and the client is told from here what happened.
@@ -30,26 +30,34 @@ class Plain:
 
     Args:
         app: what comes after.
-        most: requests under way.
+        most: answers under way, of all requests.
+        each: answers of one request.
         seconds: that one may take.
         done: told of each when it is over: what became of it, and its seconds.
     """
 
-    def __init__(self, app: App, *, most: int, seconds: float, done: Callable[[str, float], None]) -> None:
-        self.app, self.seconds, self._done = app, seconds, done
-        self.admission = Admission(most, 0, "plain requests")
+    def __init__(self, app: App, *, most: int, each: int, seconds: float, done: Callable[[str, float], None]) -> None:
+        self.app, self.each, self.seconds, self._done = app, min(each, most), seconds, done
+        self.admission = Admission(most, 0, "plain answers")
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST" or scope["path"].startswith("/v1/align/"):
             await self.app(scope, receive, send)
             return
         body: bytes = (await receive())["body"]
-        if scope["path"] in OURS and _is_ours(body):
+        asked = _read(body)
+        if scope["path"] in OURS and _is_ours(asked):
             await self.app(scope, given(body, receive), send)
             return
         began, outcome = time.monotonic(), "hung_up"
         try:
-            ticket = self.admission.reserve(1)
+            if (wanted := answers(asked)) > self.each:
+                raise RefusedError(
+                    400,
+                    f"n, prompt: {wanted:,} answers are over this server's limit of {self.each:,} a request; "
+                    "send several requests",
+                )
+            ticket = self.admission.reserve(wanted)
         except RefusedError as refused:
             self._done(OUTCOMES[refused.status], 0.0)
             await reply(send, refused)
@@ -117,11 +125,44 @@ class Plain:
             await send({"type": "http.response.body", "body": last.encode()})
 
 
-def _is_ours(body: bytes) -> bool:
-    """Whether it has our settings, as the routes look for them."""
-    if b"vllm_xargs" not in body:
-        return False
+def _read(body: bytes) -> dict[str, Any]:
+    """The object that it is; empty where it is none, which vLLM's handlers will say."""
     try:
-        return KEY in (json.loads(body).get("vllm_xargs") or {})
-    except (ValueError, RecursionError, AttributeError, TypeError):
-        return False
+        asked = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    return asked if isinstance(asked, dict) else {}
+
+
+def _is_ours(asked: dict[str, Any]) -> bool:
+    """Whether it has our settings, as the routes look for them."""
+    xargs = asked.get("vllm_xargs")
+    return isinstance(xargs, dict) and KEY in xargs
+
+
+def answers(asked: dict[str, Any]) -> int:
+    """How many answers the engine would draw at a time for it: those of each prompt, times its prompts.
+
+    vLLM's routes name the first ``n`` (one of them in ``sampling_params``), OpenAI's older clients ``best_of`` too;
+    prompts are lists of texts or of tokens in ``prompt``, embeddings, lists of messages, or ``items`` to be scored.
+    """
+    sampling = asked.get("sampling_params")
+    places = (asked, sampling) if isinstance(sampling, dict) else (asked,)
+    each = max(_count(place.get(name)) for place in places for name in ("n", "best_of"))
+    lists = (asked.get("prompt"), asked.get("prompt_embeds"), asked.get("messages"), asked.get("items"))
+    return each * max(_prompts(found) for found in lists)
+
+
+def _count(given: Any) -> int:
+    """As vLLM reads a number; what it would refuse counts once."""
+    try:
+        return max(1, int(given))
+    except (TypeError, ValueError, OverflowError):
+        return 1
+
+
+def _prompts(given: Any) -> int:
+    """Of a list, except that of one prompt's tokens or of one chat's messages."""
+    if not isinstance(given, list):
+        return 1
+    return max(1, sum(not isinstance(one, int | dict) for one in given))

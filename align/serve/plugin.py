@@ -52,7 +52,8 @@ class AlignEndpoints:
         def done(outcome: str, seconds: float) -> None:
             app.state.align.metrics.done("plain", outcome, seconds)
 
-        app.add_middleware(Plain, most=options.max_plain, seconds=options.timeout, done=done)
+        limits = {"most": options.max_plain, "each": options.max_particles, "seconds": options.timeout}
+        app.add_middleware(Plain, **limits, done=done)
         app.add_middleware(  # the last one comes first
             Gate,
             keys=[keys] if keys else [],

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from align.serve.gate import Drain, Gate
-from align.serve.plain import Plain
+from align.serve.plain import Plain, answers
 
 OURS = {"vllm_xargs": {"align": "{}"}}
 PATHS = ("/v1/completions", "/v1/responses", "/v1/align/smc")
@@ -24,13 +24,14 @@ PATHS = ("/v1/completions", "/v1/responses", "/v1/align/smc")
 class Place:
     """Handlers that take as long as ``free`` is not set, and note when their client has gone."""
 
-    def __init__(self, most: int = 2, seconds: float = 30.0) -> None:
+    def __init__(self, most: int = 2, seconds: float = 30.0, each: int = 64) -> None:
         self.free, self.outcomes = asyncio.Event(), list[str]()
         self.running, self.stopped = 0, 0
         routes = [Route(path, self.handle, methods=["POST"]) for path in PATHS]
         app = Plain(
             Starlette(routes=[*routes, Route("/v1/models", self.models)]),
             most=most,
+            each=each,
             seconds=seconds,
             done=lambda outcome, took: self.outcomes.append(outcome),
         )
@@ -88,7 +89,7 @@ def test_so_many_run_and_one_more_is_told_to_come_back() -> None:
             busy = await place.client.post(path, json=body)
             assert busy.status_code == 429
             assert int(busy.headers["Retry-After"]) >= 1
-            assert "2 plain requests are under way" in busy.json()["error"]["message"]
+            assert "2 plain answers are under way" in busy.json()["error"]["message"]
         ours = [asyncio.create_task(place.client.post(path, json=OURS)) for path in (PATHS[0], PATHS[2])]
         await place.until(4)
         assert (await place.client.get("/v1/models")).status_code == 200
@@ -96,6 +97,47 @@ def test_so_many_run_and_one_more_is_told_to_come_back() -> None:
         assert [(await reply).json() for reply in (*first, *ours)] == [{"a": 1}, {"a": 1}, OURS, OURS]
         assert (await place.client.post(PATHS[1], json={})).status_code == 200
         assert place.outcomes == ["busy"] * 3 + ["ok"] * 3
+
+    run(work)
+
+
+@pytest.mark.parametrize(
+    ("body", "wanted"),
+    [
+        ({"prompt": "a"}, 1),
+        ({"prompt": [1, 2, 3]}, 1),
+        ({"messages": [{"role": "user", "content": "a"}] * 5, "n": None}, 1),
+        ({"prompt": "a", "n": 512}, 512),
+        ({"prompt": "a", "n": "512"}, 512),
+        ({"prompt": "a", "n": 2, "best_of": 7.0}, 7),
+        ({"prompt": ["a", "b", "c"], "n": 4}, 12),
+        ({"prompt": [[1], [2, 3]]}, 2),
+        ({"prompt_embeds": ["", ""]}, 2),
+        ({"messages": [[{"role": "user", "content": "a"}]] * 3, "n": 2}, 6),
+        ({"items": ["a", "b"]}, 2),
+        ({"token_ids": [1, 2], "sampling_params": {"n": 9}}, 9),
+        ({"n": "many", "prompt": []}, 1),
+        ({"n": float("inf")}, 1),
+    ],
+)
+def test_what_is_counted_are_answers(body: dict[str, Any], wanted: int) -> None:
+    assert answers(body) == wanted
+
+
+def test_a_request_takes_as_many_places_as_it_wants_answers() -> None:
+    async def work() -> None:
+        place = Place(most=8, each=6)
+        large = await place.client.post(PATHS[0], json={"n": 7})
+        assert large.status_code == 400
+        assert "7 answers are over this server's limit of 6" in large.json()["error"]["message"]
+        first = asyncio.create_task(place.client.post(PATHS[0], json={"n": 3, "prompt": ["a", "b"]}))
+        await place.until(1)
+        assert (await place.client.post(PATHS[0], json={"n": 3})).status_code == 429
+        second = asyncio.create_task(place.client.post(PATHS[0], json={"n": 2}))
+        await place.until(2)
+        place.free.set()
+        assert [(await one).status_code for one in (first, second)] == [200, 200]
+        assert place.outcomes == ["bad", "busy", "ok", "ok"]
 
     run(work)
 

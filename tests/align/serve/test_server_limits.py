@@ -67,6 +67,7 @@ BAD: list[tuple[str, dict[str, Any], int, str]] = [
     ("/v1/completions", {"prompt": "a", "stop": ["b"], **ours(constraint=ENDLESS)}, 400, "stop: it does not go with"),
     ("/v1/completions", {"prompt": "a", "max_tokens": 4, **ours(constraint=ENDLESS)}, 422, "no valid answer"),
     ("/v1/completions", {"prompt": "a", "logprobs": 2}, 400, "processed_logits"),
+    ("/v1/completions", {"prompt": ["a", "b"], "n": 5}, 400, "10 answers are over this server's limit of 8"),
     ("/v1/responses", {"input": "a", **ours(constraint=ENDLESS)}, 400, "settings of ours go to"),
 ]
 
@@ -141,9 +142,9 @@ PLAIN = {"model": "tiny", "prompt": "a", "max_tokens": 4000, "ignore_eos": True}
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_endless_request_without_our_settings_is_stopped_too(server: Any, stream: bool) -> None:
-    """64 texts in 8 places; the engine's requests are gone with it."""
+    """8 texts of 4000 tokens; the engine's requests are gone with it."""
     before = server.metric('align_requests_total{method="plain",outcome="timeout"}')
-    reply = server.post("/v1/completions", {**PLAIN, "n": 64, "stream": stream})
+    reply = server.post("/v1/completions", {**PLAIN, "n": 8, "stream": stream})
     server.wait_until_idle()
     assert server.metric("vllm:num_requests_waiting") == 0
     assert server.metric('align_requests_total{method="plain",outcome="timeout"}') == before + 1
@@ -161,7 +162,7 @@ def test_an_endless_request_without_our_settings_is_stopped_too(server: Any, str
 def test_so_many_requests_without_our_settings_are_under_way_and_no_more(server: Any) -> None:
     with server.http() as client, ExitStack() as running:
         for _ in range(server.plain):
-            running.enter_context(client.stream("POST", "/v1/completions", json={**PLAIN, "stream": True, "n": 8}))
+            running.enter_context(client.stream("POST", "/v1/completions", json={**PLAIN, "stream": True}))
         for path in ("/v1/completions", "/v1/responses", "/v1/messages"):
             busy = server.post(path, {})
             assert (busy.status_code, busy.json()["error"]["type"]) == (429, "TooManyRequestsError")
