@@ -133,7 +133,7 @@ def _answer(spec: IterateSpec, model: ModelSpec, prompts: Path, output: Path, se
 
 def _judge(spec: IterateSpec, at: Path) -> None:
     """What the answers are worth against each other."""
-    scorer = AnnotatorScorer(spec.annotator, "align train", "iterate.annotator")
+    scorer = AnnotatorScorer(spec.annotator, "align train", "iterate.annotator", spec.annotator_seconds)
     outcome = score_data(str(at / "answers.jsonl"), [scorer], at / "scored.jsonl")
     if outcome is not None and outcome.faults:
         console.print(fault_report(outcome.faults, outcome.counts["rows"], outcome.rejected), highlight=False)

@@ -36,6 +36,8 @@ class IterateSpec(Section):
     """Answers to a prompt, drawn at temperature 1."""
     max_new_tokens: int = Field(default=64, ge=1)
     """Longest answer, tokens."""
+    annotator_seconds: float = Field(default=600.0, gt=0)
+    """How long the annotator may take for the answers that it is asked about at once."""
 
 
 def check_groups(recipe: Mapping[str, Any]) -> list[Problem]:

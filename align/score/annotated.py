@@ -22,6 +22,7 @@ from align.losses.groups import mean_scores
 from align.rewards.annotators import Annotator, AnnotatorError, ParsedAnnotator, Verdicts, parse_annotator
 from align.rewards.expression import ExpressionError
 from align.rewards.named import load_reward
+from align.rewards.patience import NoAnswerError, answer_within
 from align.rewards.scorers import asked_columns
 
 from .rows import LISTED, ScoreRow
@@ -37,6 +38,7 @@ class AnnotatorScorer:
     Args:
         given: what the recipe says (``align.rewards.annotators``).
         source, where: what a problem is told to be in, such as ``align score`` and ``--annotator``.
+        seconds: how long a call of it may take, setting ``{where}_seconds``; None: however long.
 
     Raises:
         ConfigError: it is no annotator.
@@ -44,8 +46,8 @@ class AnnotatorScorer:
 
     name = "annotator"
 
-    def __init__(self, given: Any, source: str, where: str) -> None:
-        self.source, self.where = source, where
+    def __init__(self, given: Any, source: str, where: str, seconds: float | None = None) -> None:
+        self.source, self.where, self.seconds = source, where, seconds
         try:
             self.parsed: ParsedAnnotator = parse_annotator(given)
             asked, self.every = asked_columns(self.parsed.rules)
@@ -77,7 +79,7 @@ class AnnotatorScorer:
         """See ``Scorer``; a row that the annotator refuses, or has not compared all answers of, has its reason.
 
         Raises:
-            AlignError: the annotator fails for all of them, such as a server that is not there.
+            AlignError: the annotator fails for all of them, such as a server that is not there, or takes too long.
         """
         found: dict[int, Columns] = {}
         refused: dict[int, FieldError] = {}
@@ -108,18 +110,29 @@ class AnnotatorScorer:
         names = {name for row in own for name in row.fields if name in self.asked or self.every} - _TEXT
         columns = {name: [row.fields.get(name) for row in own] for name in names}
         try:
-            verdicts = self.annotator([row.prompt for row in own], [row.answers[LISTED] for row in own], columns)
+            verdicts = self._asked(own, columns)
         except AnnotatorError as error:
             if error.prompt is None:
                 raise AlignError(f"{self.source}: {error}") from error
             refused[places[error.prompt]] = FieldError(self.name, error.problem)
             return
+        except NoAnswerError as error:
+            raise AlignError(
+                f"{self.where}: {error}, on {len(own)} prompts. The same command goes on with what is not judged yet"
+            ) from error
         for problem in verdicts.problems:
             pair = f"answers {problem.first + 1} and {problem.second + 1} were not compared"
             refused.setdefault(places[problem.prompt], FieldError(self.name, f"{pair}: {problem.reason}"))
         whole = [number for number, place in enumerate(places) if place not in refused]
         if whole:
             found |= dict(zip([places[number] for number in whole], _columns(verdicts, whole), strict=True))
+
+    def _asked(self, rows: Sequence[ScoreRow], columns: dict[str, list[Any]]) -> Verdicts:
+        annotator = self.annotator  # its models are loaded here, which the limit is not for
+        given = [row.prompt for row in rows], [row.answers[LISTED] for row in rows], columns
+        if self.seconds is None:
+            return annotator(*given)
+        return answer_within(self.seconds, f"{self.where}_seconds", lambda: annotator(*given))
 
 
 def _columns(verdicts: Verdicts, whole: Sequence[int]) -> list[Columns]:

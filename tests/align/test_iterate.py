@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -111,6 +112,29 @@ def test_the_same_command_goes_on_from_any_stage(
     assert all(value.equal(other[name]) for name, value in one.items())
     with pytest.raises(AlignError, match="holds rounds of another recipe"):
         run(path, "loss.beta=0.2")
+
+
+def test_an_annotator_that_hangs_ends_in_a_message_and_rounds_that_go_on(
+    recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit is no part of what the rounds come to: with a longer one they are the same."""
+    (tmp_path / "hangs.py").write_text(
+        "import threading\n"
+        "released = threading.Event()\n"
+        "def longer(prompts, completions):\n"
+        "    released.wait(20)\n"
+        "    return [float(len(text)) for text in completions]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    spec = {"rounds": 1, "answers": 2, "max_new_tokens": 2, "annotator_seconds": 0.2, "annotator": "hangs:longer"}
+    path = recipe(iterate=spec, evals=[])
+    said = r"iterate.annotator: it has not answered in 0.2 s \(iterate.annotator_seconds\), on 16 prompts. The same"
+    with pytest.raises(AlignError, match=said):
+        run(path)
+    assert manifest(tmp_path / "run")["status"] == "failed"
+    importlib.import_module("hangs").released.set()
+    run(path, "iterate.annotator_seconds=30")
+    assert manifest(tmp_path / "run")["status"] == "finished"
 
 
 def test_each_round_may_have_prompts_of_its_own(recipe: Callable[..., Path], tmp_path: Path) -> None:
