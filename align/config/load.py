@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 # What does not change the result of a run.
 NOT_IN_HASH = {"output": True, "tracking": True, "resume": True, "iterate": {"annotator_seconds"}}
+# Sections of one of several kinds, whose keys do not go with those of another kind.
+WHOLE = (("online", "annotator"), ("iterate", "annotator"), ("grpo", "rewards"))
 MISMATCHED = "kto scores each prompt with the answer of another row of its batch"
 NO_REWARD = (
     "name a function that scores answers, as module:function; align.rewards.rules:everyday_answer is the quickstart's"
@@ -44,8 +46,9 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe.
 
     ``base: OTHER`` in a recipe takes every key that it does not set itself from OTHER (a file, looked for beside the
-    recipe, or a shipped recipe); sections merge key by key, lists are replaced. A base has no base. A top-level key
-    with nothing under it counts as not given.
+    recipe, or a shipped recipe); sections merge key by key, lists are replaced, and so are an annotator and
+    ``grpo.rewards``, which are of another kind with other keys. A base has no base. A top-level key with nothing under
+    it counts as not given.
 
     Args:
         source: path of a YAML file, or the name of a shipped recipe (``align recipes ls``).
@@ -134,6 +137,7 @@ def _merge(source: str, overrides: Sequence[str]) -> dict[str, Any]:
         if "base" in base:
             raise ConfigError(source, [("base", f"'{own['base']}' has a base itself; one level is the limit")])
         merged = OmegaConf.create(_named_model(base))
+        _make_way(merged, own)
         merged.merge_with(_named_model(own))
         del merged["base"]
     problems = [problem for text in overrides if (problem := _override(merged, text))]
@@ -153,6 +157,14 @@ def _beside(source: str, base: Any) -> str:
     return str(path) if path.is_file() else base
 
 
+def _make_way(recipe: DictConfig, given: dict[str, Any]) -> None:
+    """Remove what ``given`` has in another way, of what does not merge key by key."""
+    for section, key in WHOLE:
+        there, here = recipe.get(section), given.get(section)
+        if isinstance(there, DictConfig) and isinstance(here, dict) and key in here:
+            there.pop(key, None)
+
+
 def _named_model(data: dict[str, Any]) -> dict[str, Any]:
     """``model: NAME`` is short for ``model: {name: NAME}``."""
     return {**data, "model": {"name": data["model"]}} if isinstance(data.get("model"), str) else data
@@ -167,6 +179,8 @@ def _override(recipe: DictConfig, text: str) -> Problem | None:
         parsed = parse_yaml(value, "override")
     except ConfigError as error:
         return (key, f"'{value}' is not YAML: {error.problems[0][1]}")
+    section, _, inside = key.partition(".")
+    _make_way(recipe, {section: {inside: parsed} if inside else parsed})
     try:
         OmegaConf.update(recipe, "model.name" if key == "model" and isinstance(parsed, str) else key, parsed)
     except (OmegaConfBaseException, TypeError, ValueError, IndexError) as error:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from align.config.load import config_hash, load_recipe, resolved_yaml, shipped_recipes
 from align.data.load import SUFFIXES
@@ -182,6 +184,39 @@ def test_a_base_gives_what_the_recipe_leaves_open(write_recipe: Write) -> None:
     assert recipe.model.lora is not None
     assert recipe.model.lora.r == 4
     assert recipe.data.train.endswith("pairs.jsonl")
+
+
+JUDGE = {"judge": {"url": "http://localhost:8000", "model": "some/judge"}}
+
+
+@pytest.mark.parametrize(("recipe", "section"), [("ipo_md", "online"), ("gpo_iterated", "iterate")])
+def test_an_annotator_of_another_kind_takes_the_place_of_the_old_one(
+    recipe: str, section: str, tmp_path: Path
+) -> None:
+    """Whole, with the section or alone, by override or over a base; what stands beside it merges as ever."""
+    child = tmp_path / "child.yaml"
+    child.write_text(yaml.safe_dump({"base": recipe, section: {"annotator": JUDGE, "answers": 3}}))
+    for loaded in (
+        load_recipe(str(child)),
+        load_recipe(recipe, [f"{section}.annotator={json.dumps(JUDGE)}", f"{section}.answers=3"]),
+        load_recipe(recipe, [f"{section}={json.dumps({'annotator': JUDGE, 'answers': 3})}"]),
+    ):
+        found = getattr(loaded, section)
+        assert found.annotator == JUDGE
+        assert (found.answers, found.max_new_tokens) == (3, 48)
+    kept = getattr(load_recipe(recipe, [f"{section}.annotator.temperature=0.3"]), section).annotator
+    assert kept == {"reward": "align.rewards.rules:everyday_answer", "temperature": 0.3}
+    named = load_recipe(str(child), [f"{section}.annotator.judge.retries=1"])
+    assert getattr(named, section).annotator == {"judge": {**JUDGE["judge"], "retries": 1}}
+
+
+def test_another_expression_of_rewards_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    rule = "align.rewards.rules:everyday_answer"
+    old, new = {"raw_sum": [{"reward": rule}]}, {"lsc": {"reward": rule, "reference": 0.5}}
+    source = tmp_path / "old.yaml"
+    source.write_text(yaml.safe_dump({"base": "grpo_lsc", "grpo": {"rewards": old}}))
+    found = [load_recipe(str(source)), load_recipe(str(source), [f"grpo.rewards={json.dumps(new)}"])]
+    assert [recipe.grpo.rewards for recipe in found if recipe.grpo] == [old, new]
 
 
 def test_a_base_has_no_base(write_recipe: Write) -> None:
