@@ -87,6 +87,8 @@ class Answer:
         reason: why there is no valid answer; else empty.
         masks: how often the constraint was asked for its verdicts on all tokens at once: by ``mask``, and by AWRS
             after 16 refusals. None of these are among ``evaluations``.
+        fault: whose it is that there is no result: "" of who asked, "function" of who gave a function or a reward, or
+            of the engine, "later" nobody's, and the same may be asked again in some seconds.
     """
 
     result: Result | None
@@ -94,6 +96,7 @@ class Answer:
     valid: bool
     reason: str
     masks: int = 0
+    fault: str = ""
 
 
 def satisfies(constraint: Constraint | None, tokens: Sequence[int], vocabulary: Vocabulary) -> bool:

@@ -16,7 +16,7 @@ OUTCOMES = {
     413: "too_large",
     422: "no_answer",
     429: "busy",
-    503: "stopping",
+    503: "unavailable",
     504: "timeout",
 }
 """Outcome of a request by the status of its reply; beside these ``ok``, ``hung_up`` and ``error``."""

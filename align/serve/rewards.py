@@ -13,7 +13,7 @@ from align.decoding.constraints import Vocabulary
 from align.decoding.request import Potential
 from align.errors import AlignError
 from align.rewards.encoding import as_answer
-from align.rewards.scorers import Scorer, load_scorer
+from align.rewards.scorers import RewardError, Scorer, load_scorer
 
 from .admission import Admission, Ticket
 from .errors import RefusedError
@@ -66,12 +66,16 @@ class Rewards:
         """One number an answer, None where the reward does not apply.
 
         Raises:
-            RefusedError: no such reward or a row that cannot be scored (400), too many wait (429), time is up (504).
+            RefusedError: no such reward or a row that cannot be scored (400), too many wait (429), a rule that fails
+                (500), time is up (504).
         """
         if body.reward not in self._scorers:
             known = ", ".join(sorted(self._scorers)) or "none; its operator names them by --reward NAME=REWARD"
             raise RefusedError(400, f"reward: this server has no {body.reward!r}; it has {known}")
         extras = [row.model_extra or {} for row in body.rows]
+        for name, needed in self._scorers[body.reward].columns.items():
+            if needed and not any(name in row for row in extras):
+                raise RefusedError(400, f"reward {body.reward}: it asks for column {name}, and no row has it")
         columns = {name: [row.get(name) for row in extras] for name in sorted({key for row in extras for key in row})}
         prompts: list[Content] = [row.prompt for row in body.rows]
         answers = [as_answer(row.prompt, row.completion) for row in body.rows]
@@ -89,8 +93,12 @@ class Rewards:
                 return await asyncio.shield(running)
         except TimeoutError:
             raise RefusedError(504, f"scoring took over {seconds:g} s; send fewer rows") from None
-        except (ValueError, TypeError) as error:
-            raise RefusedError(400, f"reward {body.reward}: {error}") from None
+        except Exception as error:
+            # Rows that cannot be scored are refused by a ValueError, also by rules, of which others are mistakes.
+            refused = isinstance(error.__cause__, ValueError) if isinstance(error, RewardError) else True
+            if refused and isinstance(error, ValueError | TypeError):
+                raise RefusedError(400, f"reward {body.reward}: {error}") from None
+            raise RefusedError(500, f"reward {body.reward} failed, tell this server's operator: {error}") from None
         finally:
             if running is None:
                 ticket.leave()

@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -111,7 +112,7 @@ async def _measured(http: Request, work: Callable[[], Awaitable[Response]]) -> R
     finally:
         if not streamed:
             method = getattr(http.state, "method", "none")
-            http.app.state.align.metrics.done(method, outcome(error), time.monotonic() - began)
+            http.app.state.align.metrics.done(method, _outcome(http, error), time.monotonic() - began)
 
 
 async def _openai(request: OpenAI, http: Request) -> Response:
@@ -165,9 +166,24 @@ async def _smc(http: Request) -> Response:
     job = await unless_gone(http, _admitted(http, request, body, drawing, name))
     model = http.app.state.openai_serving_models.model_name()
     if body.stream:
-        return _stream(http, job, lines(service, job, model))
+        return _stream(http, job, _noting(http, lines(service, job, model)))
     answer = await unless_gone(http, service.answer(job))
+    http.state.valid = answer["valid"]
     return JSONResponse({"id": name, "object": "align.smc", "model": model, **answer})
+
+
+async def _noting(http: Request, lines: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[dict[str, Any], None]:
+    """The same lines, with a note for the metrics of whether the answer was one."""
+    async with aclosing(lines):
+        async for line in lines:
+            if line["event"] == "answer":
+                http.state.valid = line["valid"]
+            yield line
+
+
+def _outcome(http: Request, error: BaseException | None) -> str:
+    """What the metrics call it: also a reply that says that there is no valid answer."""
+    return outcome(error) if error is not None or getattr(http.state, "valid", True) else "no_answer"
 
 
 async def _admitted(http: Request, request: OpenAI, settings: wire.Settings, drawing: Drawing, name: str) -> Job:
@@ -229,7 +245,7 @@ def _stream(http: Request, job: Job, lines: AsyncGenerator[dict[str, Any], None]
 
     def over(error: BaseException | None) -> None:
         job.ticket.leave()
-        metrics.done(job.settings.method, outcome(error), time.monotonic() - began)
+        metrics.done(job.settings.method, _outcome(http, error), time.monotonic() - began)
 
     return Events(lines, over)
 

@@ -210,6 +210,13 @@ class Service:
         finally:
             job.ticket.leave()
         self.metrics.answered(answer)
+        if answer.fault == "function":
+            logger.error("%s: %s", job.name, answer.reason)
+            raise RefusedError(
+                500, f"this server's function, reward or engine failed, tell its operator: {answer.reason}"
+            )
+        if answer.fault == "later":
+            raise RefusedError(503, answer.reason, {"Retry-After": "5"})
         self.admission.took(time.monotonic() - began)
         found = answer_json(answer, self.vocabulary, job.request)
         found["usage"] |= vars(costs)

@@ -10,7 +10,7 @@ from unicodedata import category
 
 import numpy as np
 
-from .protocol import ConstraintError, Vocabulary
+from .protocol import ConstraintError, FunctionError, Vocabulary
 from .worker import Worker, ask
 
 LEAST = {2: 0x80, 3: 0x800, 4: 0x10000}
@@ -105,11 +105,11 @@ class PythonPredicate:
             except ConstraintError as error:
                 raise type(error)(f"{self.name}: {error}") from None
             except (Exception, SystemExit) as error:
-                raise ConstraintError(
+                raise FunctionError(
                     f"{self.name}: raised {type(error).__name__}: {error}; on {text!r}, complete={complete}"
                 ) from error
             if not isinstance(verdict, bool | np.bool_):
-                raise ConstraintError(
+                raise FunctionError(
                     f"{self.name}: returned {verdict!r}, which is no bool; on {text!r}, complete={complete}"
                 )
             if verdict:

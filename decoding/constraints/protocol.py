@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -18,11 +18,35 @@ class ConstraintError(ValueError):
     """A constraint cannot be built, or failed on a text: it names the constraint, the place and the reason.
 
     Only the request whose constraint failed dies of it.
+
+    Attributes:
+        fault: whose it is: "" of who wrote the constraint, "function" of who gave a function that it calls, "later"
+            nobody's, and the same may be asked again in some seconds.
     """
+
+    fault: Literal["", "function", "later"] = ""
 
 
 class StoppedError(ConstraintError):
     """It was stopped, since it took too long or its process ended: to ask it once more would cost as much again."""
+
+
+class FunctionError(ConstraintError):
+    """A function that the constraint calls raised, returned no verdict, or cannot be imported."""
+
+    fault = "function"
+
+
+class StoppedFunctionError(StoppedError):
+    """A function that the constraint calls took too long, or its process ended."""
+
+    fault = "function"
+
+
+class RestartingError(StoppedError):
+    """Such a function was stopped by another request, and its process is not up yet."""
+
+    fault = "later"
 
 
 @runtime_checkable

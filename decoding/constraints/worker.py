@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from .protocol import ConstraintError, StoppedError
+from .protocol import ConstraintError, FunctionError, RestartingError, StoppedError, StoppedFunctionError
 
 START_SECONDS = 60.0  # importing the function's module, which may import much
 COMMAND = "import sys; from align.decoding.constraints import worker; worker.main(sys.argv[1], int(sys.argv[2]))"
@@ -70,10 +70,10 @@ class Worker:
             answer = self._read(process, self.timeout) if asked else None
             if answer is None:
                 reason = self._stop() or f"took over {self.timeout:g} s"
-                raise StoppedError(f"{reason} on {text!r}, complete={complete}")
+                raise StoppedFunctionError(f"{reason} on {text!r}, complete={complete}")
             self._busy = answer.get("verdict") is False and number < len(ends)
             if "error" in answer:
-                raise ConstraintError(f"raised {answer['error']}; on {text!r}, complete={complete}")
+                raise FunctionError(f"raised {answer['error']}; on {text!r}, complete={complete}")
             yield answer["verdict"]
 
     def start(self) -> subprocess.Popen[bytes]:
@@ -98,13 +98,13 @@ class Worker:
         patience = left if self._patient or not self._known else min(left, self.timeout)
         ready = self._read(process, patience)
         if ready is None and process.poll() is None and patience < left:
-            raise StoppedError("its process was stopped and is starting again; try again in some seconds")
+            raise RestartingError("its process was stopped and is starting again; try again in some seconds")
         if ready is None or "error" in ready:
             ended = self._stop()
             if ready is not None:
-                raise ConstraintError(ready["error"])
+                raise FunctionError(ready["error"])
             late = f"its module took over {START_SECONDS:g} s to be imported"
-            raise StoppedError(f"{ended} while its module was imported" if ended else late)
+            raise StoppedFunctionError(f"{ended} while its module was imported" if ended else late)
         self._loaded = self._known = True
 
     def _write(self, process: subprocess.Popen[bytes], request: dict[str, Any]) -> bool:

@@ -209,8 +209,11 @@ class Particles:
         masks = sum(record["masks"] for record in found)
         if self.failed:
             by = zip(self._names, records, strict=True) if records else ()
-            said = next((record["error"] for number, record in by if number == self._culprit and record), "")
-            return Answer(None, evaluations, False, said or self.failed, masks)
+            said, fault = next(
+                ((record["error"], record["fault"]) for number, record in by if number == self._culprit and record),
+                ("", "function"),
+            )
+            return Answer(None, evaluations, False, said or self.failed, masks, fault)
         assert self._result is not None
         cut = sum(bool(record["cut"]) for record in found)
         stuck = next((record["why"] for record in found if record["why"]), "")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.decoding.constraints import ConstraintError, Memo, StoppedError, Vocabulary, build
+from align.decoding.constraints import ConstraintError, FunctionError, Memo, StoppedError, Vocabulary, build
 from align.decoding.constraints.worker import prepare, thread_seconds
 from align.decoding.drawing import step
 from align.decoding.law import Law
@@ -39,6 +39,7 @@ class Record:
         cut: whether the length limit ended it.
         why: why there was no token, if so.
         error: what the constraint raised, if so.
+        fault: whose that is, see ``ConstraintError``.
         logits: float32, of the next token, where they were asked for.
     """
 
@@ -48,6 +49,7 @@ class Record:
     cut: bool = False
     why: str = ""
     error: str = ""
+    fault: str = ""
     logits: bytes = b""
 
     def plain(self) -> dict[str, Any]:
@@ -59,8 +61,13 @@ class Record:
             "cut": self.cut,
             "why": self.why,
             "error": self.error,
+            "fault": self.fault,
             "logits": self.logits,
         }
+
+    def failed(self, error: ConstraintError | None) -> None:
+        """The constraint raised this, or nothing after all."""
+        self.error, self.fault = (str(error), error.fault) if error is not None else ("", "")
 
 
 @dataclass
@@ -75,7 +82,7 @@ class Account:
 
     seconds: float = 0.0
     tokens: int = 0
-    over: str = ""
+    over: ConstraintError | None = None
 
 
 @dataclass
@@ -134,7 +141,7 @@ class Rows:
         allowance: tuple[float, float] | None = None,
     ) -> None:
         self.vocabulary, self._predicates, self._allowance = vocabulary, predicates, allowance
-        self._constraints: OrderedDict[str, Memo | str] = OrderedDict()
+        self._constraints: OrderedDict[str, Memo | ConstraintError] = OrderedDict()
         self._end = min(vocabulary.ends)
         self.records: OrderedDict[str, Record] = OrderedDict()
         self._accounts: OrderedDict[str, Account] = OrderedDict()
@@ -151,8 +158,8 @@ class Rows:
                 self.records.popitem(last=False)
         if settings.constraint is not None:
             found = row.account.over or self._constraint(settings.constraint, row.account)
-            if isinstance(found, str):
-                row.record.error = found
+            if isinstance(found, ConstraintError):
+                row.record.failed(found)
             else:
                 row.request = replace(settings.request, constraint=found)
         return row
@@ -209,10 +216,10 @@ class Rows:
         if settings.constraint is not None and row.request.constraint is None:
             return self._end, FAILED * settings.scale
         account = row.account
-        if account.over:
-            record.error = account.over
+        if account.over is not None:
+            record.failed(account.over)
             return self._end, FAILED * settings.scale
-        record.error = ""  # of a token that was drawn in the middle of the prompt and thrown away
+        record.failed(None)  # of a token that was drawn in the middle of the prompt and thrown away
         began = thread_seconds()
         try:
             if isinstance(live, ValueError):
@@ -234,11 +241,12 @@ class Rows:
                 weight += request.law.log_correction(logits, done.draw.token)
             return done.draw.token, weight * settings.scale
         except StoppedError as error:
-            record.error = account.over = str(error)
+            record.failed(error.with_traceback(None))
+            account.over = error
         except ConstraintError as error:
-            record.error = str(error)
+            record.failed(error)
         except (Exception, SystemExit) as error:
-            record.error = f"{type(error).__name__}: {error}"
+            record.failed(FunctionError(f"{type(error).__name__}: {error}"))
         return self._end, FAILED * settings.scale
 
     def _check_time(self, account: Account) -> None:
@@ -247,8 +255,9 @@ class Rows:
         first, more = self._allowance
         if account.seconds > first + more * account.tokens:
             raise StoppedError(
-                f"the constraint took {account.seconds:.1f} s of computing for {account.tokens} tokens, more than "
-                f"the {first:g} s and {1e3 * more:g} ms a token that a request may; write a simpler one"
+                f"the constraint took {account.seconds:.1f} s, waits for its functions counted, for {account.tokens} "
+                f"tokens, more than the {first:g} s and {1e3 * more:g} ms a token that a request may; write a "
+                "simpler one"
             )
 
     def _account(self, name: str) -> Account:
@@ -260,18 +269,20 @@ class Rows:
             self._accounts.popitem(last=False)
         return found
 
-    def _constraint(self, text: str, account: Account) -> Memo | str:
+    def _constraint(self, text: str, account: Account) -> Memo | ConstraintError:
         """The constraint, or why it is none."""
         if text not in self._constraints:
             try:
-                found: Memo | str = Memo(build(json.loads(text), self.vocabulary, predicates=self._predicates))
+                found: Memo | ConstraintError = Memo(
+                    build(json.loads(text), self.vocabulary, predicates=self._predicates)
+                )
             except StoppedError as error:  # which says nothing of the next time
-                account.over = str(error)
-                return account.over
+                account.over = error.with_traceback(None)
+                return error
             except ConstraintError as error:
-                found = str(error)
+                found = error.with_traceback(None)
             except (Exception, SystemExit) as error:  # whatever a predicate's module does when it is imported
-                found = f"{type(error).__name__}: {error}"
+                found = FunctionError(f"{type(error).__name__}: {error}")
             self._constraints[text] = found
         self._constraints.move_to_end(text)
         while len(self._constraints) > 1 and (len(self._constraints) > CONSTRAINTS or self._states() > STATES):

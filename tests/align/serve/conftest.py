@@ -31,6 +31,9 @@ def short(prompts, completions):
 def same(completions, solution, **columns):
     return [float(text == right) for text, right in zip(completions, solution)]
 
+def only_empty(text, complete):
+    return {"": True}[text]
+
 def no_zero(text, complete):
     return "0" not in text
 """
@@ -113,7 +116,14 @@ def server(
     command = [sys.executable, "-m", "align", "serve", str(folder), "--port", str(port), "--dtype", "float32"]
     command += ["--max-model-len", "4096", "--max-num-seqs", str(Server.places), "--max-waiting", str(Server.waiting)]
     command += ["--max-plain", str(Server.plain), "--timeout", str(Server.seconds), "--max-body", "100000"]
-    command += ["--predicate", "operators:no_zero", "--reward", "short=operators:short"]
+    command += [
+        "--predicate",
+        "operators:no_zero",
+        "--predicate",
+        "operators:only_empty",
+        "--reward",
+        "short=operators:short",
+    ]
     command += ["--reward", "same=operators:same", "--reward", "everyday=align.rewards.rules:everyday_answer"]
     log = folder.parent / "log"
     path = os.pathsep.join(filter(None, [str(folder.parent), os.environ.get("PYTHONPATH")]))

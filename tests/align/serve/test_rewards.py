@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from transformers import PreTrainedTokenizerFast
 
 from align.decoding.constraints import Vocabulary
-from align.decoding.request import Request
+from align.decoding.request import Answer, Request
 from align.rewards.scorers import RuleReward
 from align.serve import work
 from align.serve.admission import Admission
@@ -102,6 +102,71 @@ def test_requests_with_a_reward_that_hangs_end_in_time_and_give_their_places_bac
         assert [getattr(one, "status", one) for one in found] == [504] * 4
         assert all(advice in str(one) for one in found)
         assert admission.running == 0
+
+    monkeypatch.setattr(work, "run", run)
+    in_a_loop(test)
+
+
+def broken(prompts: Sequence[str], completions: Sequence[str]) -> Any:
+    return 0.5
+
+
+def raising(prompts: Sequence[str], completions: Sequence[str]) -> Any:
+    return [{}[text] for text in completions]
+
+
+def choosy(prompts: Sequence[str], completions: Sequence[str], wanted: Sequence[Any]) -> Any:
+    if None in wanted:
+        raise ValueError("no wanted")
+    return [1.0 for _ in completions]
+
+
+@pytest.mark.parametrize(
+    ("rule", "row", "status", "said"),
+    [
+        (broken, {}, 500, "wanted a list"),
+        (raising, {}, 500, "the rule fails: KeyError"),
+        (choosy, {}, 400, "asks for column wanted"),
+        (choosy, {"wanted": None}, 400, "no wanted"),
+    ],
+)
+def test_a_rule_that_is_wrong_is_the_operators_fault_and_a_row_the_clients(
+    rule: Any, row: dict[str, Any], status: int, said: str
+) -> None:
+    async def test() -> None:
+        rows = [{"prompt": "a", "completion": "b", **row}]
+        with pytest.raises(RefusedError, match=said) as refused:
+            await Rewards({"it": RuleReward(rule)}).score(ScoreBody.model_validate({"reward": "it", "rows": rows}), 5)
+        assert refused.value.status == status
+        assert ("operator" in refused.value.message) == (status == 500)
+
+    in_a_loop(test)
+
+
+@pytest.mark.parametrize(("fault", "status"), [("function", 500), ("later", 503)])
+def test_a_function_that_failed_is_no_answer_of_the_clients(
+    fault: str, status: int, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run(*_: Any, **__: Any) -> Answer:
+        return Answer(None, (), False, "python:f: it is so", fault=fault)
+
+    async def test() -> None:
+        admission = Admission(8, 0)
+        service = Service(
+            SimpleNamespace(generate=None),
+            Vocabulary.of(tiny_tokenizer),
+            Options(),
+            admission=admission,
+            metrics=Metrics(registry=CollectorRegistry()),
+            checker=Checker(1),
+            rewards=Rewards({}),
+        )
+        deadline = asyncio.get_running_loop().time() + 120
+        job = Job("r", Request((5,), None, max_new_tokens=4), Settings(), admission.reserve(1), deadline)
+        with pytest.raises(RefusedError, match="it is so") as refused:
+            await service.answer(job)
+        assert refused.value.status == status
+        assert refused.value.headers == ({"Retry-After": "5"} if fault == "later" else {})
 
     monkeypatch.setattr(work, "run", run)
     in_a_loop(test)

@@ -86,6 +86,19 @@ def test_what_cannot_be_done_is_refused_and_says_why(
     assert error["type"]
 
 
+def test_a_function_of_the_operators_that_fails_is_counted_as_an_error(server: Any) -> None:
+    before = server.failures()
+    for body in (
+        smc(constraint={"python": "operators:only_empty"}),
+        smc(constraint={"python": "operators:only_empty"}, stream=True),
+    ):
+        reply = server.post("/v1/align/smc", body)
+        assert "operators:only_empty: raised KeyError" in reply.text
+        assert "tell its operator" in reply.text
+        assert reply.status_code == (200 if "stream" in body else 500)
+    assert server.failures() == before + 2
+
+
 def test_without_the_key_nothing_is_done(server: Any) -> None:
     for path in ("/v1/align/smc", "/v1/completions", "/tokenize"):
         reply = httpx.post(f"{server.url}{path}", json=smc(constraint=ENDLESS), timeout=60)
@@ -215,12 +228,14 @@ def test_the_metrics_count_all_of_it_beside_vllms(server: Any) -> None:
     ]
     before = [server.metric(line) for line in counted]
     assert server.smc(constraint={"regex": "[ab]{3}"}).json()["valid"]
-    own = ours(constraint={"regex": "[ab]{9}"}, method="mask")
-    assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 3, **own}).status_code == 422
+    cut = {"constraint": {"regex": "[ab]{9}"}, "method": "mask"}
+    assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 3, **ours(**cut)}).status_code == 422
+    for stream in (False, True):
+        assert server.smc(**cut, **{"max_tokens": 3, "stream": stream}).status_code == 200
     assert server.smc(constraint={"regex": "("}).status_code == 400
     assert server.post("/v1/completions", {**PLAIN, "max_tokens": 2}).status_code == 200
     assert server.smc(constraint={"regex": "a"}, method="mask").status_code == 200
-    assert [server.metric(line) for line in counted] == [count + 1 for count in before]
+    assert [server.metric(line) for line in counted] == [before[0] + 1, before[1] + 1, before[2] + 3, before[3] + 1]
     for line in ("align_tokens_total", "align_evaluations_total", "align_masks_total", "align_dead_particles_total"):
         assert server.metric(line) >= 1
     assert server.metric("align_evaluations_per_token_count") >= 1

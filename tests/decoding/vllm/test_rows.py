@@ -61,7 +61,11 @@ def test_a_constraint_that_computes_too_long_ends_its_own_row(
     assert token in vocabulary.ends
     (record,) = rows.pop(["slow"])
     assert record is not None
-    assert "took 10.0 s of computing for 1 tokens, more than the 0 s and 9000 ms a token" in record["error"]
+    assert record["fault"] == ""
+    assert (
+        "took 10.0 s, waits for its functions counted, for 1 tokens, more than the 0 s and 9000 ms a token"
+        in record["error"]
+    )
     rows = Rows(vocabulary, None, (10.0, 11.0))
     quick = rows.open(settings(constraint={"regex": "[ab]*"}), ())
     said: list[int] = []
@@ -124,6 +128,7 @@ def test_a_call_that_does_not_come_back_is_waited_for_once(
     assert logits[8].argmax() == 0
     found = rows.pop([f"one-{place}" for place in range(9)])
     assert all(record and "slow_rules:hangs: took over 0.4 s on 'b'" in record["error"] for record in found)
+    assert all(record and record["fault"] == "function" for record in found)
 
     for number in range(2):  # a known constraint and a new one, and neither is refused for good
         own = calling("hangs", "a*" * (number + 1))
@@ -131,6 +136,7 @@ def test_a_call_that_does_not_come_back_is_waited_for_once(
     (record,) = rows.pop(["early 0-0"])
     assert record is not None
     assert "is starting again; try again" in record["error"]
+    assert record["fault"] == "later"
     for number in range(2):
         own = calling("hangs", "a*" * (number + 1))
         while draw(rows, rows.open(settings(**own), ()), [])[1] == FAILED:
@@ -152,4 +158,4 @@ def test_waiting_for_a_function_counts_and_particles_have_one_account(processes:
     assert 1 <= failed.index(True) <= 5
     record = rows.pop(["one-9"])[0]
     assert record is not None
-    assert "s of computing for" in record["error"]
+    assert "s, waits for its functions counted, for" in record["error"]
