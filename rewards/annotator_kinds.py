@@ -72,8 +72,8 @@ class RewardAnnotator(Judging):
         problems = []
         for i, j in zip(*torch.triu_indices(size, size, 1).tolist(), strict=True):
             for row in (lacking[:, i] | lacking[:, j]).nonzero()[:, 0].tolist():
-                none = i if lacking[row, i] else j
-                problems.append(Problem(row, i, j, f"answer {none} has no reward: {self.name} gave None"))
+                which = "first" if lacking[row, i] else "second"
+                problems.append(Problem(row, i, j, f"{self.name} gave None for the {which} of them"))
         return Verdicts.of_log_odds(rewards[:, :, None] - rewards[:, None], problems)
 
 
@@ -190,7 +190,7 @@ def _probability(value: Any, first: int, second: int) -> float:
         number = torch.nan
     if not 0 <= number <= 1:
         raise ValueError(
-            f"the function gave {value!r} for answer {first} against {second}: a probability is in [0, 1], and None "
-            "sets a pair aside"
+            f"the function gave {value!r} for answer {first + 1} against {second + 1}: a probability is in [0, 1], "
+            "and None sets a pair aside"
         )
     return number

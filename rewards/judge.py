@@ -359,6 +359,8 @@ def read_reply(reply: Any) -> float:
             if letter := _letter(one["token"]):
                 weights[letter] += math.exp(one["logprob"])
         total = weights["A"] + weights["B"]
+        if math.isnan(total):
+            raise _SetAside("the server's log-probs of A and B are NaN", by_server=True)
         if 0 < total < math.inf and (said or min(weights.values()) > 0):
             return weights["A"] / total
     except (KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:

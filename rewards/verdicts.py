@@ -21,10 +21,13 @@ is infinite."""
 
 
 class AnnotatorError(ValueError):
-    """Why there are no verdicts, and of which prompt: ``prompt`` is its number in the call, None for all of them."""
+    """Why there are no verdicts, and of which prompt: ``prompt`` is its number in the call, None for all of them.
+
+    Numbers count from 0, and those in messages from 1.
+    """
 
     def __init__(self, name: str, problem: str, prompt: int | None = None, text: Content = "") -> None:
-        where = "" if prompt is None else f"prompt {prompt} ({plain(text, 'user')[:60]!r}): "
+        where = "" if prompt is None else f"prompt {prompt + 1} ({plain(text, 'user')[:60]!r}): "
         super().__init__(f"{name}: {where}{problem}")
         self.prompt, self.problem = prompt, problem
 
@@ -78,7 +81,9 @@ class Verdicts:
         outside = ((values < 0) | (values > 1)).triu(1)
         if bool(outside.any()):
             _, i, j = outside.nonzero()[0].tolist()
-            raise ValueError(f"{float(values[outside][0])} for answer {i} against {j}: a probability is in [0, 1]")
+            raise ValueError(
+                f"{float(values[outside][0])} for answer {i + 1} against {j + 1}: a probability is in [0, 1]"
+            )
         preference = torch.where(torch.ones_like(values, dtype=torch.bool).triu(1), values, 1 - values.mT)
         odds = torch.logit(values).clamp(-MOST_LOG_ODDS, MOST_LOG_ODDS).triu(1)
         return cls(preference, odds - odds.mT, list(problems))
@@ -94,7 +99,7 @@ def _emptied(values: Tensor, problems: Sequence[Problem]) -> Tensor:
     bad = bad.triu(1)
     if bool(bad.any()):
         _, i, j = bad.nonzero()[0].tolist()
-        raise ValueError(f"{float(values[bad][0])} for answer {i} against {j}: not a finite number")
+        raise ValueError(f"{float(values[bad][0])} for answer {i + 1} against {j + 1}: not a finite number")
     over = torch.ones_like(values, dtype=torch.bool).triu(1)
     return torch.where(over, values, 0.5)
 

@@ -110,7 +110,9 @@ def test_columns_are_one_a_prompt():
 def test_a_rule_that_does_not_apply_sets_its_pairs_aside():
     found = annotator_of("rules:picky")(["p", "q"], [["a", "x", "aaa"], ["a", "aa", "aaaa"]])
     assert [(one.prompt, one.first, one.second) for one in found.problems] == [(0, 0, 1), (0, 1, 2)]
-    assert "answer 1 has no reward: picky gave None" in found.problems[0].reason
+    assert [one.reason for one in found.problems] == [
+        f"picky gave None for the {n} of them" for n in ("second", "first")
+    ]
     assert found.scores[0].isnan().tolist() == [[False, True, False], [True, False, True], [False, True, False]]
     assert torch.equal(found.preference.isnan(), found.scores.isnan())
     assert found.scores[0, 0, 2] == -2
@@ -120,9 +122,9 @@ def test_a_rule_that_does_not_apply_sets_its_pairs_aside():
 @pytest.mark.parametrize(
     ("rule", "answers", "message"),
     [
-        ("faulty", ["a", ""], r"faulty: prompt 1 \('ask'\): .*row 1: the rule fails: ZeroDivisionError"),
-        ("faulty", ["nan", "a"], r"prompt 1 \('ask'\): .*row 0: nan: not a finite number"),
-        ("short", ["a", "b"], r"prompt 0 .*gave 1 numbers for 2 answers"),
+        ("faulty", ["a", ""], r"faulty: prompt 2 \('ask'\): .*row 1: the rule fails: ZeroDivisionError"),
+        ("faulty", ["nan", "a"], r"prompt 2 \('ask'\): .*row 0: nan: not a finite number"),
+        ("short", ["a", "b"], r"prompt 1 .*gave 1 numbers for 2 answers"),
     ],
 )
 def test_a_faulty_rule_is_told_with_its_prompt(rule, answers, message):
@@ -134,7 +136,7 @@ def test_sizes_are_checked():
     annotator = annotator_of("rules:length")
     for prompts, answers, message in (
         (["p"], [["a"]], "1 answers; give every prompt the same number, two or more"),
-        (["p", "q"], [["a", "b"], ["a", "b", "c"]], r"prompt 1 \('q'\): 3 answers"),
+        (["p", "q"], [["a", "b"], ["a", "b", "c"]], r"prompt 2 \('q'\): 3 answers"),
         (["p"], [], "1 prompts and 0 groups"),
         ([], [], "0 prompts"),
     ):
@@ -192,7 +194,7 @@ def test_a_reward_model_and_one_in_an_expression(backbone_dir: Callable[[str], P
     with pytest.raises(ExpressionError, match="of kind scalar, not gpm") as caught:
         annotator_of({"gpm": spec})
     assert caught.value.where == "gpm"
-    with pytest.raises(AnnotatorError, match=r"prompt 1 \('an ant'\): .*the answer is messages"):
+    with pytest.raises(AnnotatorError, match=r"prompt 2 \('an ant'\): .*the answer is messages"):
         annotator_of(spec)(["cat", "an ant"], [[" a", " b"], [" a", [{"role": "assistant", "content": "b"}]]])
 
 
@@ -224,6 +226,20 @@ def test_a_population_is_the_mean_of_its_people(pal_dir: Path):
     assert torch.allclose(everybody.preference, sum(each.values()) / 3, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("make", "value", "message"),
+    [
+        (Verdicts.of_probabilities, 1.5, "1.5 for answer 1 against 3: a probability"),
+        (Verdicts.of_log_odds, math.inf, "inf for answer 1 against 3: not a finite number"),
+    ],
+)
+def test_verdicts_that_are_none_are_told_counting_from_1(make, value, message):
+    values = torch.full((1, 3, 3), 0.5)
+    values[0, 0, 2] = value
+    with pytest.raises(ValueError, match=message):
+        make(values)
+
+
 def test_a_comparison_in_both_orders():
     """Lengths 2 and 1: p = 1 in one order and 0.8 in the other: (1 + 1 - 0.8)/2 = 0.6. Equal answers: 1/2."""
     both = annotator_of({"compare": "rules:first_is_better"})
@@ -241,10 +257,10 @@ def test_a_comparison_in_both_orders():
 @pytest.mark.parametrize(
     ("function", "answers", "message"),
     [
-        ("unsure", ["a", "high"], r"unsure: prompt 1 \('q'\): .*gave 1.5 for answer 1 against 0: .*in \[0, 1\]"),
-        ("unsure", ["text", "a"], "gave 'yes' for answer 0 against 1"),
-        ("unsure", ["nan", "a"], "gave nan for answer 0 against 1"),
-        ("breaks", ["a", ""], r"prompt 1 \('q'\): the function fails: ZeroDivisionError"),
+        ("unsure", ["a", "high"], r"unsure: prompt 2 \('q'\): .*gave 1.5 for answer 2 against 1: .*in \[0, 1\]"),
+        ("unsure", ["text", "a"], "gave 'yes' for answer 1 against 2"),
+        ("unsure", ["nan", "a"], "gave nan for answer 1 against 2"),
+        ("breaks", ["a", ""], r"prompt 2 \('q'\): the function fails: ZeroDivisionError"),
         ("one_for_all", ["a", "b"], "one_for_all: the function gave 1 probabilities for 2 pairs"),
     ],
 )

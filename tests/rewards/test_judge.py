@@ -150,6 +150,7 @@ def test_what_a_reply_says(reply: Any, probability: float):
         said(""),
         said("C"),
         said("both", ("both", {"both": 0.5, "A": 0.1})),
+        said("A", ("A", {"A": math.nan, "B": 0.5})),
         {"error": "x"},
         [],
         None,
@@ -158,7 +159,9 @@ def test_what_a_reply_says(reply: Any, probability: float):
 )
 def test_what_says_nothing(server: Server, reply: Any):
     server.behave = lambda question, number: reply
-    with pytest.raises(AnnotatorError, match=r"m: none of 1 pairs could be judged by http.*not A or B|not of a chat"):
+    with pytest.raises(
+        AnnotatorError, match=r"m: none of 1 pairs could be judged by http.*not A or B|not of a chat|A and B are NaN"
+    ):
         judge(server)(["ask"], [["a", "b"]])
 
 

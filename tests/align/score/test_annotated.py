@@ -86,7 +86,9 @@ def test_rows_that_cannot_be_judged_are_set_aside_alone(rules: str, tmp_path: Pa
         (5, "completions"),
         (6, "completions"),
     ]
-    assert outcome.faults[0].reason.startswith("answers 1 and 2 were not compared: answer 1 has no reward")
+    assert outcome.faults[0].reason.startswith(
+        "answers 1 and 2 were not compared: number gave None for the second of them"
+    )
     assert "could not convert string to float: 'x'" in outcome.faults[1].reason
 
 
