@@ -84,13 +84,19 @@ def train_rounds(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, source: str
 
 
 def _check_rounds(folder: RunFolder, recipe: Recipe) -> None:
-    """Rounds of another recipe are not gone on with, whatever they hold by now."""
+    """Rounds of another recipe are not gone on with, whatever they hold by now; finished ones are where more are asked
+    for.
+    """
+    assert recipe.iterate is not None
     begun = folder.has_manifest and any(folder.path.glob("round-*"))
     if begun and (theirs := str(folder.manifest.get("recipe_hash"))) != config_hash(recipe):
         raise AlignError(
             f"{folder.path} holds rounds of another recipe ({theirs[:12]} there, {config_hash(recipe)[:12]} here): "
             "choose another output, or delete the folder"
         )
+    wanted = folder.path / f"round-{recipe.iterate.rounds}" / "run"
+    if begun and recipe.resume == "auto" and folder.manifest["status"] == "finished" and not _is_finished(wanted):
+        folder.update_manifest(status="interrupted")
 
 
 def _write_prompts(split: Split, count: int | None, number: int, seed: int, at: Path) -> Path:
@@ -173,7 +179,8 @@ def _trained(model: ModelSpec, run: Path) -> ModelSpec:
 def _link(run: Path, folder: Path) -> None:
     """The weights of the last round as those of the whole, where ``align generate`` looks for them."""
     for name in ("adapter", "merged", "model"):
-        if (run / name).is_dir() and not (folder / name).exists():
+        if (run / name).is_dir():
+            (folder / name).unlink(missing_ok=True)  # to the last round of fewer
             (folder / name).symlink_to((run / name).relative_to(folder), target_is_directory=True)
 
 

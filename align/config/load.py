@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from align.rewards.named import Reward
 
 # What does not change the result of a run.
-NOT_IN_HASH = {"output": True, "tracking": True, "resume": True, "iterate": {"annotator_seconds"}}
+NOT_IN_HASH = {"output": True, "tracking": True, "resume": True, "iterate": {"annotator_seconds", "rounds"}}
 # Sections of one of several kinds, whose keys do not go with those of another kind.
 WHOLE = (("online", "annotator"), ("iterate", "annotator"), ("grpo", "rewards"))
 MISMATCHED = "kto scores each prompt with the answer of another row of its batch"
@@ -91,7 +91,9 @@ def resolved_yaml(recipe: Recipe) -> str:
 
 
 def config_hash(recipe: Recipe) -> str:
-    """sha256 of everything in the recipe that changes the result: not output, tracking, resume and a time limit."""
+    """sha256 of everything in the recipe that changes the result: not output, tracking, resume, a time limit and the
+    number of rounds, of which more can be had later.
+    """
     written = json.dumps(recipe.model_dump(mode="json", exclude=NOT_IN_HASH))
     numbers_alike = json.loads(written, parse_int=float)  # beta: 2 is beta: 2.0
     return hashlib.sha256(json.dumps(numbers_alike, sort_keys=True).encode()).hexdigest()

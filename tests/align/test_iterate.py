@@ -83,6 +83,22 @@ def test_rounds(recipe: Callable[..., Path], tmp_path: Path) -> None:
         run(recipe())
 
 
+def test_more_rounds_go_on_from_those_that_are_done(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """One round, and one more: the first is not done again, and the second is the whole's."""
+    path = recipe(iterate={**ITERATE, "rounds": 1, "annotator": "users_rule:longer"}, evals=[])
+    run(path)
+    first = tmp_path / "run" / "round-1" / "run" / "adapter" / "adapter_model.safetensors"
+    made = first.stat().st_mtime_ns
+    last = run(path, "iterate.rounds=2")
+    assert last == tmp_path / "run" / "round-2" / "run"
+    assert first.stat().st_mtime_ns == made
+    assert (tmp_path / "run" / "adapter").resolve() == (last / "adapter").resolve()
+    assert [row["step"] for row in lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+    assert manifest(tmp_path / "run")["status"] == "finished"
+    with pytest.raises(AlignError, match="holds this very run, finished"):
+        run(path)
+
+
 def test_the_same_command_goes_on_from_any_stage(
     recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
