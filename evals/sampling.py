@@ -67,6 +67,7 @@ def sample(
     seed: int,
     batch_size: int = 16,
     mixture: Mixture | None = None,
+    keys: Sequence[int] | None = None,
     on_batch: Callable[[Mapping[int, Sample]], None] | None = None,
 ) -> list[Sample]:
     """One answer per prompt from ``softmax(logits / temperature)``: no top-p, top-k or penalty, whatever the model's
@@ -92,6 +93,7 @@ def sample(
         seed: at least 0; the same seed before and after.
         batch_size: prompts decoded together; they are batched by length, longest first, and equal ones side by side.
         mixture: draw from the mixture of the model and a reference, by default from the model.
+        keys: a number a prompt, at least 0, which sets its stream apart from those of equal prompts in other calls.
         on_batch: called after each batch with ``{row in prompts: answer}``, to keep what is done if the rest is
             interrupted, and to show progress.
 
@@ -110,7 +112,7 @@ def sample(
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompts[{row}] has no tokens")
-    streams = _streams(prompts, seed)
+    streams = _streams(prompts, seed, keys)
     readers = _readers(model, mixture)
     order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), tuple(prompts[row])))
     samples: dict[int, Sample] = {}
@@ -139,14 +141,16 @@ def sample(
     return [samples[row] for row in range(len(prompts))]
 
 
-def _streams(prompts: Sequence[Sequence[int]], seed: int) -> list[np.random.Generator]:
-    """One random stream per prompt, from the seed, its tokens and how often it came before."""
+def _streams(
+    prompts: Sequence[Sequence[int]], seed: int, keys: Sequence[int] | None = None
+) -> list[np.random.Generator]:
+    """One random stream per prompt, from the seed, its key and tokens, and how often both came before."""
     seen: Counter[tuple[int, ...]] = Counter()
     streams = []
-    for prompt in prompts:
-        key = tuple(prompt)
-        streams.append(np.random.default_rng([seed, seen[key], *key]))
-        seen[key] += 1
+    for row, prompt in enumerate(prompts):
+        name = tuple(prompt) if keys is None else (keys[row], *prompt)
+        streams.append(np.random.default_rng([seed, seen[name], *name]))
+        seen[name] += 1
     return streams
 
 

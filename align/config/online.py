@@ -43,7 +43,8 @@ class OnlineSpec(Section):
     annotator_seconds: float = Field(default=600.0, gt=0)
     """How long the annotator may take for the answers of a step."""
     eval_prompts: int = Field(default=32, ge=2)
-    """Held-out prompts (the first ones) that policy and reference answer whenever training.eval_strategy says so."""
+    """Held-out prompts (the first ones) that the policy and the model before training answer whenever
+    training.eval_strategy says so."""
 
 
 def check_online(recipe: Mapping[str, Any]) -> list[Problem]:
@@ -75,6 +76,11 @@ def _unread(method: str, spec: Mapping[str, Any]) -> list[Problem]:
     problems = []
     if method == "nash_md_pg" and spec.get("answers", 2) != 2:
         problems.append(("online.answers", f"is {spec['answers']}; nash_md_pg takes 2, one of them from the mixture"))
+    if method == "nash_md_pg" and spec.get("inner_steps", 1) != 1:
+        what = "a policy gradient is of answers of the policy as it is; remove it"
+        problems.append(("online.inner_steps", f"is {spec['inner_steps']}; {what}"))
+    if method == "mdpo" and spec.get("mixture"):
+        problems.append(("online.mixture", "mdpo's ratios are to the policy that drew the answers; remove it"))
     if method != "mdpo" and spec.get("kl_penalty"):
         problems.append(("online.kl_penalty", f"belongs to mdpo; {method} has its pull to the reference in loss.beta"))
     if method.startswith("gpo") and spec.get("labels", "soft") != "soft":

@@ -104,7 +104,7 @@ CURVES: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
     (
         "Win rate",
         "",
-        "Online training: share of held-out answers that the annotator prefers to the reference's; 0.5 is no change.",
+        "Online training: held-out answers preferred to those before training, by the annotator; 0.5 is no change.",
         (("held-out", "eval_win_rate"),),
     ),
     (

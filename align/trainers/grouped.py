@@ -116,12 +116,14 @@ class GroupedTrainer(Hosted, Trainer):  # type: ignore[misc]
         self.takes = inspect.signature(self.group_loss.info.function).parameters
         self.kl_penalty = kl_penalty
         continued = isinstance(model, PeftModel)
+        self.fresh_adapter = peft_config is not None
         self.ref_model: Any = None
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
         elif not continued:
             self.ref_model = copy.deepcopy(model).requires_grad_(False).eval()
         self.moving = MovingReference(reference, decay, every)
+        _without_dropout(model)
         if isinstance(model, PeftModel) and (continued or self.moving):
             self.moving.add_adapter(model)
         args = copy.copy(args)
@@ -309,6 +311,16 @@ class GroupedTrainer(Hosted, Trainer):  # type: ignore[misc]
             logs["num_tokens"] = float(self._total_train_tokens)
             self._sums.clear()
         super().log(logs, start_time)
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """Turn it off: policy and reference are compared token by token, and dropout would be most of the difference."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout"):  # numbers that some layers hand to their attention
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 _TOKENS = "num_tokens"

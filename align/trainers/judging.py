@@ -36,10 +36,11 @@ def asked(
 
     def ask() -> None:
         try:
-            found.append(annotator(prompts, said, given))
+            verdicts = annotator(prompts, said, given)
+            found.append(_problem(verdicts, len(prompts), len(said[0]) if said else 0) or verdicts)
         except AnnotatorError as error:
             found.append(str(error))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             found.append(f"{type(error).__name__}: {error}")
 
     thread = threading.Thread(target=ask, name="annotator", daemon=True)
@@ -48,6 +49,30 @@ def asked(
     if thread.is_alive():
         return f"it has not answered in {seconds:g} s (online.annotator_seconds), on {len(prompts)} prompts"
     return found[0]
+
+
+def _problem(verdicts: Any, prompts: int, answers: int) -> str:
+    """What is wrong with verdicts, which may be of anyone's annotator; empty where nothing is."""
+    if not isinstance(verdicts, Verdicts):
+        return f"it gave a {type(verdicts).__name__}, not Verdicts"
+    for name in ("preference", "scores"):
+        table = getattr(verdicts, name)
+        if tuple(table.shape) != (prompts, answers, answers):
+            shape = f"({prompts}, {answers}, {answers})"
+            return (
+                f"its {name} has shape {tuple(table.shape)}, and {answers} answers to {prompts} prompts take {shape}"
+            )
+        if bool(table.isinf().any()):
+            return f"its {name} is infinite in places"
+    p, scores = verdicts.preference, verdicts.scores
+    unknown = p.isnan()
+    if bool((unknown != unknown.mT).any() or (unknown != scores.isnan()).any()):
+        return "its verdicts are NaN in one order of two answers, or in one of preference and scores alone"
+    if bool(((p < 0) | (p > 1)).any()) or not torch.allclose((p + p.mT)[~unknown], torch.ones(1).to(p), atol=1e-4):
+        return "its preferences are no probabilities, or those of two orders are not 1 in sum"
+    if not torch.allclose(scores[~unknown], -scores.mT[~unknown], rtol=1e-4, atol=1e-4):
+        return "its scores are not antisymmetric"
+    return ""
 
 
 def labelled(preference: Tensor, labels: str, name: str) -> Tensor:

@@ -53,6 +53,17 @@ class MovingReference:
                 theirs.copy_(own)
         model.set_adapter("default")
 
+    def check(self, policy: Any, reference: nn.Module | None) -> None:
+        """Raise a ValueError where an average would stand still: in half precision a small step of it is lost."""
+        if not self:
+            return
+        held = [theirs for _, theirs in _adapters(policy)] if reference is None else list(reference.parameters())
+        types = {weight.dtype for weight in held} - {torch.float32, torch.float64}
+        if self.kind == "ema" and types:
+            raise ValueError(
+                f"reference ema in {types.pop()}: its small steps would be lost; train weights in float32"
+            )
+
     @torch.no_grad()
     def follow(self, policy: Any, reference: nn.Module | None, step: int) -> None:
         """After optimiser step ``step``.

@@ -15,6 +15,7 @@ One loop for online IPO and DPO (``mixture`` 0), IPO-MD (a mixture with the refe
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import logging
@@ -29,13 +30,13 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from align.data.prompts import ROW_ID
 from align.data.tokenize import encode_prompt
 from align.errors import AlignError
 from align.evals.sampling import Mixture, Sample, sample
-from align.losses import SequenceLogps
-from align.losses.rows import answer_rows, group_rows
+from align.losses.rows import group_rows
 from align.models.ends import end_tokens
 from align.models.memory import release_freed
 from align.models.scoring import score
@@ -43,6 +44,7 @@ from align.rewards.annotators import Annotator, Verdicts
 from align.tracking.files import finite, write_text
 
 from .grouped import Group, GroupedTrainer
+from .held_out import HeldOut
 from .judging import LABELS, asked, labelled
 from .kept import forget_after, read, written
 from .windows import Windows
@@ -120,12 +122,25 @@ class OnlineTrainer(GroupedTrainer):
         self.annotator_seconds, self._draws = annotator_seconds, draw
         self._window: tuple[int, list[list[Group]]] | None = None
         self._resumed_from: Path | None = None
-        self._reference_answers: list[Sample] | None = None
+        self._ever_judged = False
+        self._held_out = HeldOut(self)
         super().__init__(model, args, data_collator=list, **kwargs)
         size = self._window_size()
         if len(self.train_dataset) < size:
             raise ValueError(
                 f"{len(self.train_dataset):,} prompts, and a step takes {size:,}: fewer a step, or more prompts"
+            )
+        self.moving.check(self.model, self.ref_model)
+        if drawing.mixture and "advantage" in self.takes:
+            raise ValueError("mixture: mdpo's ratios are to the policy that drew the answers, which a mixture is not")
+        if self._against and inner_steps > 1:
+            raise ValueError(f"inner_steps is {inner_steps}: a policy gradient is of answers of the policy as it is")
+        if "scores" in self.takes and labels != "soft":
+            raise ValueError(f"labels is {labels!r}: {self.group_loss.info.name} learns from scores, which have none")
+        if self.moving and args.eval_strategy != "no" and not self._held_out.has_start:
+            raise ValueError(
+                "eval_strategy: held-out answers are compared with the model before training, of which nothing is "
+                "kept where the reference moves; train a fresh adapter, or evaluate after training"
             )
         if self._against and drawing.answers != 2:
             raise ValueError(
@@ -161,8 +176,9 @@ class OnlineTrainer(GroupedTrainer):
     def _drawn(self, number: int, batches: list[list[dict[str, Any]]]) -> list[list[Group]]:
         rows = [row for batch in batches for row in batch]
         prompts = [encode_prompt(row["prompt"], self.tokenizer) for row in rows]
-        answers = self._answers(prompts, number)
-        verdicts = self._verdicts(rows, [[answer.text for answer in own] for own in answers])
+        keys = [int.from_bytes(hashlib.sha256(str(row[ROW_ID]).encode()).digest()[:7], "big") for row in rows]
+        answers = self._answers(prompts, keys, number)
+        verdicts = self.verdicts(rows, [[answer.text for answer in own] for own in answers])
         self._keep_samples(number, rows, answers, verdicts)
         release_freed()
         groups = []
@@ -175,20 +191,22 @@ class OnlineTrainer(GroupedTrainer):
         self.count("length/truncated", sum(cut), len(cut))
         pairs = verdicts.preference.flatten()
         self.count("preference/decided", (2 * pairs[~pairs.isnan()] - 1).abs().sum(), int((~pairs.isnan()).sum()))
-        self.count("preference/set_aside", len(verdicts.problems), len(rows) * math.comb(self.drawing.answers, 2))
+        aside = int(verdicts.preference.isnan().sum()) // 2
+        self.count("preference/set_aside", aside, len(rows) * math.comb(self.drawing.answers, 2))
         ends = torch.tensor([0, *[len(batch) for batch in batches]]).cumsum(0).tolist()
         parts = [groups[start:end] for start, end in itertools.pairwise(ends)]
         return [self._with_behaviour(part) for part in parts] if "advantage" in self.takes else parts
 
-    def _answers(self, prompts: Sequence[Sequence[int]], number: int) -> list[list[Sample]]:
-        """K answers to each prompt."""
+    def _answers(self, prompts: Sequence[Sequence[int]], keys: Sequence[int], number: int) -> list[list[Sample]]:
+        """K answers to each prompt; ``keys`` tell rows apart whose prompts are equal, on whatever process they are."""
         drawing, base = self.drawing, 2 * (self.args.seed * 1_000_003 + number)
         if self._against:
-            first = self._sampled(prompts, base)
-            second = self._sampled(prompts, base + 1, self._mixture())
+            first = self.sampled(prompts, base, keys)
+            second = self.sampled(prompts, base + 1, keys, self._mixture())
             return [list(both) for both in zip(first, second, strict=True)]
         count = drawing.answers
-        found = self._sampled([ids for ids in prompts for _ in range(count)], base, self._mixture())
+        repeated = [[each for each in rows for _ in range(count)] for rows in (prompts, keys)]
+        found = self.sampled(repeated[0], base, repeated[1], self._mixture())
         return [found[place * count : (place + 1) * count] for place in range(len(prompts))]
 
     def _mixture(self) -> Mixture | None:
@@ -198,18 +216,32 @@ class OnlineTrainer(GroupedTrainer):
             return Mixture(self.ref_model, self.drawing.mixture)
         return Mixture("ref" if "ref" in self.model.peft_config else "__base__", self.drawing.mixture)
 
-    def _sampled(self, prompts: Sequence[Sequence[int]], seed: int, mixture: Mixture | None = None) -> list[Sample]:
+    def sampled(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seed: int,
+        keys: Sequence[int] | None = None,
+        mixture: Mixture | None = None,
+    ) -> list[Sample]:
+        """Answers of the policy as it is, or of its mixture."""
         if self._draws is not None and mixture is None:
             self._draws.push(self.accelerator.unwrap_model(self.model))
-            seeds = [seed * 1_000_003 + place for place in range(len(prompts))]
+            told = keys if keys is not None else [0] * len(prompts)
+            seeds = [(seed * 1_000_003 + key + place) % (1 << 62) for place, key in enumerate(told)]
             found: list[Sample] = self._draws(prompts, seeds=seeds, max_new_tokens=self.drawing.max_new_tokens)
             return found
         with self.accelerator.autocast():
-            return self._by_transformers(self.model, prompts, seed, mixture)
+            return self.by_transformers(self.model, prompts, seed, keys, mixture)
 
-    def _by_transformers(
-        self, model: Any, prompts: Sequence[Sequence[int]], seed: int, mixture: Mixture | None = None
+    def by_transformers(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        seed: int,
+        keys: Sequence[int] | None = None,
+        mixture: Mixture | None = None,
     ) -> list[Sample]:
+        """Answers of a model, or of its mixture with the reference."""
         return sample(
             model,
             self.tokenizer,
@@ -220,6 +252,7 @@ class OnlineTrainer(GroupedTrainer):
             seed=seed,
             batch_size=self.drawing.batch_size,
             mixture=mixture,
+            keys=keys,
         )
 
     @torch.no_grad()
@@ -241,24 +274,37 @@ class OnlineTrainer(GroupedTrainer):
 
     # --- verdicts -----------------------------------------------------------------------------------------------
 
-    def _verdicts(self, rows: Sequence[Mapping[str, Any]], answers: Sequence[Sequence[str]]) -> Verdicts:
+    def verdicts(self, rows: Sequence[Mapping[str, Any]], answers: Sequence[Sequence[str]]) -> Verdicts:
         """What the annotator says. Where it fails the run ends, on every process, with a checkpoint to go on from.
 
         Raises:
-            AlignError: it fails, or takes too long.
+            AlignError: it fails, takes too long, or has never had anything to say.
         """
         found = asked(self.annotator, rows, answers, self.annotator_seconds)
-        failed = torch.tensor(float(isinstance(found, str)), device=self.args.device)
-        if float(self.accelerator.reduce(failed, reduction="sum")):
-            if self.state.global_step and self.args.save_strategy != "no":
-                self._save_checkpoint(self.model, trial=None)
+        failed, judged = 1, 0
+        if isinstance(found, Verdicts):
+            known = ~found.preference.isnan()
+            failed, judged = 0, int(known.sum() - known.diagonal(dim1=1, dim2=2).sum())
+        told = torch.tensor([float(failed), float(judged)], device=self.args.device)
+        failures, pairs = self.accelerator.reduce(told, reduction="sum").tolist()
+        self._ever_judged |= pairs > 0
+        if isinstance(found, Verdicts) and not failures and not self._ever_judged:
+            why = f": {found.problems[0].reason}" if found.problems else ""
+            found, failures = f"it has nothing to say of any pair{why}", 1.0
+        if failures:
             why = found if isinstance(found, str) else "it failed on another process"
-            raise AlignError(
-                f"online.annotator, at step {self.state.global_step + 1}: {why}. Nothing is lost: the same command "
-                f"goes on from step {self.state.global_step}"
-            )
+            raise AlignError(f"online.annotator, at step {self.state.global_step + 1}: {why}. {self._kept()}")
         assert not isinstance(found, str)
         return found
+
+    def _kept(self) -> str:
+        """Write a checkpoint of the steps so far; how the run can go on."""
+        step = self.state.global_step
+        if self.args.save_strategy == "no":
+            return "No checkpoint is kept (save_strategy: no)"
+        if step:
+            self._save_checkpoint(self.model, trial=None)
+        return f"Nothing is lost: the same command goes on from step {step}"
 
     # --- what is kept -------------------------------------------------------------------------------------------
 
@@ -290,8 +336,10 @@ class OnlineTrainer(GroupedTrainer):
                 file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in everywhere)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(resume_from_checkpoint, str):
-            self._resumed_from = Path(resume_from_checkpoint)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint:
+            self._resumed_from = Path(str(resume_from_checkpoint))
         if self.is_world_process_zero():
             step = int(self._resumed_from.name.rpartition("-")[2]) if self._resumed_from is not None else 0
             forget_after(Path(self.args.output_dir) / SAMPLES, step)
@@ -330,60 +378,12 @@ class OnlineTrainer(GroupedTrainer):
     # --- held-out prompts ---------------------------------------------------------------------------------------
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """Answers of policy and reference to the held-out prompts, compared by the annotator.
-
-        Returns:
-            ``win_rate`` against the reference with its standard error, ``kl`` (k1, nats an answer), ``entropy``
-            (nats a token), ``length`` (tokens), ``truncated``; a reference that moves answers anew each time.
-        """
-        rows = list(self.eval_dataset if eval_dataset is None else eval_dataset)
-        prompts = [encode_prompt(row["prompt"], self.tokenizer) for row in rows]
-        own = self._sampled(prompts, self.args.seed)
-        if self._reference_answers is None or self.moving:
-            with self._as_reference() as reference:
-                self._reference_answers = self._by_transformers(reference, prompts, self.args.seed + 1)
-        both = [[mine.text, theirs.text] for mine, theirs in zip(own, self._reference_answers, strict=True)]
-        wins = self._verdicts(rows, both).preference[:, 0, 1]
-        wins = wins[~wins.isnan()]
-        logps, base, entropy = self._scored(prompts, own)
-        values = {
-            "win_rate": float(wins.mean()),
-            "win_rate_se": float(wins.std() / math.sqrt(len(wins))) if len(wins) > 1 else math.nan,
-            "kl": float((logps.total - base.total).mean()),
-            "entropy": entropy,
-            "length": float(logps.length.float().mean()),
-            "truncated": sum(not answer.finished for answer in own) / len(own),
-        }
-        release_freed()
+        """``HeldOut.measure`` of held-out prompts, logged."""
+        values = self._held_out.measure(list(self.eval_dataset if eval_dataset is None else eval_dataset))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         self.log(dict(metrics))
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    @torch.no_grad()
-    def _scored(
-        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sample]
-    ) -> tuple[SequenceLogps, SequenceLogps, float]:
-        """Log-probs of answers under policy and reference, and the policy's mean entropy a token."""
-        pad, size = int(self.tokenizer.pad_token_id), self.args.per_device_eval_batch_size
-        policy, base, entropies = [], [], []
-        training = self.model.training
-        self.model.eval()
-        for start in range(0, len(prompts), size):
-            ids = [answer.tokens for answer in answers[start : start + size]]
-            rows = answer_rows(prompts[start : start + size], ids, pad_token_id=pad).to(self.args.device)
-            with self.accelerator.autocast():
-                tokens = score(self.model, rows)
-            policy.append((rows.totals(tokens.logps), rows.lengths()))
-            entropies.append(tokens.entropy.float())
-            with self._as_reference() as reference:
-                base.append((rows.totals(score(reference, rows).logps), rows.lengths()))
-        self.model.train(training)
-        own, theirs = (
-            SequenceLogps(torch.cat([total for total, _ in parts]), torch.cat([length for _, length in parts]))
-            for parts in (policy, base)
-        )
-        return own, theirs, float(torch.cat(entropies).mean())
 
 
 class Follow(TrainerCallback):  # type: ignore[misc]
