@@ -33,7 +33,11 @@ if TYPE_CHECKING:
     from align.rewards.named import Reward
 
 # What does not change the result of a run.
-NOT_IN_HASH = {"output": True, "tracking": True, "resume": True, "iterate": {"annotator_seconds", "rounds"}}
+NOT_IN_HASH: dict[str, Any] = {
+    **dict.fromkeys(("output", "tracking", "resume"), True),
+    "iterate": {"annotator_seconds", "rounds"},
+    "online": {"annotator_seconds"},
+}
 # Sections of one of several kinds, whose keys do not go with those of another kind.
 WHOLE = (("online", "annotator"), ("iterate", "annotator"), ("grpo", "rewards"))
 MISMATCHED = "kto scores each prompt with the answer of another row of its batch"

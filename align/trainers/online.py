@@ -205,8 +205,8 @@ class OnlineTrainer(GroupedTrainer):
             second = self.sampled(prompts, base + 1, keys, self._mixture())
             return [list(both) for both in zip(first, second, strict=True)]
         count = drawing.answers
-        repeated = [[each for each in rows for _ in range(count)] for rows in (prompts, keys)]
-        found = self.sampled(repeated[0], base, repeated[1], self._mixture())
+        repeated = [ids for ids in prompts for _ in range(count)]
+        found = self.sampled(repeated, base, [key for key in keys for _ in range(count)], self._mixture())
         return [found[place * count : (place + 1) * count] for place in range(len(prompts))]
 
     def _mixture(self) -> Mixture | None:
