@@ -51,6 +51,8 @@ from align.trainers.thumbs_loss import thumbs_rewards
 
 SAMPLES_SHOWN = 20
 BATCH = 16
+TRAINED, UNTRAINED = "trained", "untrained"
+"""Whose answers they are, of the generation suite."""
 ANSWERS = ("chosen_ids", "rejected_ids", "completion_ids")
 
 
@@ -84,6 +86,20 @@ def evaluate(
             results[name] = suites[name]()
         write_json(path, results[name])
     return results
+
+
+def compare_rounds(recipe: Recipe, first: Path, last: Path) -> dict[str, Any]:
+    """The generation suite from before the run ``first`` to after ``last``, of answers that both have kept; no KL."""
+    shown = json.loads((first / "eval" / "generation.json").read_text(encoding="utf-8"))
+    prompts = [row["prompt"] for row in shown["rows"]]
+    before, after = (kept_answers(run / "eval" / "answers.jsonl") for run in (first, last))
+    places = range(len(prompts))
+    return _compared(
+        recipe,
+        prompts,
+        [before[UNTRAINED, place] for place in places],
+        [after[TRAINED, place] for place in places],
+    )
 
 
 def check_testable(recipe: Recipe, splits: dict[str, Split]) -> None:
@@ -252,27 +268,40 @@ def _generation(
     recipe: Recipe, built: Built, tokenizer: PreTrainedTokenizerBase, held_out: Split, run: Path
 ) -> dict[str, Any]:
     """Answers of both models to the first held-out prompts, and the KL on answers drawn at temperature 1."""
-    spec = recipe.generation
-    unique = {json.dumps(row.prompt): row.prompt for row in held_out.used}
-    prompts = list(unique.values())[: spec.prompts]
+    spec, prompts = recipe.generation, _asked(recipe, held_out)
     ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     answers = _Answers(run / "eval" / "answers.jsonl", tokenizer, ids, recipe)
     model = built.trainer.model
-    after = answers.of("trained", model, spec.temperature)
+    after = answers.of(TRAINED, model, spec.temperature)
     drawn = after if spec.temperature == 1.0 else answers.of("trained, for the KL", model, 1.0)
     with built.untrained() as untrained:
-        before = answers.of("untrained", untrained, spec.temperature)
+        before = answers.of(UNTRAINED, untrained, spec.temperature)
     pad = int(tokenizer.pad_token_id)
-
-    kl = _kl(ids, drawn, built, pad)
-    assert spec.reward is not None  # the recipe's check: this suite has a reward
-    settings = {**spec.model_dump(), "prompts": len(prompts)}
-    asked = [plain(prompt, "user") for prompt in prompts]
-    result = compare(asked, before, after, load_reward(spec.reward), kl=kl, settings=settings)
+    result = _compared(recipe, prompts, before, after, _kl(ids, drawn, built, pad))
     if recipe.online is None:  # which keeps the answers that it learnt from there
         lines = [json.dumps(row, ensure_ascii=False) for row in result["rows"][:SAMPLES_SHOWN]]
         write_text(run / "samples.jsonl", "\n".join(lines) + "\n")
     return result
+
+
+def _asked(recipe: Recipe, held_out: Split) -> list[Any]:
+    """The prompts of the generation suite."""
+    unique = {json.dumps(row.prompt): row.prompt for row in held_out.used}
+    return list(unique.values())[: recipe.generation.prompts]
+
+
+def _compared(
+    recipe: Recipe,
+    prompts: Sequence[Any],
+    before: Sequence[Sample],
+    after: Sequence[Sample],
+    kl: LogRatios | None = None,
+) -> dict[str, Any]:
+    spec = recipe.generation
+    assert spec.reward is not None  # the recipe's check: this suite has a reward
+    settings = {**spec.model_dump(), "prompts": len(prompts)}
+    asked = [plain(prompt, "user") for prompt in prompts]
+    return compare(asked, before, after, load_reward(spec.reward), kl=kl, settings=settings)
 
 
 def _kl(ids: Sequence[Sequence[int]], drawn: Sequence[Sample], built: Built, pad: int) -> LogRatios:
@@ -330,6 +359,18 @@ def _goals(recipe: Recipe, built: Built, tokenizer: PreTrainedTokenizerBase, run
     )
 
 
+def kept_answers(path: Path) -> dict[tuple[str, int], Sample]:
+    """Answers of an evaluation, by whose they are and the number of the prompt."""
+    kept = {}
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the line that a kill has torn; its answer is drawn again
+        kept[entry["of"], entry["row"]] = Sample(entry["tokens"], entry["text"], entry["finished"])
+    return kept
+
+
 class _Answers:
     """Answers drawn so far, kept in a file; an interrupted draw loses at most the batch in hand."""
 
@@ -337,14 +378,7 @@ class _Answers:
         self, path: Path, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], recipe: Recipe
     ) -> None:
         self.path, self.tokenizer, self.prompts, self.spec = path, tokenizer, prompts, recipe.generation
-        self.kept: dict[tuple[str, int], Sample] = {}
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").split("\n"):
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # the line that a kill has torn; its answer is drawn again
-                self.kept[entry["of"], entry["row"]] = Sample(entry["tokens"], entry["text"], entry["finished"])
+        self.kept = kept_answers(path) if path.exists() else {}
 
     def of(self, name: str, model: Any, temperature: float, max_new_tokens: int | None = None) -> list[Sample]:
         """One answer a prompt. Each has its own random stream, so that it is the same in whatever batch."""

@@ -6,6 +6,7 @@
     output/round-1/run/             the run on them; its reference is the policy that gave the answers
     output/round-2/...
     output/metrics.jsonl            one line a round
+    output/eval/generation.json     the model before the first round and after the last; a round's own is of that round
 
 Every stage goes on where it stopped, so that the same command goes on with the whole.
 """
@@ -29,12 +30,13 @@ from align.config.schema import ModelSpec, Recipe
 from align.data.report import fault_report
 from align.data.splits import Split
 from align.errors import AlignError
+from align.evaluate import compare_rounds
 from align.generate import Answerer, Settings, answer_file
 from align.models.load import LoadedModel, load_policy, load_tokenizer
 from align.run import read_splits, same_data, train
 from align.score.annotated import AnnotatorScorer
 from align.score.run import score_data
-from align.tracking.files import write_text
+from align.tracking.files import write_json, write_text
 from align.tracking.manifest import run_facts
 from align.tracking.progress import progress
 from align.tracking.run_folder import RunFolder, read_manifest
@@ -78,6 +80,8 @@ def train_rounds(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, source: str
                 train(_of_round(recipe, model, number, at), source=source, command=command)
             folder.log(number, _summary(at))
             model = _trained(model, run)
+        if "generation" in recipe.evals:
+            _evaluate(recipe, folder.path, run)
         _link(run, folder.path)
         folder.end("finished")
     return run
@@ -174,6 +178,13 @@ def _trained(model: ModelSpec, run: Path) -> ModelSpec:
     if model.lora is None and model.adapter is None:
         return model.model_copy(update={"name": str(run / "model")})
     return model.model_copy(update={"lora": None, "adapter": str(run / "adapter")})
+
+
+def _evaluate(recipe: Recipe, folder: Path, last: Path) -> None:
+    """What all rounds together changed."""
+    result = compare_rounds(recipe, folder / "round-1" / "run", last)
+    (folder / "eval").mkdir(exist_ok=True)
+    write_json(folder / "eval" / "generation.json", result)
 
 
 def _link(run: Path, folder: Path) -> None:

@@ -77,6 +77,11 @@ def test_rounds(recipe: Callable[..., Path], tmp_path: Path) -> None:
     assert any(not value.equal(after[name]) for name, value in before.items())
     assert [row["step"] for row in lines(whole / "metrics.jsonl")] == [1, 2]
     assert (whole / "adapter").resolve() == (last / "adapter").resolve()
+    rounds = [json.loads((whole / f"round-{n}" / "run" / "eval" / "generation.json").read_text()) for n in (1, 2)]
+    both = json.loads((whole / "eval" / "generation.json").read_text())
+    for side, number in (("before", 0), ("after", 1)):
+        assert [row[side] for row in both["rows"]] == [row[side] for row in rounds[number]["rows"]]
+    assert [row["before"] for row in both["rows"]] != [row["before"] for row in rounds[1]["rows"]]
     said = CliRunner().invoke(app, ["generate", "-m", str(whole), "-p", "say", "--max-new-tokens", "2"])
     assert said.exit_code == 0, said.output
     with pytest.raises(AlignError, match="holds this very run, finished"):
