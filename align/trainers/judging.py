@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from align.data.prompts import unpacked
 from align.losses.selfplay import argmax_labels, draw_labels
 from align.rewards.annotators import Annotator, AnnotatorError, Verdicts
 from align.rewards.encoding import as_answer
+from align.rewards.patience import NoAnswerError, answer_within
 
 LABELS = ("soft", "drawn", "argmax")
 
@@ -32,23 +32,15 @@ def asked(
     prompts = [own.pop("prompt") for own in columns]
     given = {name: [own.get(name) for own in columns] for name in (columns[0] if columns else ())}
     said = [[as_answer(prompt, text) for text in own] for prompt, own in zip(prompts, answers, strict=True)]
-    found: list[Verdicts | str] = []
-
-    def ask() -> None:
-        try:
-            verdicts = annotator(prompts, said, given)
-            found.append(_problem(verdicts, len(prompts), len(said[0]) if said else 0) or verdicts)
-        except AnnotatorError as error:
-            found.append(str(error))
-        except (Exception, SystemExit) as error:
-            found.append(f"{type(error).__name__}: {error}")
-
-    thread = threading.Thread(target=ask, name="annotator", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        return f"it has not answered in {seconds:g} s (online.annotator_seconds), on {len(prompts)} prompts"
-    return found[0]
+    try:
+        verdicts = answer_within(seconds, "online.annotator_seconds", lambda: annotator(prompts, said, given))
+    except AnnotatorError as error:
+        return str(error)
+    except NoAnswerError as error:
+        return f"{error}, on {len(prompts)} prompts"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return _problem(verdicts, len(prompts), len(said[0]) if said else 0) or verdicts
 
 
 def _problem(verdicts: Any, prompts: int, answers: int) -> str:
