@@ -88,20 +88,6 @@ def evaluate(
     return results
 
 
-def compare_rounds(recipe: Recipe, first: Path, last: Path) -> dict[str, Any]:
-    """The generation suite from before the run ``first`` to after ``last``, of answers that both have kept; no KL."""
-    shown = json.loads((first / "eval" / "generation.json").read_text(encoding="utf-8"))
-    prompts = [row["prompt"] for row in shown["rows"]]
-    before, after = (kept_answers(run / "eval" / "answers.jsonl") for run in (first, last))
-    places = range(len(prompts))
-    return _compared(
-        recipe,
-        prompts,
-        [before[UNTRAINED, place] for place in places],
-        [after[TRAINED, place] for place in places],
-    )
-
-
 def check_testable(recipe: Recipe, splits: dict[str, Split]) -> None:
     """Stop before training where the held-out data leave an evaluation nothing to be right or wrong about.
 
@@ -277,7 +263,7 @@ def _generation(
     with built.untrained() as untrained:
         before = answers.of(UNTRAINED, untrained, spec.temperature)
     pad = int(tokenizer.pad_token_id)
-    result = _compared(recipe, prompts, before, after, _kl(ids, drawn, built, pad))
+    result = compared_answers(recipe, prompts, before, after, _kl(ids, drawn, built, pad))
     if recipe.online is None:  # which keeps the answers that it learnt from there
         lines = [json.dumps(row, ensure_ascii=False) for row in result["rows"][:SAMPLES_SHOWN]]
         write_text(run / "samples.jsonl", "\n".join(lines) + "\n")
@@ -290,7 +276,7 @@ def _asked(recipe: Recipe, held_out: Split) -> list[Any]:
     return list(unique.values())[: recipe.generation.prompts]
 
 
-def _compared(
+def compared_answers(
     recipe: Recipe,
     prompts: Sequence[Any],
     before: Sequence[Sample],

@@ -30,7 +30,7 @@ from align.config.schema import ModelSpec, Recipe
 from align.data.report import fault_report
 from align.data.splits import Split
 from align.errors import AlignError
-from align.evaluate import compare_rounds
+from align.evaluate import TRAINED, UNTRAINED, compared_answers, kept_answers
 from align.generate import Answerer, Settings, answer_file
 from align.models.load import LoadedModel, load_policy, load_tokenizer
 from align.run import read_splits, same_data, train
@@ -181,8 +181,21 @@ def _trained(model: ModelSpec, run: Path) -> ModelSpec:
 
 
 def _evaluate(recipe: Recipe, folder: Path, last: Path) -> None:
-    """What all rounds together changed."""
-    result = compare_rounds(recipe, folder / "round-1" / "run", last)
+    """What all rounds together changed: the generation suite from before the first to after the last; no KL.
+
+    Both runs have kept their answers, so that nothing is drawn again.
+    """
+    first = folder / "round-1" / "run"
+    shown = json.loads((first / "eval" / "generation.json").read_text(encoding="utf-8"))
+    prompts = [row["prompt"] for row in shown["rows"]]
+    before, after = (kept_answers(run / "eval" / "answers.jsonl") for run in (first, last))
+    places = range(len(prompts))
+    result = compared_answers(
+        recipe,
+        prompts,
+        [before[UNTRAINED, place] for place in places],
+        [after[TRAINED, place] for place in places],
+    )
     (folder / "eval").mkdir(exist_ok=True)
     write_json(folder / "eval" / "generation.json", result)
 
