@@ -75,7 +75,7 @@ def _show_result(run: Path) -> None:
         print("{}\n  {}".format(*use))
 
 
-def _interrupted(output: Path, command: list[str], rounds: bool) -> str:
+def _interrupted(output: Path, command: list[str], *, rounds: bool) -> str:
     """What is saved, and how to go on."""
     from align.tracking.run_folder import RunFolder
 

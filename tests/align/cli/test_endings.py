@@ -105,12 +105,14 @@ def test_a_full_disk_names_the_file(align: Align) -> None:
 def test_what_an_interrupted_run_says(tmp_path: Path) -> None:
     """The newest complete checkpoint is named: checkpoint-30 has no state yet."""
     command = ["align", "train", "my recipe.yaml"]
-    assert _interrupted(tmp_path, command).startswith("interrupted: no checkpoint was complete yet")
+    said = _interrupted(tmp_path, command, rounds=False)
+    assert said.startswith("interrupted: no checkpoint was complete yet")
+    assert _interrupted(tmp_path, command, rounds=True).startswith(f"interrupted: {tmp_path} keeps what is done")
     for step in (10, 20, 30):
         (tmp_path / f"checkpoint-{step}").mkdir()
     for step in (10, 20):
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    message = _interrupted(tmp_path, command)
+    message = _interrupted(tmp_path, command, rounds=False)
     assert message == (
         f"interrupted: {tmp_path}/checkpoint-20 is saved; to go on from there:\n  align train 'my recipe.yaml'"
     )
