@@ -334,13 +334,11 @@ def _chunks(read: Callable[[int], bytes], deadline: float) -> Iterator[bytes]:
 
 
 def _seconds(retry_after: str | None) -> float | None:
-    """``Retry-After``: seconds, or a date."""
+    """``Retry-After``: seconds, or a date; None for what is neither, after which the judge's own back-off counts."""
     if retry_after is None:
         return None
-    try:
-        return max(0.0, float(retry_after))
-    except ValueError:
-        pass
+    if re.fullmatch(r"\d+(\.\d+)?", retry_after.strip()):
+        return float(retry_after)
     try:
         return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
     except ValueError:

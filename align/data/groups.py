@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .fields import FieldError, check_size, collecting, content, required, resolve
 from .load import read_rows, usable
-from .report import fault_report
+from .report import left_aside, spread
 from .rows import CompletionRow, CompletionTable, Content, Fault, bad_rows, row_id
 from .tokenize import Encoder, TokenizedCompletion, TokenizedCompletions
 
@@ -308,23 +308,12 @@ def describe_groups(
     for name in ("scores", "win_rates"):
         spreads = [max(values) - min(values) for row in table.rows if (values := getattr(row, name)) is not None]
         if spreads:
-            lines.append(f"  {name:<15} best less worst: {_spread(spreads)}")
+            lines.append(f"  {name:<15} best less worst: {spread(spreads)}")
     if tokenizer is not None and table.rows:
         done = tokenize_groups(table.rows, tokenizer, max_length)
-        lines.append(f"  {'prompt tokens':<15} {_spread([len(row.input_ids) for row in done.rows])}")
-        lines.append(f"  {'answer tokens':<15} {_spread([len(ids) for row in done.rows for ids in row.answer_ids])}")
+        lines.append(f"  {'prompt tokens':<15} {spread([len(row.input_ids) for row in done.rows])}")
+        lines.append(f"  {'answer tokens':<15} {spread([len(ids) for row in done.rows for ids in row.answer_ids])}")
         lines.append(f"  {'as drawn':<15} {done.counts['as_drawn']:,} groups with the ids of their model")
         if max_length is not None:
             lines.append(f"  {f'limit {max_length:,}':<15} cuts {done.counts['truncated_completions']:,} answers")
-    if table.unused:
-        lines.append(f"  {'not read':<15} columns " + ", ".join(f"{name} ({n:,})" for name, n in table.unused.items()))
-    if table.faults:
-        lines += ["", fault_report(table.faults, counts["rows"])]
-    return "\n".join(lines)
-
-
-def _spread(values: Sequence[float]) -> str:
-    ordered = sorted(values)
-    if not ordered:
-        return "none"
-    return f"{ordered[0]:.4g} to {ordered[-1]:.4g}, median {ordered[len(ordered) // 2]:.4g}"
+    return "\n".join([*lines, *left_aside(table)])

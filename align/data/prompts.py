@@ -25,7 +25,7 @@ from align.rewards.named import OF_TRL
 from .fields import FieldError, collecting, content, required
 from .load import read_rows, usable
 from .pairs import compared
-from .report import fault_report
+from .report import left_aside, spread
 from .rows import CompletionRow, CompletionTable, Content, Fault, bad_rows, row_id
 from .tokenize import TokenizedCompletion, TokenizedCompletions, encode_prompt
 
@@ -203,20 +203,11 @@ def describe_prompts(table: PromptTable, tokenizer: PreTrainedTokenizerBase | No
     lines.append(f"  {'duplicates':<15} {counts['duplicates']:,}, left out")
     rows = [row for row in table.rows if isinstance(row, PromptRow)]
     for column in rows[0].references if rows else ():
-        lines.append(f"  {column:<15} {_spread([row.references[column] for row in rows])}")
+        lines.append(f"  {column:<15} {spread([row.references[column] for row in rows])}")
     if tokenizer is not None and rows:
         lengths = [float(len(encode_prompt(row.prompt, tokenizer))) for row in rows]
-        lines.append(f"  {'prompt tokens':<15} {_spread(lengths)}")
-    if table.unused:
-        lines.append(f"  {'not read':<15} columns " + ", ".join(f"{name} ({n:,})" for name, n in table.unused.items()))
-    if table.faults:
-        lines += ["", fault_report(table.faults, counts["rows"])]
-    return "\n".join(lines)
-
-
-def _spread(values: list[float]) -> str:
-    ordered = sorted(values)
-    return f"{ordered[0]:g} to {ordered[-1]:g}, median {ordered[len(ordered) // 2]:g}"
+        lines.append(f"  {'prompt tokens':<15} {spread(lengths)}")
+    return "\n".join([*lines, *left_aside(table)])
 
 
 def _prompt(row: dict[str, Any], problems: list[FieldError]) -> Content | None:

@@ -147,6 +147,22 @@ def describe(table: Table, tokenizer: PreTrainedTokenizerBase | None = None, max
     return "\n".join(lines)
 
 
+def spread(values: Sequence[float]) -> str:
+    """Least, most and middle of some numbers."""
+    ordered = sorted(values)
+    return f"{ordered[0]:g} to {ordered[-1]:g}, median {ordered[len(ordered) // 2]:g}" if ordered else "none"
+
+
+def left_aside(table: Table) -> list[str]:
+    """The lines that end the picture of a source: columns that nobody reads, and faults."""
+    lines = []
+    if table.unused:
+        lines.append(f"  {'not read':<15} columns " + ", ".join(f"{name} ({n:,})" for name, n in table.unused.items()))
+    if table.faults:
+        lines += ["", fault_report(table.faults, table.counts["rows"])]
+    return lines
+
+
 def _of(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' if count != 1 else ''}"
 
@@ -194,15 +210,15 @@ def _strengths(rows: Sequence[PairRow]) -> str:
     values = sorted(row.strength for row in rows)
     if not values or values[0] == values[-1]:
         return f"{values[0]:g} for every pair" if values else "no pair"
-    return f"{values[0]:.3g} to {values[-1]:.3g}, median {values[len(values) // 2]:.3g}"
+    return spread(values)
 
 
 def _soft_labels(rows: Sequence[PairRow]) -> str:
     values = sorted(row.preference for row in rows if row.preference is not None)
     against = sum(value < 0.5 for value in values)
     some = f"{len(values):,} of {_of(len(rows), 'pair')}: " if len(values) < len(rows) else ""
-    spread = f"{values[0]:.3g} to {values[-1]:.3g}, median {values[len(values) // 2]:.3g}"
-    return f"{some}{spread}{f' · under 1/2 in {against:,}: chosen is the less preferred there' if against else ''}"
+    less = f" · under 1/2 in {against:,}: chosen is the less preferred there" if against else ""
+    return f"{some}{spread(values)}{less}"
 
 
 def _longer(rows: Sequence[PairRow]) -> str:

@@ -231,7 +231,8 @@ def test_retry_after_is_honoured(server: Server):
     assert time.monotonic() - start > 0.3
     assert judging._seconds(formatdate(time.time() + 100, usegmt=True)) == pytest.approx(100, abs=3)
     assert judging._seconds(formatdate(0, usegmt=True)) == 0
-    assert judging._seconds("soon") is None
+    assert judging._seconds(" 1.5 ") == 1.5
+    assert [judging._seconds(given) for given in ("soon", "nan", "inf", "-3")] == [None] * 4
 
 
 def test_a_refusal_is_not_asked_again(server: Server, monkeypatch: pytest.MonkeyPatch):
