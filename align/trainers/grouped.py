@@ -88,6 +88,9 @@ class GroupedTrainer(Hosted, Trainer):  # type: ignore[misc]
         kl_penalty: of ``mdpo``, in win rate per nat.
         kwargs: as in ``Trainer``.
 
+    Attributes:
+        fresh_adapter: ``peft_config`` was given: with its adapter off the model is what training started from.
+
     Raises:
         ValueError: a loss of another kind, or a setting out of range.
     """
@@ -183,16 +186,16 @@ class GroupedTrainer(Hosted, Trainer):  # type: ignore[misc]
     def units(self, batch: Mapping[str, Tensor]) -> int:
         """Pairs, groups, answers or tokens of a batch that the loss has a value of."""
         if "advantage" in self.takes:
-            answers = self._judged(batch).T.flatten()
+            answers = self._complete(batch).T.flatten()
             return int(answers[batch["answer"]].sum())
         if "preference" in self.takes:
             values = batch["preference"][:, 0, 1] if self._against else all_pair_values(batch["preference"])
             return int((~values.isnan()).sum())
         pointwise = self.group_loss.info.name.endswith("_pointwise")
-        judged = self._judged(batch)
+        judged = self._complete(batch)
         return int(judged.sum() if pointwise else judged.all(1).sum())
 
-    def _judged(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def _complete(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Which groups have a number of every answer, as a mask of their answers, (B, K)."""
         values = batch["scores" if "scores" in self.takes else "win_rates"]
         return (~values.isnan().any(1, keepdim=True)).expand_as(values)
@@ -237,7 +240,7 @@ class GroupedTrainer(Hosted, Trainer):  # type: ignore[misc]
         shape = inputs["win_rates"].shape
         policy, base = _grouped(rows, tokens.logps, shape), _grouped(rows, reference.logps, shape)
         info, settings = self.group_loss.info, self.group_loss.settings
-        judged = self._judged(inputs)
+        judged = self._complete(inputs)
         if "advantage" in self.takes:
             penalty = self.kl_penalty * (policy.total - base.total).detach()
             advantage = inputs["win_rates"] - 0.5 - (penalty - penalty.mean(1, keepdim=True))

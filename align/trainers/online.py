@@ -19,7 +19,6 @@ import hashlib
 import itertools
 import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +35,7 @@ from align.data.prompts import ROW_ID
 from align.data.tokenize import encode_prompt
 from align.errors import AlignError
 from align.evals.sampling import Mixture, Sample, sample
+from align.losses.groups import all_pair_values
 from align.losses.rows import group_rows
 from align.models.ends import end_tokens
 from align.models.memory import release_freed
@@ -94,7 +94,7 @@ class OnlineTrainer(GroupedTrainer):
         draw: draws the policy's answers in place of transformers, ``(prompts, seeds, max_new_tokens) -> samples``,
             once ``draw.push(model)`` has given it the weights; not for a mixture.
         train_dataset, eval_dataset: prompts (``align.data.prompts.TokenizedPrompts.dataset``). The second is answered
-            by policy and reference whenever ``args`` says to evaluate.
+            by the policy and by the model before training whenever ``args`` says to evaluate.
         kwargs: as in ``GroupedTrainer``.
 
     Raises:
@@ -119,7 +119,7 @@ class OnlineTrainer(GroupedTrainer):
         if inner_steps < 1:
             raise ValueError(f"inner_steps is {inner_steps}: it must be at least 1")
         self.annotator, self.drawing, self.labels, self.inner_steps = annotator, drawing, labels, inner_steps
-        self.annotator_seconds, self._draws = annotator_seconds, draw
+        self.annotator_seconds, self._draw_by = annotator_seconds, draw
         self._window: tuple[int, list[list[Group]]] | None = None
         self._resumed_from: Path | None = None
         self._ever_judged = False
@@ -189,10 +189,10 @@ class OnlineTrainer(GroupedTrainer):
             groups.append(Group.of(ids, [answer.tokens for answer in own], labels, scores))
         cut = [not answer.finished for own in answers for answer in own]
         self.count("length/truncated", sum(cut), len(cut))
-        pairs = verdicts.preference.flatten()
-        self.count("preference/decided", (2 * pairs[~pairs.isnan()] - 1).abs().sum(), int((~pairs.isnan()).sum()))
-        aside = int(verdicts.preference.isnan().sum()) // 2
-        self.count("preference/set_aside", aside, len(rows) * math.comb(self.drawing.answers, 2))
+        pairs = all_pair_values(verdicts.preference)
+        known = pairs[~pairs.isnan()]
+        self.count("preference/decided", (2 * known - 1).abs().sum(), len(known))
+        self.count("preference/set_aside", len(pairs) - len(known), len(pairs))
         ends = torch.tensor([0, *[len(batch) for batch in batches]]).cumsum(0).tolist()
         parts = [groups[start:end] for start, end in itertools.pairwise(ends)]
         return [self._with_behaviour(part) for part in parts] if "advantage" in self.takes else parts
@@ -224,11 +224,11 @@ class OnlineTrainer(GroupedTrainer):
         mixture: Mixture | None = None,
     ) -> list[Sample]:
         """Answers of the policy as it is, or of its mixture."""
-        if self._draws is not None and mixture is None:
-            self._draws.push(self.accelerator.unwrap_model(self.model))
+        if self._draw_by is not None and mixture is None:
+            self._draw_by.push(self.accelerator.unwrap_model(self.model))
             told = keys if keys is not None else [0] * len(prompts)
             seeds = [(seed * 1_000_003 + key + place) % (1 << 62) for place, key in enumerate(told)]
-            found: list[Sample] = self._draws(prompts, seeds=seeds, max_new_tokens=self.drawing.max_new_tokens)
+            found: list[Sample] = self._draw_by(prompts, seeds=seeds, max_new_tokens=self.drawing.max_new_tokens)
             return found
         with self.accelerator.autocast():
             return self.by_transformers(self.model, prompts, seed, keys, mixture)

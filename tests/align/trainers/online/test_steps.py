@@ -37,7 +37,10 @@ def test_every_loss_trains(trainer_of: TrainerOf, weights: Any, samples: Any, lo
     assert all(math.isfinite(value) for entry in logs for value in entry.values())
     assert logs[0]["kl/k1"] == pytest.approx(0, abs=1e-4)  # at the first step the policy is the reference
     assert {"entropy", "length/tokens", "length/truncated", "preference/decided"} <= logs[0].keys()
-    assert len(samples(trainer)) == (4 if loss == "mdpo" else 8)
+    kept = samples(trainer)
+    assert len(kept) == (4 if loss == "mdpo" else 8)
+    decided = [abs(2 * line["preference"][0][1] - 1) for line in kept if line["step"] == 1]
+    assert logs[0]["preference/decided"] == pytest.approx(sum(decided) / len(decided))
 
 
 @pytest.mark.parametrize("loss", ["ipo", "gpo", "nash_md_pg", "mdpo"])
