@@ -8,7 +8,7 @@ from numbers import Integral
 from typing import Literal, get_args
 
 from .constraints.memo import Memo
-from .constraints.protocol import Constraint, Vocabulary
+from .constraints.protocol import Constraint, Fault, Vocabulary
 from .law import Law
 from .smc import Result
 
@@ -87,8 +87,7 @@ class Answer:
         reason: why there is no valid answer; else empty.
         masks: how often the constraint was asked for its verdicts on all tokens at once: by ``mask``, and by AWRS
             after 16 refusals. None of these are among ``evaluations``.
-        fault: whose it is that there is no result: "" of who asked, "function" of who gave a function or a reward, or
-            of the engine, "later" nobody's, and the same may be asked again in some seconds.
+        fault: whose it is that there is no result; "function" also of who gave a reward, or of the engine.
     """
 
     result: Result | None
@@ -96,7 +95,7 @@ class Answer:
     valid: bool
     reason: str
     masks: int = 0
-    fault: str = ""
+    fault: Fault = ""
 
 
 def satisfies(constraint: Constraint | None, tokens: Sequence[int], vocabulary: Vocabulary) -> bool:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .constraints.memo import Memo
-from .constraints.protocol import ConstraintError, Vocabulary
+from .constraints.protocol import ConstraintError, FunctionError, Vocabulary
 from .drawing import check_prompt, step
 from .engines.protocol import Engine
 from .lazy import Draws
@@ -146,7 +146,7 @@ def with_potentials(
         events: at most one a particle.
 
     Raises:
-        ConstraintError: the potential gave something else than a number for each sequence. What it raises goes
+        FunctionError: the potential gave something else than a number for each sequence. What it raises goes
             through.
     """
     potential, every = request.potential, request.potential_every
@@ -161,9 +161,9 @@ def with_potentials(
     try:
         values = [float(value) for value in found]
     except TypeError as error:
-        raise ConstraintError(f"potential: it gave {found!r}; it must give a number for each sequence") from error
+        raise FunctionError(f"potential: it gave {found!r}; it must give a number for each sequence") from error
     if len(values) != len(asked):
-        raise ConstraintError(f"potential: it gave {len(values)} numbers for {len(asked)} sequences")
+        raise FunctionError(f"potential: it gave {len(values)} numbers for {len(asked)} sequences")
     known = {event.particle: value for event, value in zip(asked, values, strict=True)}
     return [Extended(e.particle, e.step, e.token, e.log_weight, e.ended, known.get(e.particle)) for e in events]
 

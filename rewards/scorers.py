@@ -73,10 +73,11 @@ class RuleReward:
         given = {name: value for name, value in columns.items() if self.asks(name)}
         try:
             found = self._called(*texts, given)
-        except Exception as error:  # a rule is anyone's code
+        except (Exception, SystemExit) as error:  # a rule is anyone's code
             raise self._failure(*texts, given, error) from error
         if isinstance(found, str) or not hasattr(found, "__len__"):
-            raise RewardError(None, f"the rule gave {found!r}: wanted a list with one number an answer")
+            wanted = "wanted a list with one number an answer; prompts and answers come as lists"
+            raise RewardError(None, f"the rule gave {found!r}: {wanted}")
         if len(found) != len(prompts):
             raise RewardError(None, f"the rule gave {len(found)} numbers for {len(prompts)} answers")
         return [_number(row, value) for row, value in enumerate(found)]
@@ -121,14 +122,14 @@ class RuleReward:
         return self.rule(**{k: v for k, v in texts.items() if self.takes_all or k in self._parameters}, **columns)
 
     def _failure(
-        self, prompts: list[str], answers: list[str], columns: Mapping[str, Any], error: Exception
+        self, prompts: list[str], answers: list[str], columns: Mapping[str, Any], error: BaseException
     ) -> RewardError:
         """Which answer it was that the rule fails on, alone."""
         for row in range(len(prompts) if len(prompts) > 1 else 0):
             own = slice(row, row + 1)
             try:
                 self._called(prompts[own], answers[own], of_rows(columns, [row], len(prompts)))
-            except Exception as alone:
+            except (Exception, SystemExit) as alone:
                 return RewardError(row, f"the rule fails: {type(alone).__name__}: {alone}")
         row_or_all = 0 if len(prompts) == 1 else None
         return RewardError(row_or_all, f"the rule fails: {type(error).__name__}: {error}")

@@ -48,8 +48,9 @@ def serve(
         int, typer.Option(min=0, help="Particles that may wait; beyond: 429.", rich_help_panel=LIMITS)
     ] = 256,
     max_plain: Annotated[
-        int, typer.Option(min=1, help="Answers without our settings under way; beyond: 429.", rich_help_panel=LIMITS)
-    ] = 256,
+        int,
+        typer.Option(min=1, help="Answers without our settings drawn at a time; beyond: 429.", rich_help_panel=LIMITS),
+    ] = 32,
     max_body: Annotated[
         int, typer.Option(min=1024, help="Largest body of a request, bytes.", rich_help_panel=LIMITS)
     ] = 1 << 20,

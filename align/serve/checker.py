@@ -3,8 +3,9 @@
 A regular expression, a schema or a grammar may be written so that compiling it takes minutes or gigabytes. That must
 neither hold up the server nor reach the engine, so every new one is compiled in a process of its own first, which has
 a time limit and a memory limit. There are two lanes: all begin in the first, where none has long, and what does not
-get done there is begun anew in the second, which has the whole limit. So a stream of hostile ones holds up those that
-take long themselves, and others only for as long as the first lane gives each.
+get done there is begun anew in the second, which has the whole limit, and goes there at once when it is asked again.
+So a stream of hostile ones holds up those that take long themselves, and others only for as long as the first lane
+gives each.
 
 What is said of a constraint is kept; that it did not get done is kept for some minutes only, as the machine may have
 been busy.
@@ -68,17 +69,19 @@ class Checker:
         text = json.dumps(spec)
         digest = sha256(text.encode()).digest()
         for lane in self.lanes:
-            if self._remembers(digest):
-                break
+            if self._needs_no(lane, digest):
+                continue
             async with lane:
-                if not self._remembers(digest):  # another request may have had the same
-                    outcome, said = await lane.ask(text)
-                    if outcome == "said":
-                        self._keep(digest, said, float("inf"))
-                    elif outcome == "ended" or lane is self.lanes[-1]:
-                        over = f"{self.seconds:g} s" if outcome == "late" else f"{MEMORY >> 30} GiB"
-                        problem = f"constraint: it takes over {over} to compile, more than a request may"
-                        self._keep(digest, problem, time.monotonic() + REMEMBERED)
+                if self._needs_no(lane, digest):  # another request may have had the same
+                    continue
+                outcome, said = await lane.ask(text)
+                if outcome == "said":
+                    self._keep(digest, said, float("inf"))
+                    continue
+                over = f"{self.seconds:g} s" if outcome == "late" else f"{MEMORY >> 30} GiB"
+                problem = f"constraint: it takes over {over} to compile, more than a request may"
+                last = outcome == "ended" or lane is self.lanes[-1]
+                self._keep(digest, problem, time.monotonic() + (REMEMBERED if last else 0.0))
         problem, until = self._known[digest]
         if until < float("inf"):
             after = max(1, round(until - time.monotonic()))
@@ -103,8 +106,9 @@ class Checker:
         for lane in self.lanes:
             await lane.close()
 
-    def _remembers(self, digest: bytes) -> bool:
-        return digest in self._known and time.monotonic() < self._known[digest][1]
+    def _needs_no(self, lane: Lane, digest: bytes) -> bool:
+        """Whether enough is known of a constraint; of one that did not get done, that the first lane is too short."""
+        return digest in self._known and (lane is self.lanes[0] or time.monotonic() < self._known[digest][1])
 
     def _keep(self, digest: bytes, problem: str, until: float) -> None:
         self._known[digest] = problem, until

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
+
+from align.decoding.constraints import Fault
+
+logger = logging.getLogger(__name__)
 
 TYPES = {
     400: "BadRequestError",
@@ -41,3 +46,19 @@ class RefusedError(Exception):
         """The JSON of the reply."""
         kind = TYPES.get(self.status, "InternalServerError")
         return {"error": {"message": self.message, "type": kind, "param": None, "code": self.status}}
+
+
+def failed(name: str, reason: str, fault: Fault) -> RefusedError:
+    """What a request gets where its constraint, a function or a reward failed; the operator's failures are logged.
+
+    Args:
+        name: of the request.
+        reason: of the failure.
+        fault: whose it is.
+    """
+    if fault == "later":
+        return RefusedError(503, reason, {"Retry-After": "5"})
+    if fault == "function":
+        logger.error("%s: %s", name, reason)
+        return RefusedError(500, f"this server's function, reward or engine failed, tell its operator: {reason}")
+    return RefusedError(400, reason)

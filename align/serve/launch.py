@@ -10,12 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from align.decoding.constraints import ConstraintError
-from align.decoding.constraints.predicate import load
+from align.controlled import reward_fault
+from align.decoding.constraints import ConstraintError, PythonPredicate
+from align.decoding.constraints.wire import BYTES, SECONDS
+from align.decoding.constraints.worker import shared
 from align.decoding.engines.vllm import PROCESSOR, SCHEDULER, WORKER
 from align.decoding.vllm.machine import Machine, settings, vllm_version
 from align.errors import AlignError, ConfigError
-from align.rewards.named import is_rule, load_reward, reward_folder
+from align.rewards.named import is_rule, reward_folder
+from align.rewards.scorers import Scorer, load_scorer
 
 from .models import Served, served
 from .options import Options
@@ -34,7 +37,7 @@ class Serve:
         host, port: where to listen.
         api_key: that requests must bear; None: no key.
         max_model_len: most tokens of a prompt and its answer; None: as many as the model reads and the cache holds.
-        max_num_seqs: particles and plain requests that the engine steps at a time.
+        max_num_seqs: particles that the engine steps at a time, beside the plain answers.
         dtype: ``auto`` or a name.
         options: limits and names.
     """
@@ -96,22 +99,34 @@ def check(asked: Serve) -> None:
     for name, reward in options.rewards.items():
         try:
             if is_rule(reward):
-                load_reward(reward)
+                _try(load_scorer(reward))
             else:
                 reward_folder(reward)
-        except (ValueError, ImportError) as error:
+        except (Exception, SystemExit) as error:  # a rule is anyone's code
             problems.append(("--reward", f"{name}: {error}"))
     for predicate in options.predicates:
         try:
-            load(predicate)
+            PythonPredicate(predicate, BYTES, timeout=SECONDS, shared=True)
         except ConstraintError as error:
             problems.append(("--predicate", str(error)))
+    shared.cache_clear()  # ends their processes: the server has its own
     try:
         _listen(asked.host, asked.port)
     except OSError as error:
         problems.append(("--host, --port", f"{asked.host} {asked.port}: {error.strerror or error}; choose another"))
     if problems:
         raise ConfigError("align serve", problems)
+
+
+def _try(rule: Scorer) -> None:
+    """Call it once, if it needs no columns; it may refuse the row."""
+    if any(rule.columns.values()):
+        return
+    try:
+        rule(["How are you?"], ["Well, thank you."])
+    except ValueError as error:
+        if reward_fault(error):
+            raise
 
 
 def _listen(host: str, port: int) -> None:
@@ -137,7 +152,7 @@ def arguments(asked: Serve, machine: Machine, what: Served) -> list[str]:
         "host": asked.host,
         "port": asked.port,
         "max_model_len": asked.max_model_len if asked.max_model_len is not None else "auto",
-        "max_num_seqs": asked.max_num_seqs,
+        "max_num_seqs": asked.max_num_seqs + asked.options.max_plain,  # neither waits for the other
         "trust_remote_code": what.trusted,
         "logits_processors": PROCESSOR,
         "worker_extension_cls": WORKER,

@@ -14,10 +14,11 @@ class Options:
     Args:
         rewards: rewards that requests may use, by name: rules (``module:function``) or reward models.
         predicates: Python functions (``module:function``) that constraints of requests may call.
-        max_particles: most particles of one request, and most answers of one without our settings.
+        max_particles: most particles of one request.
         max_running: particles that are drawn at a time; more wait.
         max_waiting: particles that may wait; a request over that is told to come back.
-        max_plain: answers of requests without our settings that may be under way; what is over is told to come back.
+        max_plain: answers of requests without our settings that are drawn at a time; a request over that is told to
+            come back.
         max_body: largest body of a request, bytes.
         timeout: seconds that a request may take, with its wait.
         compile_seconds: seconds that compiling a constraint may take.
@@ -29,7 +30,7 @@ class Options:
     max_particles: int = 64
     max_running: int = 64
     max_waiting: int = 256
-    max_plain: int = 256
+    max_plain: int = 32
     max_body: int = 1 << 20
     timeout: float = 120.0
     compile_seconds: float = 2.0

@@ -30,14 +30,13 @@ class Plain:
 
     Args:
         app: what comes after.
-        most: answers under way, of all requests.
-        each: answers of one request.
+        most: answers under way.
         seconds: that one may take.
         done: told of each when it is over: what became of it, and its seconds.
     """
 
-    def __init__(self, app: App, *, most: int, each: int, seconds: float, done: Callable[[str, float], None]) -> None:
-        self.app, self.each, self.seconds, self._done = app, min(each, most), seconds, done
+    def __init__(self, app: App, *, most: int, seconds: float, done: Callable[[str, float], None]) -> None:
+        self.app, self.most, self.seconds, self._done = app, most, seconds, done
         self.admission = Admission(most, 0, "plain answers")
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -51,10 +50,10 @@ class Plain:
             return
         began, outcome = time.monotonic(), "hung_up"
         try:
-            if (wanted := answers(asked)) > self.each:
+            if (wanted := answers(asked)) > self.most:
                 raise RefusedError(
                     400,
-                    f"n, prompt: {wanted:,} answers are over this server's limit of {self.each:,} a request; "
+                    f"n, prompt: {wanted:,} answers are over this server's limit of {self.most:,}; "
                     "send several requests",
                 )
             ticket = self.admission.reserve(wanted)

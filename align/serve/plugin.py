@@ -52,8 +52,7 @@ class AlignEndpoints:
         def done(outcome: str, seconds: float) -> None:
             app.state.align.metrics.done("plain", outcome, seconds)
 
-        limits = {"most": options.max_plain, "each": options.max_particles, "seconds": options.timeout}
-        app.add_middleware(Plain, **limits, done=done)
+        app.add_middleware(Plain, most=options.max_plain, seconds=options.timeout, done=done)
         app.add_middleware(  # the last one comes first
             Gate,
             keys=[keys] if keys else [],

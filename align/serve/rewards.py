@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import time
+from collections.abc import Collection, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
-from align.controlled import reward_potential
+from align.controlled import reward_fault, reward_potential
 from align.data.rows import Content
 from align.decoding.constraints import Vocabulary
 from align.decoding.request import Potential
 from align.errors import AlignError
 from align.rewards.encoding import as_answer
-from align.rewards.scorers import RewardError, Scorer, load_scorer
+from align.rewards.scorers import Scorer, load_scorer
 
 from .admission import Admission, Ticket
-from .errors import RefusedError
+from .errors import RefusedError, failed
 from .wire import ScoreBody
 
 WAITING = 16
@@ -33,7 +34,7 @@ class Rewards:
     def __init__(self, scorers: Mapping[str, Scorer]) -> None:
         self._scorers = scorers
         self._threads = {name: ThreadPoolExecutor(1, thread_name_prefix=f"align-reward-{name}") for name in scorers}
-        self._admissions = {name: Admission(1, WAITING) for name in scorers}
+        self._admissions = {name: Admission(1, WAITING, "requests for this reward") for name in scorers}
 
     @classmethod
     def load(cls, names: Mapping[str, str]) -> Rewards:
@@ -59,7 +60,12 @@ class Rewards:
         return self._threads[name]
 
     def potential(self, name: str, strength: float, prompt: Content, vocabulary: Vocabulary) -> Potential:
-        """``strength`` times the reward, of the texts of particles."""
+        """``strength`` times the reward, of the texts of particles.
+
+        Raises:
+            RefusedError: it asks for columns, which these have none of: 400.
+        """
+        self._check_columns(name, ())
         return reward_potential(self._scorers[name], f"reward {name}", strength, prompt, {}, vocabulary)
 
     async def score(self, body: ScoreBody, seconds: float) -> list[float | None]:
@@ -73,10 +79,8 @@ class Rewards:
             known = ", ".join(sorted(self._scorers)) or "none; its operator names them by --reward NAME=REWARD"
             raise RefusedError(400, f"reward: this server has no {body.reward!r}; it has {known}")
         extras = [row.model_extra or {} for row in body.rows]
-        for name, needed in self._scorers[body.reward].columns.items():
-            if needed and not any(name in row for row in extras):
-                raise RefusedError(400, f"reward {body.reward}: it asks for column {name}, and no row has it")
         columns = {name: [row.get(name) for row in extras] for name in sorted({key for row in extras for key in row})}
+        self._check_columns(body.reward, columns)
         prompts: list[Content] = [row.prompt for row in body.rows]
         answers = [as_answer(row.prompt, row.completion) for row in body.rows]
         ticket = self._admissions[body.reward].reserve(1)
@@ -86,26 +90,30 @@ class Rewards:
                 await ticket.turn()
                 loop = asyncio.get_running_loop()
                 scorer = self._scorers[body.reward]
+                began = time.monotonic()
                 running = loop.run_in_executor(
                     self.thread(body.reward), lambda: list(scorer(prompts, answers, columns))
                 )
-                running.add_done_callback(lambda done: _over(ticket, done))
+                running.add_done_callback(lambda done: self._over(body.reward, ticket, time.monotonic() - began, done))
                 return await asyncio.shield(running)
         except TimeoutError:
             raise RefusedError(504, f"scoring took over {seconds:g} s; send fewer rows") from None
         except Exception as error:
-            # Rows that cannot be scored are refused by a ValueError, also by rules, of which others are mistakes.
-            refused = isinstance(error.__cause__, ValueError) if isinstance(error, RewardError) else True
-            if refused and isinstance(error, ValueError | TypeError):
-                raise RefusedError(400, f"reward {body.reward}: {error}") from None
-            raise RefusedError(500, f"reward {body.reward} failed, tell this server's operator: {error}") from None
+            raise failed("score", f"reward {body.reward}: {error}", reward_fault(error)) from None
         finally:
             if running is None:
                 ticket.leave()
 
+    def _over(self, name: str, ticket: Ticket, seconds: float, done: asyncio.Future[Any]) -> None:
+        """Whoever waited may have gone: the place is free only now, and an error is nobody's."""
+        ticket.leave()
+        self._admissions[name].took(seconds)
+        if not done.cancelled():
+            done.exception()
 
-def _over(ticket: Ticket, done: asyncio.Future[Any]) -> None:
-    """Whoever waited may have gone: the place is free only now, and an error is nobody's."""
-    ticket.leave()
-    if not done.cancelled():
-        done.exception()
+    def _check_columns(self, reward: str, given: Collection[str]) -> None:
+        for name, needed in self._scorers[reward].columns.items():
+            if needed and name not in given:
+                raise RefusedError(
+                    400, f"reward {reward}: it asks for column {name}; give it in the rows of /v1/align/score"
+                )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import secrets
 import time
 from collections import OrderedDict
@@ -25,14 +24,13 @@ from align.decoding.vllm.particles import Happened
 
 from .admission import Admission, Ticket
 from .checker import Checker
-from .errors import HungUpError, RefusedError
+from .errors import HungUpError, RefusedError, failed
 from .metrics import OUTCOMES, Metrics
 from .options import Options
 from .replies import Json, answer_json, as_asked
 from .rewards import Rewards
 from .wire import KEY, LONGEST, Settings
 
-logger = logging.getLogger(__name__)
 KEPT = 64
 """Constraints that are kept as they were built."""
 Result = TypeVar("Result")
@@ -167,7 +165,9 @@ class Service:
                 resampling=settings.resampling,
                 max_draws=settings.max_draws,
             )
-        except ValueError as error:  # a ConstraintError is one
+        except ConstraintError as error:
+            raise failed(name, as_asked(str(error)), error.fault) from None
+        except ValueError as error:
             raise RefusedError(400, as_asked(str(error))) from None
         return Job(name, request, settings, self.admission.reserve(settings.particles), deadline)
 
@@ -175,7 +175,7 @@ class Service:
         """Draw it; ``replies.answer_json`` of what it came to.
 
         Raises:
-            RefusedError: its time is up.
+            RefusedError: its time is up, or something failed that is not the client's.
         """
         costs = Costs()
         began = time.monotonic()
@@ -206,17 +206,12 @@ class Service:
                 ),
             ) from None
         except ConstraintError as error:
-            raise RefusedError(400, as_asked(str(error))) from None
+            raise failed(job.name, as_asked(str(error)), error.fault) from None
         finally:
             job.ticket.leave()
         self.metrics.answered(answer)
-        if answer.fault == "function":
-            logger.error("%s: %s", job.name, answer.reason)
-            raise RefusedError(
-                500, f"this server's function, reward or engine failed, tell its operator: {answer.reason}"
-            )
-        if answer.fault == "later":
-            raise RefusedError(503, answer.reason, {"Retry-After": "5"})
+        if answer.fault:
+            raise failed(job.name, answer.reason, answer.fault)
         self.admission.took(time.monotonic() - began)
         found = answer_json(answer, self.vocabulary, job.request)
         found["usage"] |= vars(costs)

@@ -20,7 +20,7 @@ from .combine import AllOf, AnyOf
 from .compiled import Compiled, grammar, json_schema, regex
 from .memo import Memo
 from .predicate import PythonPredicate
-from .protocol import Constraint, ConstraintError, FunctionError, Masking, StoppedError, Vocabulary
+from .protocol import Constraint, ConstraintError, Fault, FunctionError, Masking, StoppedError, Vocabulary
 from .specs import FORMS, file_of, parse
 from .sql import Sql, read_schemas
 from .wire import Built, build, written
@@ -34,6 +34,7 @@ __all__ = [
     "Compiled",
     "Constraint",
     "ConstraintError",
+    "Fault",
     "FunctionError",
     "Masking",
     "Memo",

@@ -12,6 +12,9 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 
 State = Any  # opaque to everybody but its constraint; never None
+Fault = Literal["", "function", "later"]
+"""Whose it is that something failed: "" of who asked, "function" of who gave a function that was called, "later"
+nobody's, and the same may be asked again in some seconds."""
 
 
 class ConstraintError(ValueError):
@@ -20,11 +23,10 @@ class ConstraintError(ValueError):
     Only the request whose constraint failed dies of it.
 
     Attributes:
-        fault: whose it is: "" of who wrote the constraint, "function" of who gave a function that it calls, "later"
-            nobody's, and the same may be asked again in some seconds.
+        fault: whose it is.
     """
 
-    fault: Literal["", "function", "later"] = ""
+    fault: Fault = ""
 
 
 class StoppedError(ConstraintError):
@@ -32,7 +34,7 @@ class StoppedError(ConstraintError):
 
 
 class FunctionError(ConstraintError):
-    """A function that the constraint calls raised, returned no verdict, or cannot be imported."""
+    """A function that the constraint calls, or a potential, raised, gave no verdict, or cannot be imported."""
 
     fault = "function"
 

@@ -15,7 +15,7 @@ import sys
 import time
 import weakref
 from collections.abc import Collection, Iterator, Sequence
-from functools import lru_cache
+from functools import cache
 from threading import TIMEOUT_MAX, Lock, local
 from typing import Any
 
@@ -25,7 +25,6 @@ from .protocol import ConstraintError, FunctionError, RestartingError, StoppedEr
 
 START_SECONDS = 60.0  # importing the function's module, which may import much
 COMMAND = "import sys; from align.decoding.constraints import worker; worker.main(sys.argv[1], int(sys.argv[2]))"
-SHARED = 8  # processes that constraints of requests share; that which was asked longest ago is ended for a ninth
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -152,9 +151,9 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
             stream.close()
 
 
-@lru_cache(maxsize=SHARED)
+@cache
 def shared(name: str) -> tuple[Worker, Lock]:
-    """The one process of a function here, and what its users take turns by. Nobody may keep it: it would live on."""
+    """The one process of a function that an operator named, and what its users take turns by; they may not keep it."""
     return Worker(name, TIMEOUT_MAX, patient=False), Lock()
 
 
@@ -180,7 +179,7 @@ def ask(name: str, timeout: float, before: str, ends: Sequence[str], complete: b
 
 def prepare(names: Collection[str]) -> None:
     """Start the shared processes of these functions, so that constraints need not wait for their modules."""
-    for name in sorted(names)[:SHARED]:
+    for name in names:
         worker, turn = shared(name)
         with turn:
             worker.start()

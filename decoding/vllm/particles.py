@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from align.decoding.constraints import Built, ConstraintError, Memo, Vocabulary
+from align.decoding.constraints import Built, ConstraintError, Fault, Memo, Vocabulary
 from align.decoding.drawing import check_prompt
 from align.decoding.request import Answer, Request
 from align.decoding.smc import SMC, Action, Copy, Extended, Finished, Result, Stop
@@ -111,6 +111,7 @@ class Particles:
         self._culprit: int | None = None
         self._known: dict[int, int] = {}  # of particles, the first step of which it is not known what was refused
         self.failed = ""
+        self._fault: Fault = "function"
 
     @property
     def names(self) -> list[str]:
@@ -181,8 +182,9 @@ class Particles:
                     self._tell(action)
                     actions += self._act(action)
         except (Exception, SystemExit) as error:  # a potential is anyone's code
-            reason = str(error) if isinstance(error, ConstraintError) else f"{type(error).__name__}: {error}"
-            return [*actions, *self._fail(reason)]
+            if isinstance(error, ConstraintError):
+                return [*actions, *self._fail(str(error), error.fault)]
+            return [*actions, *self._fail(f"{type(error).__name__}: {error}")]
         culprits = [number for number, at in self._broken.items() if at == self._smc.step]
         if culprits and not self.done:
             self._culprit = min(culprits)
@@ -211,7 +213,7 @@ class Particles:
             by = zip(self._names, records, strict=True) if records else ()
             said, fault = next(
                 ((record["error"], record["fault"]) for number, record in by if number == self._culprit and record),
-                ("", "function"),
+                ("", self._fault),
             )
             return Answer(None, evaluations, False, said or self.failed, masks, fault)
         assert self._result is not None
@@ -255,8 +257,8 @@ class Particles:
                 return self._abort()
         return []
 
-    def _fail(self, reason: str) -> list[Add | Abort]:
-        self.failed = reason
+    def _fail(self, reason: str, fault: Fault = "function") -> list[Add | Abort]:
+        self.failed, self._fault = reason, fault
         return self._abort()
 
     def _abort(self) -> list[Add | Abort]:

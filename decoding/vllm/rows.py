@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.decoding.constraints import ConstraintError, FunctionError, Memo, StoppedError, Vocabulary, build
+from align.decoding.constraints import ConstraintError, Fault, FunctionError, Memo, StoppedError, Vocabulary, build
 from align.decoding.constraints.worker import prepare, thread_seconds
 from align.decoding.drawing import step
 from align.decoding.law import Law
@@ -39,7 +39,7 @@ class Record:
         cut: whether the length limit ended it.
         why: why there was no token, if so.
         error: what the constraint raised, if so.
-        fault: whose that is, see ``ConstraintError``.
+        fault: whose that is.
         logits: float32, of the next token, where they were asked for.
     """
 
@@ -49,7 +49,7 @@ class Record:
     cut: bool = False
     why: str = ""
     error: str = ""
-    fault: str = ""
+    fault: Fault = ""
     logits: bytes = b""
 
     def plain(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -55,6 +56,19 @@ def test_none_is_kept_and_nothing_else_is_taken_for_a_number():
             RuleReward(lambda p, c, given=given: given)(["p", "p"], ["a", "b"], {})
 
 
+def test_a_rule_that_would_end_the_process_fails():
+    """Alone and among others; a server's event loop would end with it."""
+
+    def leaves(prompts: list[str], completions: list[str]) -> list[float]:
+        if "bad" in completions:
+            sys.exit("no")
+        return [1.0] * len(completions)
+
+    for answers, row in ((["good", "bad"], 1), (["bad"], 0)):
+        with pytest.raises(RewardError, match=f"row {row}: the rule fails: SystemExit: no"):
+            RuleReward(leaves)(["p"] * len(answers), answers)
+
+
 def test_the_answer_that_a_rule_fails_on_is_named():
     def inverse(prompts, completions):
         return [1 / len(text) for text in completions]
@@ -62,3 +76,10 @@ def test_the_answer_that_a_rule_fails_on_is_named():
     with pytest.raises(RewardError, match="row 1: the rule fails: ZeroDivisionError") as caught:
         RuleReward(inverse)(["p"] * 3, ["a", "", "b"])
     assert caught.value.row == 1
+
+
+def test_a_rule_that_takes_one_answer_is_told_of_lists():
+    """It is given a list of two prompts and one of two answers, of which it says one number."""
+    rule = RuleReward(lambda prompts, completions: 24)
+    with pytest.raises(RewardError, match=r"gave 24: wanted a list .*; prompts and answers come as lists"):
+        rule(["a", "b"], ["c", "d"], {})

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from openai import OpenAI
 
 MODULE = """
+import time
+from pathlib import Path
+
+time.sleep(5 * Path(__file__).with_suffix(".slow").exists())
+
 def short(prompts, completions):
     return [-float(len(text)) for text in completions]
 
@@ -36,6 +41,13 @@ def only_empty(text, complete):
 
 def no_zero(text, complete):
     return "0" not in text
+
+def hangs(text, complete):
+    time.sleep(60 * ("b" in text))
+    return True
+
+def picky(prompts, completions):
+    raise ValueError("no such prompt")
 """
 
 
@@ -116,15 +128,11 @@ def server(
     command = [sys.executable, "-m", "align", "serve", str(folder), "--port", str(port), "--dtype", "float32"]
     command += ["--max-model-len", "4096", "--max-num-seqs", str(Server.places), "--max-waiting", str(Server.waiting)]
     command += ["--max-plain", str(Server.plain), "--timeout", str(Server.seconds), "--max-body", "100000"]
-    command += [
-        "--predicate",
-        "operators:no_zero",
-        "--predicate",
-        "operators:only_empty",
-        "--reward",
-        "short=operators:short",
-    ]
-    command += ["--reward", "same=operators:same", "--reward", "everyday=align.rewards.rules:everyday_answer"]
+    for name in ("no_zero", "only_empty", "hangs"):
+        command += ["--predicate", f"operators:{name}"]
+    for name in ("short", "same", "picky"):
+        command += ["--reward", f"{name}=operators:{name}"]
+    command += ["--reward", "everyday=align.rewards.rules:everyday_answer"]
     log = folder.parent / "log"
     path = os.pathsep.join(filter(None, [str(folder.parent), os.environ.get("PYTHONPATH")]))
     with log.open("wb") as said:

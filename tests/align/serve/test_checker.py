@@ -111,6 +111,22 @@ def test_one_that_did_not_get_done_is_tried_again_after_some_minutes(monkeypatch
     run(work, seconds=0.5)
 
 
+def test_one_that_the_first_lane_was_too_short_for_goes_to_the_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the second had no room for it; and there it gets done."""
+    monkeypatch.setattr("align.serve.checker.WAITING", (2, 1))
+    monkeypatch.setattr("align.serve.checker.QUICK", 0.001)
+    slower = {"regex": "20[0-9]{2}"}
+
+    async def work(checker: Checker) -> None:
+        async with checker.lanes[1]:
+            with pytest.raises(RefusedError, match="busy"):
+                await checker.check(slower)
+        async with checker.lanes[0]:
+            await asyncio.wait_for(checker.check(slower), 10)
+
+    run(work, seconds=10.0)
+
+
 def test_one_that_takes_much_memory_ends_its_own_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     async def work(checker: Checker) -> None:
         process = checker.lanes[0].process

@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from align.cli import serve as command
+from align.decoding.constraints.worker import shared
 from align.errors import AlignError, ConfigError
 from align.serve import launch
 from align.serve.launch import Serve, arguments, check
@@ -113,6 +114,82 @@ def test_all_wrong_options_are_told_at_once() -> None:
         assert said in text
 
 
+OPERATORS = """
+import time
+
+def one_argument(text):
+    return True
+
+def says_yes(text, complete):
+    return "yes"
+
+def hangs(text, complete):
+    time.sleep(60)
+
+def takes_nothing(text, complete):
+    return False
+
+def fine(text, complete):
+    return True
+
+def one_number(prompts, completions):
+    return 0.5
+
+def broken(prompts, completions):
+    return [len(text) / 0 for text in completions]
+
+def leaves(prompts, completions):
+    raise SystemExit("not here")
+
+def picky(prompts, completions):
+    raise ValueError("no such row")
+
+def judges_none(prompts, completions):
+    return [None for _ in completions]
+
+def same(prompts, completions, solution):
+    return [float(text == right) for text, right in zip(completions, solution)]
+"""
+
+
+def test_functions_and_rules_are_called_once_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fails on every text, or says the wrong thing; a rule may refuse a row, and one on columns is not called."""
+    (tmp_path / "operators_own.py").write_text(OPERATORS, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = ("one_number", "broken", "leaves", "picky", "judges_none", "same")
+    options = Options(
+        rewards={name: f"operators_own:{name}" for name in names},
+        predicates=tuple(
+            f"operators_own:{name}" for name in ("one_argument", "says_yes", "hangs", "takes_nothing", "fine")
+        ),
+    )
+    with pytest.raises(ConfigError) as wrong:
+        check(Serve("model", port=_free(), options=options))
+    found = [what for _, what in wrong.value.problems]
+    for what, said in zip(
+        found,
+        (
+            "one_number: the rule gave 0.5",
+            "broken: row 0: the rule fails: ZeroDivisionError",
+            "leaves: row 0: the rule fails: SystemExit: not here",
+            "python:operators_own:one_argument: raised TypeError",
+            "python:operators_own:says_yes: returned \"'yes'\", which is no bool",
+            "python:operators_own:hangs: took over 1 s on ''",
+            "python:operators_own:takes_nothing: nothing satisfies it",
+        ),
+        strict=True,
+    ):
+        assert what.startswith(said)
+    assert not shared.cache_info().currsize
+
+
+def _free() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as tried:
+        return int(tried.getsockname()[1])
+
+
 def test_a_port_that_is_taken_is_told_before_anything_is_loaded() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -149,6 +226,7 @@ def test_the_command_line_reaches_the_server_and_its_key_is_in_no_argument(
     options = Options.of(json.loads(given["--additional-config"])["align"]["server"])
     assert options.rewards == {"nice": "align.rewards.rules:everyday_answer"}
     assert (options.max_particles, options.max_running, options.timeout) == (16, 16, 3.0)
+    assert int(given["--max-num-seqs"]) == 16 + options.max_plain  # rows for all that are let in
 
 
 def test_vllm_takes_the_arguments(tiny_model_dir: Path) -> None:

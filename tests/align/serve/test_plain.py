@@ -24,14 +24,13 @@ PATHS = ("/v1/completions", "/v1/responses", "/v1/align/smc")
 class Place:
     """Handlers that take as long as ``free`` is not set, and note when their client has gone."""
 
-    def __init__(self, most: int = 2, seconds: float = 30.0, each: int = 64) -> None:
+    def __init__(self, most: int = 2, seconds: float = 30.0) -> None:
         self.free, self.outcomes = asyncio.Event(), list[str]()
         self.running, self.stopped = 0, 0
         routes = [Route(path, self.handle, methods=["POST"]) for path in PATHS]
         app = Plain(
             Starlette(routes=[*routes, Route("/v1/models", self.models)]),
             most=most,
-            each=each,
             seconds=seconds,
             done=lambda outcome, took: self.outcomes.append(outcome),
         )
@@ -126,10 +125,10 @@ def test_what_is_counted_are_answers(body: dict[str, Any], wanted: int) -> None:
 
 def test_a_request_takes_as_many_places_as_it_wants_answers() -> None:
     async def work() -> None:
-        place = Place(most=8, each=6)
-        large = await place.client.post(PATHS[0], json={"n": 7})
+        place = Place(most=8)
+        large = await place.client.post(PATHS[0], json={"n": 9})
         assert large.status_code == 400
-        assert "7 answers are over this server's limit of 6" in large.json()["error"]["message"]
+        assert "9 answers are over this server's limit of 8" in large.json()["error"]["message"]
         first = asyncio.create_task(place.client.post(PATHS[0], json={"n": 3, "prompt": ["a", "b"]}))
         await place.until(1)
         assert (await place.client.post(PATHS[0], json={"n": 3})).status_code == 429

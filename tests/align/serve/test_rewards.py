@@ -14,7 +14,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from transformers import PreTrainedTokenizerFast
 
-from align.decoding.constraints import Vocabulary
+from align.decoding.constraints import ConstraintError, Vocabulary
 from align.decoding.request import Answer, Request
 from align.rewards.scorers import RuleReward
 from align.serve import work
@@ -121,11 +121,20 @@ def choosy(prompts: Sequence[str], completions: Sequence[str], wanted: Sequence[
     return [1.0 for _ in completions]
 
 
+def picky(prompts: Sequence[str], completions: Sequence[str]) -> Any:
+    raise ValueError("no such prompt")
+
+
+def judges_none(prompts: Sequence[str], completions: Sequence[str]) -> Any:
+    return [None for _ in completions]
+
+
 @pytest.mark.parametrize(
     ("rule", "row", "status", "said"),
     [
         (broken, {}, 500, "wanted a list"),
         (raising, {}, 500, "the rule fails: KeyError"),
+        (picky, {}, 400, "no such prompt"),
         (choosy, {}, 400, "asks for column wanted"),
         (choosy, {"wanted": None}, 400, "no wanted"),
     ],
@@ -139,6 +148,53 @@ def test_a_rule_that_is_wrong_is_the_operators_fault_and_a_row_the_clients(
             await Rewards({"it": RuleReward(rule)}).score(ScoreBody.model_validate({"reward": "it", "rows": rows}), 5)
         assert refused.value.status == status
         assert ("operator" in refused.value.message) == (status == 500)
+
+    in_a_loop(test)
+
+
+@pytest.mark.parametrize(
+    ("rule", "fault", "said"),
+    [
+        (broken, "function", "wanted a list"),
+        (raising, "function", "the rule fails: KeyError"),
+        (picky, "", "no such prompt"),
+        (judges_none, "", "no number for"),
+    ],
+)
+def test_so_it_is_where_particles_are_judged(
+    rule: Any, fault: str, said: str, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    potential = Rewards({"it": RuleReward(rule)}).potential("it", 1.0, "a", Vocabulary.of(tiny_tokenizer))
+    with pytest.raises(ConstraintError, match=said) as failed:
+        potential([(5, 6)])
+    assert failed.value.fault == fault
+
+
+def test_particles_have_no_columns(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(RefusedError, match="asks for column wanted") as refused:
+        Rewards({"it": RuleReward(choosy)}).potential("it", 1.0, "a", Vocabulary.of(tiny_tokenizer))
+    assert refused.value.status == 400
+
+
+def test_who_comes_while_others_wait_is_told_for_how_long() -> None:
+    """By what they take: 0.4 s of three are at most 0.8^3 of the second that is thought of at first, and 0.2 more."""
+
+    def slow(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        time.sleep(0.4)
+        return [1.0 for _ in completions]
+
+    async def test() -> None:
+        rewards = Rewards({"slow": RuleReward(slow)})
+        body = ScoreBody.model_validate({"reward": "slow", "rows": [{"prompt": "a", "completion": "b"}]})
+        for _ in range(3):
+            await rewards.score(body, 5)
+        waiting = [asyncio.create_task(rewards.score(body, 0.1)) for _ in range(17)]
+        await asyncio.sleep(0)
+        with pytest.raises(RefusedError, match="busy: 1 requests for this reward are under way and 16 wait") as busy:
+            await rewards.score(body, 5)
+        assert busy.value.status == 429
+        assert int(busy.value.headers["Retry-After"]) < 17
+        await asyncio.gather(*waiting, return_exceptions=True)
 
     in_a_loop(test)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -67,7 +68,10 @@ BAD: list[tuple[str, dict[str, Any], int, str]] = [
     ("/v1/completions", {"prompt": "a", "stop": ["b"], **ours(constraint=ENDLESS)}, 400, "stop: it does not go with"),
     ("/v1/completions", {"prompt": "a", "max_tokens": 4, **ours(constraint=ENDLESS)}, 422, "no valid answer"),
     ("/v1/completions", {"prompt": "a", "logprobs": 2}, 400, "processed_logits"),
-    ("/v1/completions", {"prompt": ["a", "b"], "n": 5}, 400, "10 answers are over this server's limit of 8"),
+    ("/v1/completions", {"prompt": ["a", "b"], "n": 9}, 400, "18 answers are over this server's limit of 16"),
+    ("/v1/align/smc", smc(reward="same"), 400, "asks for column solution"),
+    ("/v1/align/score", {"reward": "picky", "rows": [{"prompt": "a", "completion": "b"}]}, 400, "no such prompt"),
+    ("/v1/completions", {"prompt": "a", **ours(reward="picky")}, 422, "no such prompt"),
     ("/v1/responses", {"input": "a", **ours(constraint=ENDLESS)}, 400, "settings of ours go to"),
 ]
 
@@ -97,6 +101,34 @@ def test_a_function_of_the_operators_that_fails_is_counted_as_an_error(server: A
         assert "tell its operator" in reply.text
         assert reply.status_code == (200 if "stream" in body else 500)
     assert server.failures() == before + 2
+
+
+def test_a_function_that_starts_again_is_nobodys_failure(server: Any) -> None:
+    """It was stopped in another one's request, and its module takes five seconds to be imported."""
+
+    def asked(pattern: str) -> httpx.Response:
+        both = [{"python": "operators:hangs"}, {"regex": pattern}]
+        return server.post("/v1/align/smc", smc(constraint={"all_of": both}, particles=2, max_tokens=8))
+
+    assert asked("a{1,3}").json()["valid"]
+    slow = server.log.parent / "operators.slow"
+    slow.touch()
+    try:
+        stopped = asked("b{1,3}")
+        assert stopped.status_code == 500
+        assert "operators:hangs: took over 1 s on 'b'" in stopped.json()["error"]["message"]
+        before = server.failures()
+        early = asked("a{1,4}")
+        assert early.status_code == 503
+        assert early.headers["Retry-After"] == "5"
+        assert "is starting again" in early.json()["error"]["message"]
+        assert server.failures() == before
+    finally:
+        slow.unlink()
+    end = time.monotonic() + 30
+    while asked("a{1,4}").status_code != 200:
+        assert time.monotonic() < end
+        time.sleep(0.2)
 
 
 def test_without_the_key_nothing_is_done(server: Any) -> None:
@@ -182,6 +214,9 @@ def test_so_many_requests_without_our_settings_are_under_way_and_no_more(server:
             assert int(busy.headers["Retry-After"]) >= 1
         ours = server.post("/v1/align/score", {"reward": "short", "rows": [{"prompt": "a", "completion": "b"}]})
         assert ours.json()["scores"] == [-1.0]
+        began = time.monotonic()
+        assert server.smc(constraint={"regex": "[ab]{3}"}, particles=server.places).json()["valid"]
+        assert time.monotonic() - began < server.seconds / 2, "it waits behind them"
     server.wait_until_idle()
     assert server.post("/v1/completions", {**PLAIN, "max_tokens": 2}).status_code == 200
 

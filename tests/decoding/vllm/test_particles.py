@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from align.decoding.constraints import Vocabulary, build
+from align.decoding.constraints import ConstraintError, FunctionError, Vocabulary, build
 from align.decoding.engines import TransformersEngine
 from align.decoding.generate import generate
 from align.decoding.request import Answer, Request
@@ -370,4 +370,16 @@ def test_a_potential_that_gives_no_numbers_ends_its_request(value: Any, laws: La
     answer = asyncio.run(online.run(client, request, vocabulary, "r"))
     assert answer.result is None
     assert answer.reason
+    assert answer.fault == "function"
     assert not client.running
+
+
+@pytest.mark.parametrize("error", [ConstraintError("no"), FunctionError("no"), RuntimeError("no")])
+def test_a_potential_that_raises_says_whose_fault_it_is(error: Exception, laws: Laws, vocabulary: Vocabulary) -> None:
+    def potential(texts: Sequence[tuple[int, ...]]) -> list[float]:
+        raise error
+
+    client: Any = Client(vocabulary, laws)
+    answer = asyncio.run(online.run(client, request_of(vocabulary, potential=potential), vocabulary, "r"))
+    assert answer.result is None
+    assert answer.fault == getattr(error, "fault", "function")
