@@ -24,13 +24,14 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from align.answering import kept_answers
 from align.config.iterate import IterateSpec
 from align.config.load import config_hash, resolved_yaml
 from align.config.schema import ModelSpec, Recipe
 from align.data.report import fault_report
 from align.data.splits import Split
 from align.errors import AlignError
-from align.evaluate import TRAINED, UNTRAINED, compared_answers, kept_answers
+from align.evaluate import TRAINED, UNTRAINED, compared_answers
 from align.generate import Answerer, Settings, answer_file
 from align.models.load import LoadedModel, load_policy, load_tokenizer
 from align.run import read_splits, same_data, train

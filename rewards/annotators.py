@@ -125,11 +125,14 @@ def parse_annotator(given: Any) -> ParsedAnnotator:
         return _reward(given, "", None)
     if not isinstance(given, Mapping) or not given:
         _fail("", f"is no annotator: a reward, or a section with {', '.join(_KINDS)}")
+    given = {key: value for key, value in given.items() if value is not None} or given  # null takes a key away
     if len(given) == 1 and next(iter(given)) in EXPRESSIONS:
         return _reward(given, "", None)
     kinds = [kind for kind in _KINDS if kind in given]
-    if len(kinds) != 1:
-        key = "" if kinds else str(next(iter(given)))
+    if len(kinds) > 1:
+        _fail("", f"has {' and '.join(kinds)}: give one, or the whole annotator at once, {{{kinds[-1]}: ...}}")
+    if not kinds:
+        key = str(next(iter(given)))
         near = difflib.get_close_matches(key, [*_KINDS, *EXPRESSIONS], n=1)
         _fail(key, f"did you mean {near[0]}?" if near else f"give one of {', '.join(_KINDS)}")
     kind = kinds[0]

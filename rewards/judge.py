@@ -145,10 +145,17 @@ class _Again(Exception):  # noqa: N818
 
 @dataclass(frozen=True)
 class Judge:
-    """An annotator that asks a server."""
+    """An annotator that asks a server.
+
+    Args:
+        settings: of the recipe.
+        key: for the server.
+        both_orders: False asks for the answers in the order in which they came, to see what the judge makes of it.
+    """
 
     settings: JudgeSettings
     key: str | None = field(default=None, repr=False)
+    both_orders: bool = True
 
     @classmethod
     def of(cls, settings: JudgeSettings) -> Self:
@@ -181,14 +188,15 @@ class Judge:
             for row, prompt in enumerate(prompts)
             for i in range(size)
             for j in range(size)
-            if i != j
+            if i < j or (self.both_orders and i != j)
         }
         found = self._answers(list(dict.fromkeys(asked.values())))
         values = torch.full((len(prompts), size, size), 0.5, dtype=torch.float64)
         problems = []
         pairs = [pair for pair in asked if pair[1] < pair[2]]
         for row, i, j in pairs:
-            there, back = found[asked[row, i, j]], found[asked[row, j, i]]
+            there = found[asked[row, i, j]]
+            back = found[asked[row, j, i]] if self.both_orders else there if isinstance(there, str) else 1 - there
             if isinstance(there, str) or isinstance(back, str):
                 problems.append(Problem(row, i, j, there if isinstance(there, str) else str(back)))
             else:

@@ -40,4 +40,4 @@ def answer_within(seconds: float, setting: str, call: Callable[[], T]) -> T:
         return found[0]
     if isinstance(raised[0], Exception):
         raise raised[0]
-    raise NoAnswerError(f"{type(raised[0]).__name__}: {raised[0]}") from raised[0]
+    raise NoAnswerError(f"it would have ended the process ({type(raised[0]).__name__}: {raised[0]})") from raised[0]

@@ -219,7 +219,7 @@ def training_arguments(recipe: Recipe, output: Path, tokenizer: PreTrainedTokeni
         "bf16": compute == torch.bfloat16,
         "fp16": compute == torch.float16,
         "use_cpu": not accelerated,
-        "report_to": "none",
+        "report_to": recipe.tracking.integrations or "none",
     }
     defaults: dict[str, Any] = {
         "logging_steps": 1,

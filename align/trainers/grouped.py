@@ -123,12 +123,12 @@ class GroupedTrainer(Hosted, Trainer):  # type: ignore[misc]
         self.ref_model: Any = None
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
-        elif not continued:
-            self.ref_model = copy.deepcopy(model).requires_grad_(False).eval()
         self.moving = MovingReference(reference, decay, every)
-        _without_dropout(model)
         if isinstance(model, PeftModel) and (continued or self.moving):
             self.moving.add_adapter(model)
+        _without_dropout(model)  # the reference's adapter too, and a copy has none
+        if not isinstance(model, PeftModel):
+            self.ref_model = copy.deepcopy(model).requires_grad_(False).eval()
         args = copy.copy(args)
         args.remove_unused_columns = False
         super().__init__(model=model, args=args, train_dataset=train_dataset, processing_class=tokenizer, **kwargs)
@@ -318,12 +318,14 @@ class GroupedTrainer(Hosted, Trainer):  # type: ignore[misc]
 
 def _without_dropout(model: nn.Module) -> None:
     """Turn it off: policy and reference are compared token by token, and dropout would be most of the difference."""
+    found = False
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in ("dropout", "attention_dropout"):  # numbers that some layers hand to their attention
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+        numbers = {name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)}
+        for name in numbers | ({"p"} if isinstance(module, nn.Dropout) else set()):
+            found |= getattr(module, name) > 0
+            setattr(module, name, 0.0)
+    if found:
+        logger.warning("dropout is switched off: policy and reference are compared token by token")
 
 
 _TOKENS = "num_tokens"

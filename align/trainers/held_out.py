@@ -38,6 +38,15 @@ class HeldOut:
         """Whether the model before training can be had: a fresh adapter switched off, or a reference that stays."""
         return self.trainer.fresh_adapter or not self.trainer.moving
 
+    def check(self) -> None:
+        """Raise a ValueError where the model before training cannot be had."""
+        if not self.has_start:
+            raise ValueError(
+                "held-out answers are compared with the model before training, of which nothing is kept where the "
+                "reference moves: train a fresh adapter, or keep that model and compare with it after training, as "
+                "a recipe's evals: [generation] does"
+            )
+
     @contextlib.contextmanager
     def _start(self) -> Iterator[Any]:
         trainer = self.trainer
@@ -55,7 +64,11 @@ class HeldOut:
         Returns:
             ``win_rate`` with its standard error, ``kl`` (k1, nats an answer), ``entropy`` (nats a token), ``length``
             (tokens) and ``truncated``, the share of answers that were cut.
+
+        Raises:
+            ValueError: the model before training cannot be had. AlignError: the annotator fails.
         """
+        self.check()
         trainer = self.trainer
         prompts = [encode_prompt(row["prompt"], trainer.tokenizer) for row in rows]
         own = trainer.sampled(prompts, trainer.args.seed)
@@ -63,7 +76,7 @@ class HeldOut:
             with self._start() as start:
                 self._answers = prompts, trainer.by_transformers(start, prompts, trainer.args.seed + 1)
         both = [[mine.text, theirs.text] for mine, theirs in zip(own, self._answers[1], strict=True)]
-        wins = trainer.verdicts(rows, both).preference[:, 0, 1]
+        wins = trainer.jury.of_evaluation(rows, both).preference[:, 0, 1]
         wins = wins[~wins.isnan()]
         logps, base, entropy = self._scored(prompts, own)
         release_freed()

@@ -96,11 +96,17 @@ class Hosted(Trainer):  # type: ignore[misc]
         computed_in = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
         tolerance = STEP_ZERO_TOLERANCE[computed_in]
         if not gap <= tolerance:
+            dropped = [
+                f"{name} {value:g}"
+                for name, value in self.model.config.to_dict().items()
+                if "drop" in name and isinstance(value, float) and value > 0
+            ]
             raise AlignError(
                 f"before the first step, policy and reference differ by up to {gap:.3g} nats a token (at most "
                 f"{tolerance:g} in {str(computed_in).removeprefix('torch.')}): the reference is not the model that "
-                "training starts from. Check the adapter and the reference weights; if another reference is meant, "
-                "say starts_at_reference=False"
+                "training starts from. Check the adapter and the reference weights"
+                + f", and the dropout of the model's config ({', '.join(dropped)}): set it to 0" * bool(dropped)
+                + "; if another reference is meant, say starts_at_reference=False"
             )
 
     # --- checkpoints --------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,21 @@ import torch
 from align.tracking.files import write_text
 
 from .grouped import Group
+
+SAMPLES = "samples.jsonl"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimiser step that a checkpoint is of.
+
+    Raises:
+        ValueError: the folder is no checkpoint.
+    """
+    path = checkpoint / "trainer_state.json"
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["global_step"])
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"resume_from_checkpoint: {checkpoint} is no checkpoint: {path.name}: {error}") from error
 
 
 def forget_after(path: Path, step: int) -> None:
@@ -26,6 +42,15 @@ def forget_after(path: Path, step: int) -> None:
         if entry["step"] <= step:
             kept.append(line)
     write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def has_verdicts(path: Path) -> bool:
+    """Whether a step of the samples has a verdict on any pair."""
+    if not path.exists():
+        return False
+    tables = (json.loads(line)["preference"] for line in path.read_text(encoding="utf-8").split("\n") if line)
+    pairs = (value for table in tables for row, values in enumerate(table or ()) for value in values[:row])
+    return any(value is not None and not math.isnan(value) for value in pairs)
 
 
 def written(group: Group) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import hashlib
 import itertools
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,13 +46,12 @@ from align.tracking.files import finite, write_text
 
 from .grouped import Group, GroupedTrainer
 from .held_out import HeldOut
-from .judging import LABELS, asked, labelled
-from .kept import forget_after, read, written
+from .judging import LABELS, Jury, labelled
+from .kept import SAMPLES, forget_after, read, step_of, written
 from .windows import Windows
 
 logger = logging.getLogger(__name__)
 
-SAMPLES = "samples.jsonl"
 SECONDS = 600.0
 
 
@@ -122,26 +122,30 @@ class OnlineTrainer(GroupedTrainer):
         self.annotator_seconds, self._draw_by = annotator_seconds, draw
         self._window: tuple[int, list[list[Group]]] | None = None
         self._resumed_from: Path | None = None
-        self._ever_judged = False
-        self._held_out = HeldOut(self)
+        self.began = 0  # the step that training went on from
+        self.jury, self._held_out = Jury(self), HeldOut(self)
         super().__init__(model, args, data_collator=list, **kwargs)
         size = self._window_size()
         if len(self.train_dataset) < size:
             raise ValueError(
                 f"{len(self.train_dataset):,} prompts, and a step takes {size:,}: fewer a step, or more prompts"
             )
+        if len(set(self.train_dataset[ROW_ID])) < len(self.train_dataset):
+            raise ValueError(
+                f"train_dataset: rows with the same {ROW_ID!r}, by which the draws of rows are told apart: leave "
+                "out those that are there twice, or give them ids of their own"
+            )
         self.moving.check(self.model, self.ref_model)
+        if draw is not None and drawing.mixture and not self._against:
+            raise ValueError("draw: it has the policy's weights, and answers of a mixture take the reference's too")
         if drawing.mixture and "advantage" in self.takes:
             raise ValueError("mixture: mdpo's ratios are to the policy that drew the answers, which a mixture is not")
         if self._against and inner_steps > 1:
             raise ValueError(f"inner_steps is {inner_steps}: a policy gradient is of answers of the policy as it is")
         if "scores" in self.takes and labels != "soft":
             raise ValueError(f"labels is {labels!r}: {self.group_loss.info.name} learns from scores, which have none")
-        if self.moving and args.eval_strategy != "no" and not self._held_out.has_start:
-            raise ValueError(
-                "eval_strategy: held-out answers are compared with the model before training, of which nothing is "
-                "kept where the reference moves; train a fresh adapter, or evaluate after training"
-            )
+        if args.eval_strategy != "no":
+            self._held_out.check()
         if self._against and drawing.answers != 2:
             raise ValueError(
                 f"answers is {drawing.answers}: {self.group_loss.info.name} takes 2, one from the mixture"
@@ -178,7 +182,7 @@ class OnlineTrainer(GroupedTrainer):
         prompts = [encode_prompt(row["prompt"], self.tokenizer) for row in rows]
         keys = [int.from_bytes(hashlib.sha256(str(row[ROW_ID]).encode()).digest()[:7], "big") for row in rows]
         answers = self._answers(prompts, keys, number)
-        verdicts = self.verdicts(rows, [[answer.text for answer in own] for own in answers])
+        verdicts = self.jury.of_step(rows, [[answer.text for answer in own] for own in answers])
         self._keep_samples(number, rows, answers, verdicts)
         release_freed()
         groups = []
@@ -226,8 +230,11 @@ class OnlineTrainer(GroupedTrainer):
         """Answers of the policy as it is, or of its mixture."""
         if self._draw_by is not None and mixture is None:
             self._draw_by.push(self.accelerator.unwrap_model(self.model))
-            told = keys if keys is not None else [0] * len(prompts)
-            seeds = [(seed * 1_000_003 + key + place) % (1 << 62) for place, key in enumerate(told)]
+            seen: Counter[int] = Counter()  # the answers of a prompt are numbered, wherever it stands in the batch
+            seeds = []
+            for key in keys if keys is not None else [0] * len(prompts):
+                seeds.append((seed * 1_000_003 + key + seen[key]) % (1 << 62))
+                seen[key] += 1
             found: list[Sample] = self._draw_by(prompts, seeds=seeds, max_new_tokens=self.drawing.max_new_tokens)
             return found
         with self.accelerator.autocast():
@@ -272,40 +279,6 @@ class OnlineTrainer(GroupedTrainer):
         by_answer = [logps[rows.answer == answer].tolist() for answer in range(rows.answers)]
         return [replace(group, behaviour=by_answer[place :: len(groups)]) for place, group in enumerate(groups)]
 
-    # --- verdicts -----------------------------------------------------------------------------------------------
-
-    def verdicts(self, rows: Sequence[Mapping[str, Any]], answers: Sequence[Sequence[str]]) -> Verdicts:
-        """What the annotator says. Where it fails the run ends, on every process, with a checkpoint to go on from.
-
-        Raises:
-            AlignError: it fails, takes too long, or has never had anything to say.
-        """
-        found = asked(self.annotator, rows, answers, self.annotator_seconds)
-        failed, judged = 1, 0
-        if isinstance(found, Verdicts):
-            known = ~found.preference.isnan()
-            failed, judged = 0, int(known.sum() - known.diagonal(dim1=1, dim2=2).sum())
-        told = torch.tensor([float(failed), float(judged)], device=self.args.device)
-        failures, pairs = self.accelerator.reduce(told, reduction="sum").tolist()
-        self._ever_judged |= pairs > 0
-        if isinstance(found, Verdicts) and not failures and not self._ever_judged:
-            why = f": {found.problems[0].reason}" if found.problems else ""
-            found, failures = f"it has nothing to say of any pair{why}", 1.0
-        if failures:
-            why = found if isinstance(found, str) else "it failed on another process"
-            raise AlignError(f"online.annotator, at step {self.state.global_step + 1}: {why}. {self._kept()}")
-        assert not isinstance(found, str)
-        return found
-
-    def _kept(self) -> str:
-        """Write a checkpoint of the steps so far; how the run can go on."""
-        step = self.state.global_step
-        if self.args.save_strategy == "no":
-            return "No checkpoint is kept (save_strategy: no)"
-        if step:
-            self._save_checkpoint(self.model, trial=None)
-        return f"Nothing is lost: the same command goes on from step {step}"
-
     # --- what is kept -------------------------------------------------------------------------------------------
 
     def _keep_samples(
@@ -336,13 +309,15 @@ class OnlineTrainer(GroupedTrainer):
                 file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in everywhere)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        output = Path(self.args.output_dir)
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
-        if resume_from_checkpoint:
-            self._resumed_from = Path(str(resume_from_checkpoint))
+            resume_from_checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
+            if resume_from_checkpoint is None:
+                raise ValueError(f"resume_from_checkpoint: no checkpoint in {output}; leave it out to start anew")
+        self._resumed_from = Path(str(resume_from_checkpoint)) if resume_from_checkpoint else None
+        self.began = step_of(self._resumed_from) if self._resumed_from else 0
         if self.is_world_process_zero():
-            step = int(self._resumed_from.name.rpartition("-")[2]) if self._resumed_from is not None else 0
-            forget_after(Path(self.args.output_dir) / SAMPLES, step)
+            forget_after(output / SAMPLES, self.began)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -387,10 +362,17 @@ class OnlineTrainer(GroupedTrainer):
 
 
 class Follow(TrainerCallback):  # type: ignore[misc]
-    """Moves the reference after each optimiser step."""
+    """Moves the reference after each optimiser step, and makes up for an evaluation that ended the run."""
 
     def __init__(self, trainer: OnlineTrainer) -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Gone on with; a checkpoint that was written within an evaluation says so."""
+        due = state.stateful_callbacks["TrainerControl"]["args"]["should_evaluate"]
+        if due and args.eval_strategy != "no" and not args.eval_on_start:
+            control.should_evaluate = True  # until it is done
+            self.trainer.evaluate()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """One step has been taken."""

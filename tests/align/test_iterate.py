@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import align.iterate
+import align.run
 from align.cli import app
 from align.config.load import load_recipe
 from align.errors import AlignError, ConfigError
@@ -34,6 +35,12 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def manifest(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
     return found
+
+
+@pytest.fixture
+def no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw no report, which takes longer than they do."""
+    monkeypatch.setattr(align.run, "render_report", lambda folder: folder / "report.html")
 
 
 @pytest.fixture
@@ -88,6 +95,7 @@ def test_rounds(recipe: Callable[..., Path], tmp_path: Path) -> None:
         run(recipe())
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_more_rounds_go_on_from_those_that_are_done(recipe: Callable[..., Path], tmp_path: Path) -> None:
     """One round, and one more: the first is not done again, and the second is the whole's."""
     path = recipe(iterate={**ITERATE, "rounds": 1, "annotator": "users_rule:longer"}, evals=[])
@@ -104,6 +112,7 @@ def test_more_rounds_go_on_from_those_that_are_done(recipe: Callable[..., Path],
         run(path)
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_the_same_command_goes_on_from_any_stage(
     recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,6 +144,7 @@ def test_the_same_command_goes_on_from_any_stage(
         run(path, "loss.beta=0.2")
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_an_annotator_that_hangs_ends_in_a_message_and_rounds_that_go_on(
     recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +168,7 @@ def test_an_annotator_that_hangs_ends_in_a_message_and_rounds_that_go_on(
     assert manifest(tmp_path / "run")["status"] == "finished"
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_each_round_may_have_prompts_of_its_own(recipe: Callable[..., Path], tmp_path: Path) -> None:
     """Two rounds of 14 of the 24 prompts: all of them, and the first four of the second round again."""
     spec = {"rounds": 2, "answers": 2, "max_new_tokens": 2, "prompts": 14, "annotator": "users_rule:longer"}
@@ -168,6 +179,7 @@ def test_each_round_may_have_prompts_of_its_own(recipe: Callable[..., Path], tmp
     assert asked[24:] == asked[:4]
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_all_weights(recipe: Callable[..., Path], tmp_path: Path) -> None:
     """Without an adapter the next round starts from the model of the one before."""
     path = recipe(model={"lora": None}, iterate={**ITERATE, "annotator": "users_rule:longer"}, method="gpo", evals=[])
@@ -176,6 +188,7 @@ def test_all_weights(recipe: Callable[..., Path], tmp_path: Path) -> None:
     assert (tmp_path / "run" / "model" / "config.json").is_file()
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_a_rule_gets_the_columns_of_its_prompts(
     recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,6 +215,7 @@ def test_a_rule_gets_the_columns_of_its_prompts(
         run(path)
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_groups_of_data(recipe: Callable[..., Path], tmp_path: Path) -> None:
     """What ``align score --annotator`` wrote is data of gpo and sppo; held-out data are prompts."""
     run(recipe(iterate={**ITERATE, "rounds": 1, "annotator": "users_rule:longer"}, evals=[]))

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 PANELS = (
     ("win rate against the model before training", "eval_win_rate"),
-    ("KL to the reference, nats an answer (learnt from)", "kl/k1"),
+    ("KL to the reference, nats an answer (held out)", "eval_kl"),
     ("answer length, tokens (learnt from)", "length/tokens"),
     ("entropy, nats a token (learnt from)", "entropy"),
 )

@@ -298,13 +298,20 @@ def test_a_folder_of_another_kind(pal_dir: Path, gpm_dir: Path):
     assert caught.value.where == "reward.lsc.reference"
 
 
+def test_null_takes_a_key_away():
+    """Of the annotator that an override changes."""
+    given = {"reward": None, "temperature": None, "compare": "rules:first_is_better"}
+    assert parse_annotator(given).name == "first_is_better"
+    assert parse_annotator({"raw_sum": ["rules:length"], "reward": None}).rules == ("rules:length",)
+
+
 @pytest.mark.parametrize(
     ("said", "where", "problem"),
     [
         (3, "", "is no annotator"),
         ({}, "", "is no annotator"),
         ({"rewrd": "rules:length"}, "rewrd", "did you mean reward"),
-        ({"reward": "rules:length", "gpm": "x"}, "", "give one of reward, gpm"),
+        ({"reward": "rules:length", "gpm": "x"}, "", r"has reward and gpm: give one, or .* at once, \{gpm: ...\}"),
         ({"reward": "rules:length", "tau": 1}, "tau", "unknown key; known beside reward: temperature"),
         ({"reward": "rules:length", "temperature": 0}, "temperature", "is 0; it must be a positive number"),
         ({"reward": "rules:nothing"}, "reward", "has no nothing"),
@@ -318,6 +325,8 @@ def test_a_folder_of_another_kind(pal_dir: Path, gpm_dir: Path):
         ),
         ({"gpm": "rules:length"}, "gpm", "is a rule"),
         ({"gpm": None}, "gpm", "must be text"),
+        ({"gpm": None, "temperature": None}, "gpm", "must be text"),
+        ({"reward": None, "temperature": 1}, "temperature", "give one of reward, gpm"),
         ({"compare": "rules:no"}, "compare", "has no no"),
         ({"compare": "rules:unsure", "both_orders": 1}, "both_orders", "must be true or false"),
     ],

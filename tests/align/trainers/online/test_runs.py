@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 from peft import LoraConfig
+from torch import Tensor
 
 from align.data.prompts import ROW_ID
 from align.errors import AlignError
-from align.rewards.annotators import AnnotatorError, annotator_of
+from align.rewards.annotators import AnnotatorError, Problem, Verdicts, annotator_of
+from align.trainers.judging import asked
 from align.trainers.online import OnlineTrainer
 
 TrainerOf = Callable[..., OnlineTrainer]
@@ -93,17 +98,17 @@ def test_two_processes_equal_one(
 
 
 class Faulty:
-    """Answers twice, and then has a fault, once."""
+    """Has a fault, once, when it is called the third time."""
 
     name = "faulty"
 
-    def __init__(self, inner: Any, fault: Callable[[Any], Any]) -> None:
-        self.inner, self.fault, self.calls = inner, fault, 0
+    def __init__(self, inner: Any, fault: Callable[[Any], Any], call: int = 3) -> None:
+        self.inner, self.fault, self.call, self.calls = inner, fault, call, 0
 
     def __call__(self, *given: Any) -> Any:
         self.calls += 1
         found = self.inner(*given)
-        return self.fault(found) if self.calls == 3 else found
+        return self.fault(found) if self.calls == self.call else found
 
 
 RELEASED = threading.Event()
@@ -122,14 +127,10 @@ def _raise(error: BaseException) -> Callable[[Any], Any]:
         (_raise(AnnotatorError("judge", "the server is gone", 1)), "the server is gone"),
         (_raise(ZeroDivisionError("division by zero")), "ZeroDivisionError: division by zero"),
         (lambda found: RELEASED.wait(20), "has not answered in 0.5 s"),
-        (_raise(SystemExit(3)), "SystemExit: 3"),
-        (lambda found: None, "it gave a NoneType, not Verdicts"),
-        (lambda found: replace(found, preference=found.preference[1:]), r"shape \(3, 2, 2\), and 2 answers to 4"),
-        (lambda found: replace(found, preference=found.preference + 0.7), "no probabilities"),
-        (lambda found: replace(found, scores=found.scores * math.inf), "infinite|NaN"),
-        (lambda found: replace(found, scores=found.scores.abs() + 1), "not antisymmetric"),
+        (_raise(SystemExit(3)), r"would have ended the process \(SystemExit: 3\)"),
+        (lambda found: replace(found, scores=found.scores.numpy()), "scores must be a tensor"),
     ],
-    ids=["fails", "raises", "hangs", "exits", "nothing", "short", "over 1", "infinite", "one-sided"],
+    ids=["fails", "raises", "hangs", "exits", "malformed"],
 )
 def test_a_faulty_annotator_ends_in_a_message_and_a_run_that_goes_on(
     trainer_of: TrainerOf, assert_equal: Any, by_letters: Any, fault: Any, why: str
@@ -143,6 +144,150 @@ def test_a_faulty_annotator_ends_in_a_message_and_a_run_that_goes_on(
     again.train(resume_from_checkpoint=str(Path(trainer.args.output_dir) / "checkpoint-2"))
     whole = trainer_of("whole", arguments=arguments)
     whole.train()
+    assert_equal(whole, again)
+
+
+def _over_diagonal(table: Tensor, value: float) -> Tensor:
+    """The table of two answers with another value in one order of them."""
+    return table.masked_fill(torch.tensor([[False, True], [False, False]]), value)
+
+
+def _on_diagonal(table: Tensor, value: float) -> Tensor:
+    return table.masked_fill(torch.eye(2, dtype=torch.bool), value)
+
+
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [
+        (lambda found: None, "it gave a NoneType, not Verdicts"),
+        (lambda found: replace(found, preference=found.preference.numpy()), "preference must be a tensor .* ndarray"),
+        (lambda found: replace(found, scores=found.scores.tolist()), "scores must be a tensor .* list"),
+        (lambda found: replace(found, scores=found.scores.long()), "scores must be .* floating type.* torch.int64"),
+        (lambda found: replace(found, preference=found.preference[1:]), r"shape \(3, 2, 2\), and 2 answers to 4"),
+        (lambda found: replace(found, scores=_over_diagonal(found.scores, math.inf)), "its scores are infinite"),
+        (lambda found: replace(found, scores=_over_diagonal(found.scores, math.nan)), "NaN in one order"),
+        (lambda found: replace(found, preference=_over_diagonal(found.preference, 1.7)), "no probabilities"),
+        (lambda found: replace(found, scores=_over_diagonal(found.scores, 90.0)), "not antisymmetric"),
+        (lambda found: replace(found, preference=_on_diagonal(found.preference, math.nan)), "itself must be 0.5"),
+        (lambda found: replace(found, scores=_on_diagonal(found.scores, 1.0)), "itself must be 0"),
+        (lambda found: replace(found, problems=None), "problems are a NoneType"),
+        (lambda found: replace(found, problems=["no"]), "no is no problem of"),
+        (lambda found: replace(found, problems=[Problem(9, 0, 1, "")]), "prompt=9.* one of 4 prompts"),
+        (lambda found: replace(found, problems=[Problem(0, 1, 2, "")]), "second=2.* two of 2 answers"),
+        (lambda found: replace(found, problems=[Problem("a", 0, 1, "")]), "TypeError"),
+    ],
+)
+def test_malformed_verdicts_are_told(by_letters: Any, fault: Any, why: str) -> None:
+    rows = [{"prompt": prompt} for prompt in ("the cat", "an inn", "her hat", "tea")]
+    answers = [["a", "b"], ["b", "c"], ["c", "a"], ["a", "a"]]
+    assert isinstance(asked(by_letters(), rows, answers, 10.0), Verdicts)
+    said = asked(lambda *given: fault(by_letters()(*given)), rows, answers, 10.0)  # type: ignore[arg-type]
+    assert isinstance(said, str)
+    assert re.search(why, said), said
+
+
+def test_a_silent_step_is_passed(
+    trainer_of: TrainerOf, by_letters: Any, samples: Any, assert_equal: Any, caplog: Any, monkeypatch: Any
+) -> None:
+    """Steps without a verdict before, between and after others; one in front of which the run is gone on with too.
+    After two in a row the run ends, and gets past them.
+    """
+    first = {"per_device_train_batch_size": 1, "max_steps": 5}
+    order = trainer_of("order", arguments=first)
+    order.train()
+    asked_for = [line["prompt"] for line in samples(order)]
+    arguments = {**first, "save_strategy": "steps", "save_steps": 1}
+    annotator = by_letters(silent=[asked_for[place] for place in (0, 2, 3)])
+    whole = trainer_of("whole", arguments=arguments, annotator=annotator)
+    whole.train()
+    assert "at step 1: it has nothing to say of any pair: nothing to say" in caplog.text
+    again = trainer_of("whole", arguments=arguments, annotator=annotator)
+    again.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-2"))
+    assert_equal(whole, again)
+    monkeypatch.setattr("align.trainers.judging.SILENT", 2)
+    ended = trainer_of("ended", arguments=arguments, annotator=annotator)
+    with pytest.raises(AlignError, match=r"at step 4: .*any pair, 2 times in a row.* goes on from step 3"):
+        ended.train()
+    past = trainer_of("ended", arguments=arguments, annotator=annotator)
+    past.train(resume_from_checkpoint=True)
+    assert_equal(whole, past)
+
+
+def test_a_run_that_learnt_nothing_does_not_end_well(
+    trainer_of: TrainerOf, by_letters: Any, samples: Any, monkeypatch: Any
+) -> None:
+    """However often it is gone on with; where one step had a verdict, a silent last one is no fault."""
+    arguments = {"per_device_train_batch_size": 1, "max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+    order = trainer_of("order", arguments=arguments)
+    order.train()
+    asked_for = [line["prompt"] for line in samples(order)]
+    monkeypatch.setattr("align.trainers.judging.SILENT", 3)
+    for resume in (None, True, True):
+        trainer = trainer_of("silent", arguments=arguments, annotator=by_letters(silent=asked_for))
+        with pytest.raises(AlignError, match="any pair"):
+            trainer.train(resume_from_checkpoint=resume)
+    with pytest.raises(AlignError, match="nor had it at any step of this run, which has learnt nothing"):
+        trainer_of("silent", arguments=arguments, annotator=by_letters(silent=asked_for)).train(
+            resume_from_checkpoint=True
+        )
+    trainer_of("spoken", arguments=arguments, annotator=by_letters(silent=asked_for[2:])).train()
+
+
+def test_an_evaluation_that_failed_is_made_up(trainer_of: TrainerOf, by_letters: Any, prompts: Any) -> None:
+    """The fourth call is the evaluation at step 2, and so is the next run's first: it fails twice."""
+    arguments = {
+        "save_strategy": "steps",
+        "save_steps": 100,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "max_steps": 3,
+    }
+    settings: dict[str, Any] = {"arguments": arguments, "eval_dataset": prompts}
+    fault = _raise(AnnotatorError("judge", "gone"))
+    failed = r"in the evaluation at step 2: judge: gone. Nothing is lost: the same command goes on from step 2"
+    with pytest.raises(AlignError, match=failed):
+        trainer_of(annotator=Faulty(by_letters(), fault, 4), **settings).train()
+    with pytest.raises(AlignError, match=failed):
+        trainer_of(annotator=Faulty(by_letters(), fault, 1), **settings).train(resume_from_checkpoint=True)
+    again, whole = trainer_of(**settings), trainer_of("whole", **settings)
+    again.train(resume_from_checkpoint=True)
+    whole.train()
+    curves = [
+        [(entry["step"], entry["eval_win_rate"]) for entry in one.state.log_history if "eval_win_rate" in entry]
+        for one in (again, whole)
+    ]
+    assert [step for step, _ in curves[0]] == [1, 2, 3]
+    assert curves[0] == curves[1]
+
+
+def test_without_checkpoints_none_is_promised(trainer_of: TrainerOf, by_letters: Any) -> None:
+    trainer = trainer_of(annotator=Faulty(by_letters(), _raise(ValueError("gone")), 2))
+    with pytest.raises(AlignError, match=r"at step 2: ValueError: gone. No checkpoint is kept \(save_strategy: no\)$"):
+        trainer.train()
+    assert not list(Path(trainer.args.output_dir).glob("checkpoint-*"))
+    with pytest.raises(AlignError, match=r"in the evaluation at step 0: ValueError: gone$"):
+        trainer_of(annotator=Faulty(by_letters(), _raise(ValueError("gone")), 1)).evaluate(trainer.train_dataset)
+
+
+def test_the_last_checkpoint_is_gone_on_with(trainer_of: TrainerOf, samples: Any, assert_equal: Any) -> None:
+    """``True`` is the last one; without one, or with a folder that is none, nothing is started and nothing lost."""
+    whole = trainer_of(arguments={**SAVED, "max_steps": 2})
+    with pytest.raises(ValueError, match="resume_from_checkpoint: no checkpoint in"):
+        whole.train(resume_from_checkpoint=True)
+    whole.train()
+    kept, output = samples(whole), Path(whole.args.output_dir)
+    again = trainer_of(arguments={**SAVED, "max_steps": 2})
+    shutil.rmtree(output / "checkpoint-2")
+    (output / "checkpoint-1").rename(output / "final")
+    for folder in ("final/nowhere", "runs"):
+        with pytest.raises(ValueError, match=r"is no checkpoint: trainer_state.json"):
+            again.train(resume_from_checkpoint=str(output / folder))
+    with pytest.raises(ValueError, match="resume_from_checkpoint: no checkpoint in"):
+        again.train(resume_from_checkpoint=True)
+    assert samples(whole) == kept
+    (output / "final").rename(output / "checkpoint-1")
+    again.train(resume_from_checkpoint=True)
+    assert samples(again) == kept
     assert_equal(whole, again)
 
 

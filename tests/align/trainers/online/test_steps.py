@@ -8,10 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
-from torch import Tensor
-from transformers import LlamaForCausalLM
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
+from align.data.prompts import ROW_ID
 from align.errors import AlignError
 from align.losses import Loss
 from align.trainers.judging import labelled
@@ -148,7 +157,9 @@ def test_a_step_without_a_verdict_leaves_the_weights(
     assert all(torch.equal(value, weights(one)[name]) for name, value in weights(two).items())
     assert [entry["preference/set_aside"] for entry in two.state.log_history[:2]] == [0, 1]
     never = trainer_of("never", loss=loss, annotator=by_letters(silent=PROMPTS))
-    with pytest.raises(AlignError, match="at step 1: it has nothing to say of any pair: nothing to say"):
+    with pytest.raises(
+        AlignError, match="at step 2: it has nothing to say of any pair, 2 times in a row: nothing to say"
+    ):
         never.train()
 
 
@@ -177,6 +188,49 @@ def test_the_reference_follows(trainer_of: TrainerOf, weights: Any, kind: str, s
         own = [policy[name] for policy in policies]
         wanted = own[2] if kind == "previous" else own[3] / 2 + own[2] / 4 + own[1] / 8 + own[0] / 8
         torch.testing.assert_close(value, wanted, rtol=0, atol=1e-6)
+
+
+DROPPING = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.5)
+
+
+@pytest.mark.parametrize("reference", ["fixed", "ema", "previous"])
+@pytest.mark.parametrize("kind", ["full", "lora", "continued"])
+def test_neither_policy_nor_reference_has_dropout(
+    trainer_of: TrainerOf, make_tiny_model: Callable[..., LlamaForCausalLM], reference: str, kind: str
+) -> None:
+    model: Any = make_tiny_model(attention_dropout=0.5)
+    if kind == "full":
+        model.model.layers[0].mlp = nn.Sequential(model.model.layers[0].mlp, nn.Dropout(0.5))
+    if kind == "continued":
+        model = get_peft_model(model, DROPPING)
+    trainer = trainer_of(model=model, reference=reference, peft_config=DROPPING if kind == "lora" else None)
+    assert (trainer.ref_model is None) == (kind != "full")
+    modules = [module for one in filter(None, (trainer.model, trainer.ref_model)) for module in one.modules()]
+    assert {module.p for module in modules if isinstance(module, nn.Dropout)} == {0.0}
+    assert {module.attention_dropout for module in modules if hasattr(module, "attention_dropout")} == {0.0}
+
+
+def test_a_policy_that_is_its_own_reference_has_no_kl(trainer_of: TrainerOf, caplog: Any) -> None:
+    """The policy of the step before, at every step: the reference is what the answers are drawn from."""
+    trainer = trainer_of(peft_config=DROPPING, reference="previous", every=1, arguments={"max_steps": 3})
+    assert "dropout is switched off" in caplog.text
+    trainer.train()
+    kls = [entry["kl/k1"] for entry in trainer.state.log_history if "loss" in entry]
+    assert kls == pytest.approx([0, 0, 0], abs=1e-4)
+
+
+@pytest.mark.parametrize("bloom", [True, False], ids=["of its layers", "of its config"])
+def test_dropout_that_is_a_number(trainer_of: TrainerOf, tiny_tokenizer: PreTrainedTokenizerFast, bloom: bool) -> None:
+    """Bloom's layers have it, and it is switched off; Falcon's read it from the config, which is told."""
+    ends = {"pad_token_id": tiny_tokenizer.pad_token_id, "eos_token_id": tiny_tokenizer.eos_token_id}
+    own = {"vocab_size": len(tiny_tokenizer), "hidden_size": 32, "hidden_dropout": 0.1, **ends}
+    torch.manual_seed(0)
+    if bloom:
+        trainer_of(model=BloomForCausalLM(BloomConfig(n_layer=1, n_head=2, **own))).train()
+        return
+    model = FalconForCausalLM(FalconConfig(num_hidden_layers=1, num_attention_heads=2, **own))
+    with pytest.raises(AlignError, match=r"dropout of the model's config \(hidden_dropout 0.1\): set it to 0"):
+        trainer_of(model=model).train()
 
 
 def test_labels() -> None:
@@ -217,6 +271,7 @@ def test_windows() -> None:
         ({"inner_steps": 0}, "at least 1"),
         ({"loss": "nash_md_pg", "drawing": {"answers": 3}}, "takes 2"),
         ({"drawing": {"answers": 1}}, "two or more"),
+        ({"draw": object(), "drawing": {"mixture": 0.5}}, "draw: it has the policy"),
         ({"drawing": {"mixture": 1.5}}, r"\[0, 1\]"),
         ({"loss": "mdpo", "drawing": {"mixture": 0.5}}, "mixture"),
         ({"loss": "nash_md_pg", "inner_steps": 2}, "as it is"),
@@ -232,3 +287,30 @@ def test_what_cannot_be(trainer_of: TrainerOf, settings: Any, what: str | None) 
         return
     with pytest.raises(ValueError, match=what):
         trainer_of(**settings)
+
+
+def test_an_average_takes_float32(trainer_of: TrainerOf, make_tiny_model: Callable[..., LlamaForCausalLM]) -> None:
+    """Of all weights; an adapter on a model in bfloat16 is in float32."""
+    with pytest.raises(ValueError, match=r"ema in torch.bfloat16: its small steps would be lost"):
+        trainer_of(model=make_tiny_model().bfloat16(), reference="ema")
+    trainer_of(model=make_tiny_model().bfloat16(), reference="ema", peft_config=LORA)
+    trainer_of(model=make_tiny_model().bfloat16(), reference="previous")
+
+
+@pytest.mark.parametrize("kind", ["full", "continued"])
+def test_nothing_is_compared_with_a_reference_that_moved(
+    trainer_of: TrainerOf, make_tiny_model: Callable[..., LlamaForCausalLM], prompts: Dataset, kind: str
+) -> None:
+    """Neither as it trains nor when it is asked."""
+    model = make_tiny_model() if kind == "full" else get_peft_model(make_tiny_model(), LORA)
+    settings: dict[str, Any] = {"model": model, "reference": "previous", "eval_dataset": prompts}
+    with pytest.raises(ValueError, match="of which nothing is kept where the reference moves"):
+        trainer_of(arguments={"eval_strategy": "steps", "eval_steps": 1}, **settings)
+    trainer = trainer_of(**settings)
+    with pytest.raises(ValueError, match="of which nothing is kept where the reference moves"):
+        trainer.evaluate()
+
+
+def test_rows_have_ids_of_their_own(trainer_of: TrainerOf) -> None:
+    with pytest.raises(ValueError, match="rows with the same 'id of the row'"):
+        trainer_of(train_dataset=Dataset.from_dict({"prompt": PROMPTS, ROW_ID: list("abcdefga")}))
