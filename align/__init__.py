@@ -12,7 +12,7 @@ One namespace, six floors; a floor imports only from those below it.
   its evaluations, ``align.run_pal`` those of ``method: pal``.
 - beside the run: ``align.score`` (columns for a data set, and filters by them), ``align.generate`` with
   ``align.controlled`` and ``align.answers`` (answers to a prompt or a file, and the file that they go to),
-  ``align.compare`` (models on a data set), ``align.annotators`` (new annotators of a PAL model), ``align.doctor``.
+  ``align.suites`` (``align eval``), ``align.annotators`` (new annotators of a PAL model), ``align.doctor``.
 
 This file imports nothing, so that ``import align.losses`` costs torch and ``align --help`` costs nothing.
 """

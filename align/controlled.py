@@ -17,6 +17,8 @@ from align.decoding.constraints import (
     Built,
     Constraint,
     ConstraintError,
+    Fault,
+    FunctionError,
     Memo,
     Vocabulary,
     file_of,
@@ -29,7 +31,7 @@ from align.decoding.law import Law
 from align.decoding.request import Answer, Method, Potential, Request, satisfies
 from align.errors import AlignError, ConfigError
 from align.rewards.encoding import as_answer
-from align.rewards.scorers import Scorer, asked_columns, load_scorer
+from align.rewards.scorers import RewardError, Scorer, asked_columns, load_scorer
 
 if TYPE_CHECKING:
     from align.generate import Answerer
@@ -265,8 +267,9 @@ def reward_potential(
         columns = {column: [value] * len(answers) for column, value in others.items()}
         try:
             scores = scorer([prompt] * len(answers), answers, columns)
-        except ValueError as error:
-            raise ConstraintError(f"{name}: {error}") from error
+        except (ValueError, TypeError) as error:
+            kind = FunctionError if reward_fault(error) else ConstraintError
+            raise kind(f"{name}: {error}") from error
         found = [score for score in scores if score is not None]
         if len(found) < len(scores):
             said = repr(vocabulary.text(sequences[list(scores).index(None)]))
@@ -277,6 +280,20 @@ def reward_potential(
         return [strength * score for score in found]
 
     return potential
+
+
+def reward_fault(error: Exception) -> Fault:
+    """Whose it is that a scorer raised: rows that cannot be scored it refuses by a ValueError, and so does a rule.
+
+    A reward model names what is wrong with a row itself; what a rule raises is the cause of a ``RewardError``, which
+    has none where the rule gave the wrong thing.
+    """
+    refused = (
+        isinstance(error.__cause__, ValueError)
+        if isinstance(error, RewardError)
+        else isinstance(error, ValueError | TypeError)
+    )
+    return "" if refused else "function"
 
 
 class Inputs:

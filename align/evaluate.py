@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from align.answering import BATCH, Answers, Kept
 from align.config.schema import Recipe
 from align.data.prompts import unpacked
 from align.data.splits import Split
@@ -29,14 +29,13 @@ from align.evals.goals import goals_suite
 from align.evals.kl import LogRatios, log_ratios
 from align.evals.preference import preference_suite
 from align.evals.reward import ratings_suite, reward_suite
-from align.evals.sampling import Sample, sample
+from align.evals.sampling import Sample
 from align.evals.thumbs import thumbs_suite
 from align.heldout import answer_logps, cycles_of, first_tokens, pair_logps
 from align.losses import PairLogps, SequenceLogps, combine
 from align.losses.general_preference import gpm_score
 from align.losses.rows import answer_rows
 from align.losses.types import UnpairedLogps
-from align.models.ends import end_tokens
 from align.models.memory import release_freed
 from align.models.scoring import sequence_logps
 from align.rewards.encoding import as_answer, plain
@@ -50,7 +49,6 @@ from align.trainers.thumbs import ThumbsTrainer
 from align.trainers.thumbs_loss import thumbs_rewards
 
 SAMPLES_SHOWN = 20
-BATCH = 16
 TRAINED, UNTRAINED = "trained", "untrained"
 """Whose answers they are, of the generation suite."""
 ANSWERS = ("chosen_ids", "rejected_ids", "completion_ids")
@@ -256,7 +254,7 @@ def _generation(
     """Answers of both models to the first held-out prompts, and the KL on answers drawn at temperature 1."""
     spec, prompts = recipe.generation, _asked(recipe, held_out)
     ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
-    answers = _Answers(run / "eval" / "answers.jsonl", tokenizer, ids, recipe)
+    answers = _answers(recipe, tokenizer, ids, run)
     model = built.trainer.model
     after = answers.of(TRAINED, model, spec.temperature)
     drawn = after if spec.temperature == 1.0 else answers.of("trained, for the KL", model, 1.0)
@@ -290,6 +288,12 @@ def compared_answers(
     return compare(asked, before, after, load_reward(spec.reward), kl=kl, settings=settings)
 
 
+def _answers(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]], run: Path) -> Answers:
+    spec = recipe.generation
+    kept = Kept(run / "eval" / "answers.jsonl")
+    return Answers(kept, tokenizer, ids, max_new_tokens=spec.max_new_tokens, seed=spec.seed)
+
+
 def _kl(ids: Sequence[Sequence[int]], drawn: Sequence[Sample], built: Built, pad: int) -> LogRatios:
     """Log-ratios of answers that the trained model drew at temperature 1."""
 
@@ -313,7 +317,7 @@ def _goals(recipe: Recipe, built: Built, tokenizer: PreTrainedTokenizerBase, run
     spec, reward, pad = recipe.grpo, built.trainer.reward, int(tokenizer.pad_token_id)
     model, longest, data = built.trainer.model, spec.max_completion_length, built.trainer.goals
     ids = [encode_prompt(prompt, tokenizer) for prompt in data["prompt"]]
-    answers = _Answers(run / "eval" / "answers.jsonl", tokenizer, ids, recipe)
+    answers = _answers(recipe, tokenizer, ids, run)
     after = answers.of("trained, for the goals", model, 1.0, longest)
     with built.untrained() as untrained:
         before = answers.of("untrained, for the goals", untrained, 1.0, longest)
@@ -343,52 +347,3 @@ def _goals(recipe: Recipe, built: Built, tokenizer: PreTrainedTokenizerBase, run
         kl=kl,
         settings={**spec.model_dump(), "prompts": len(ids), "temperature": 1.0},
     )
-
-
-def kept_answers(path: Path) -> dict[tuple[str, int], Sample]:
-    """Answers of an evaluation, by whose they are and the number of the prompt."""
-    kept = {}
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the line that a kill has torn; its answer is drawn again
-        kept[entry["of"], entry["row"]] = Sample(entry["tokens"], entry["text"], entry["finished"])
-    return kept
-
-
-class _Answers:
-    """Answers drawn so far, kept in a file; an interrupted draw loses at most the batch in hand."""
-
-    def __init__(
-        self, path: Path, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], recipe: Recipe
-    ) -> None:
-        self.path, self.tokenizer, self.prompts, self.spec = path, tokenizer, prompts, recipe.generation
-        self.kept = kept_answers(path) if path.exists() else {}
-
-    def of(self, name: str, model: Any, temperature: float, max_new_tokens: int | None = None) -> list[Sample]:
-        """One answer a prompt. Each has its own random stream, so that it is the same in whatever batch."""
-        missing = [row for row in range(len(self.prompts)) if (name, row) not in self.kept]
-        with progress(f"answers, {name}", len(missing)) as advance, self.path.open("a", encoding="utf-8") as file:
-
-            def keep(batch: Mapping[int, Sample]) -> None:
-                for place, answer in batch.items():
-                    self.kept[name, missing[place]] = answer
-                    entry = {"of": name, "row": missing[place], **asdict(answer)}
-                    file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-                file.flush()
-                release_freed()
-                advance(len(batch))
-
-            sample(
-                model,
-                self.tokenizer,
-                [self.prompts[row] for row in missing],
-                eos_ids=end_tokens(model, self.tokenizer),
-                max_new_tokens=max_new_tokens or self.spec.max_new_tokens,
-                temperature=temperature,
-                seed=self.spec.seed,
-                batch_size=BATCH,
-                on_batch=keep,
-            )
-        return [self.kept[name, row] for row in range(len(self.prompts))]

@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from align.losses import SequenceLogps
 from align.models.load import load_tokenizer
 from align.models.scoring import sequence_logps
 from align.reports.card import write_card
+from align.reports.eval_figures import result_images
 from align.reports.report import render_report
 from align.rewards.models import RewardModel
 from align.run_pal import COMPARED, compare_trained, run_pal
@@ -41,6 +43,7 @@ from align.tracking.manifest import run_facts
 from align.tracking.run_folder import RunFolder
 from align.tracking.telemetry import disable_telemetry
 from align.tracking.wandb import WandbMirror
+from align.tracking.wandb_eval import send_evaluation
 from align.trainers.build import build, training_arguments
 from align.trainers.grpo import check_prompts
 from align.trainers.interrupt import interruptible
@@ -176,6 +179,10 @@ def _finish(run: RunFolder, mirror: WandbMirror | None, timings: dict[str, float
             mirror.samples(results["generation"]["rows"][:20])
         mirror.file(report)
         sync = mirror.finish()
+        if mirror.place.mode != "disabled":
+            for name, result in results.items():
+                place = replace(mirror.place, name=f"{mirror.place.name}-{name}")
+                send_evaluation(result, [run.path / "eval" / f"{name}.json"], result_images(result), place)
         if sync:
             console.print(f"W&B, offline: {sync}", soft_wrap=True)
 
@@ -358,20 +365,18 @@ def _save_reward(model: RewardModel, trainer: Trainer, run: RunFolder) -> None:
         with trainer.accelerator.autocast():
             before = model.score_ids(rows["prompt_ids"], answers)
             after = model.merge().score_ids(rows["prompt_ids"], answers)
-        run.update_manifest(
-            merged={"mean_change": round(float((before - after).abs().mean()), 6), "answers": len(answers)}
-        )
+        change = float((before - after).abs().mean())
+        run.update_manifest(merged={"mean_change": round(change, 6), "answers": len(answers)})
     _write_folder(run.path / "model", model, model.tokenizer)
 
 
 def _probe(model: Any, trainer: Trainer, tokenizer: PreTrainedTokenizerBase) -> SequenceLogps | None:
     """Log-probs of the first (chosen) answers that the trainer holds; None where it holds prompts alone."""
-    rows = trainer.train_dataset
+    rows = trainer.train_dataset[:PROBED]
     known = ("chosen_ids", "completion_ids", "answer_ids")
-    answers = next((name for name in known if name in rows.column_names), None)
+    answers = next((name for name in known if name in rows), None)
     if answers is None:
         return None
-    rows = rows[:PROBED]
     if answers == "answer_ids":
         rows[answers] = [several[0] for several in rows[answers]]
     model.eval()

@@ -10,14 +10,21 @@ held-out data. Each returns one JSON-able dict: ``suite, schema, n, metrics, row
                     gained?
 - ``generation``    answers before and after, judged by a reward: win rate, length, repetition, KL to the reference.
 - ``reward``        does a reward model rank or rate held-out answers as people did? ``pal``: as each of them did?
+- ``calibration``   are stated probabilities of pairs right?
+- ``judges``        do annotators say what people say, and what else than the answers moves them?
+- ``pluralism``     whom does a reward serve? ``rewardbench``: scores with that benchmark's weights.
 - ``cycles``        preferences that run in a circle, where no reward passes (K - 1)/K.
 - ``goals``         several rewards at once: each before and after, and the share of answers that are good in all.
+- ``answers``       answers of several models against a baseline's, whoever judged them.
+- ``frontier``      reward against KL to the reference, of models and of what decoders make of them.
 
 What they stand on:
 
 - ``statistics``    percentile bootstrap, by row or by prompt; exactly invariant to the order of the rows.
 - ``sampling``      answers that depend on the prompt and the seed, not on the batch they were drawn in.
 - ``kl``            log-ratios of sampled answers, and what they do and do not estimate.
+- ``length_control``  win rate at equal length, by a logistic model of the preference.
+- ``best_of``       best of n from draws of the reference: reward over subsets, KL bound and estimator.
 
 Before and after with a LoRA, the reference being the same model with its adapters off::
 

@@ -27,6 +27,8 @@ MEANS = (
     "frac_chosen_down",
 )
 """Metrics that are means over pairs."""
+COMPARED = ("chosen_delta_per_token", "rejected_delta_per_token", "frac_chosen_down")
+"""Those that models are compared on: a change in nats an answer says little beside one a token."""
 GAINED = 10
 
 
@@ -57,7 +59,7 @@ def displacement_suite(
     Raises:
         ValueError: the two models scored different pairs, or the row ids do not match them.
     """
-    columns = _columns(policy, reference)
+    columns = displacement_values(policy, reference)
     chosen, rejected = columns["chosen_delta"], columns["rejected_delta"]
     if len(row_ids) != len(chosen):
         raise ValueError(f"{len(chosen)} pairs and {len(row_ids)} row ids")
@@ -78,20 +80,19 @@ def displacement_suite(
     return result if gained is None else {**result, "gained": [dict(token) for token in gained]}
 
 
-def displacement_difference(
-    policy: PairLogps, other: PairLogps, reference: PairLogps, *, groups: Sequence[Hashable] | None = None
-) -> dict[str, Any]:
-    """How much more one model moved than another, pair by pair: the suite's means, with paired intervals.
+def displacement_values(policy: PairLogps, reference: PairLogps) -> dict[str, NDArray[np.float64]]:
+    """What ``MEANS`` are the means of, by pair, (N,): to compare models on.
 
     Args:
-        policy, other, reference: log-probs of the same pairs under the three models.
-        groups: as in ``displacement_suite``.
+        policy, reference: log-probs of the same pairs under the two models.
 
     Raises:
         ValueError: the models scored different pairs.
     """
-    one, two = _columns(policy, reference), _columns(other, reference)
-    return {name: bootstrap_interval(one[name] - two[name], groups=groups).as_dict() for name in MEANS}
+    chosen, chosen_tokens = _change(policy.chosen, reference.chosen, "chosen")
+    rejected, rejected_tokens = _change(policy.rejected, reference.rejected, "rejected")
+    values = (chosen, chosen / chosen_tokens, rejected, rejected / rejected_tokens, (chosen < 0).astype(np.float64))
+    return dict(zip(MEANS, values, strict=True))
 
 
 def largest_decreases(steps: Sequence[SequenceLogps]) -> NDArray[np.float64]:
@@ -129,14 +130,6 @@ def gained_tokens(before: Tensor, after: Tensor, decode: Callable[[list[int]], s
         {"id": token, "token": decode([token]), "before": float(before[token]), "after": float(after[token])}
         for token in ids[gain > 0].tolist()
     ]
-
-
-def _columns(policy: PairLogps, reference: PairLogps) -> dict[str, NDArray[np.float64]]:
-    """What ``MEANS`` are the means of, by pair, (N,)."""
-    chosen, chosen_tokens = _change(policy.chosen, reference.chosen, "chosen")
-    rejected, rejected_tokens = _change(policy.rejected, reference.rejected, "rejected")
-    values = (chosen, chosen / chosen_tokens, rejected, rejected / rejected_tokens, (chosen < 0).astype(np.float64))
-    return dict(zip(MEANS, values, strict=True))
 
 
 def _change(

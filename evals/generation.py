@@ -89,9 +89,9 @@ def repetition(tokens: Sequence[int]) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def distinct(answers: Sequence[Sequence[int]]) -> float:
-    """Different 2-grams as a share of all 2-grams of all answers (distinct-2, arXiv 1510.03055); 1 where none are."""
-    grams = [gram for tokens in answers for gram in _ngrams(tokens, 2)]
+def distinct(answers: Sequence[Sequence[int]], n: int = 2) -> float:
+    """Different n-grams as a share of all n-grams of all answers (distinct-n, arXiv 1510.03055); 1 where none are."""
+    grams = [gram for tokens in answers for gram in _ngrams(tokens, n)]
     return len(set(grams)) / len(grams) if grams else 1.0
 
 

@@ -92,3 +92,64 @@ def preferred(preference: Sequence[float | None] | None, count: int) -> tuple[ND
     if not decided.any():
         raise ValueError(f"all {count} pairs are ties of the label: there is nothing to be right about")
     return label, decided
+
+
+def compared_preferences(
+    scores: Tensor,
+    row_ids: Sequence[str],
+    *,
+    rewards: Tensor | None = None,
+    preference: Sequence[float | None] | None = None,
+    groups: Sequence[Hashable] | None = None,
+    subsets: Sequence[str] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """``preference_suite`` of any kind of reward, and per subset.
+
+    Args:
+        scores: by how much the chosen answer of each pair is better, (N,).
+        row_ids: one per pair, kept in the rows.
+        rewards: of the chosen and of the rejected answers, (N, 2), where each has one; kept in the rows.
+        preference, groups: as in ``preference_suite``.
+        subsets: of each pair.
+        settings: what made the scores, kept in the result.
+
+    Returns:
+        Metrics ``accuracy``, ``margin``, ``ties``, and of each subset with a pair whose label prefers an answer
+        ``accuracy/SUBSET`` and ``ties/SUBSET``; rows ``{row_id, score, right}``, with ``chosen_reward``,
+        ``rejected_reward``, ``preference`` and ``subset`` where there are any; ``right`` is 1, 1/2 (a tie) or 0, and
+        null where the label is a tie.
+
+    Raises:
+        ValueError: as ``preference_suite``.
+    """
+    score = finite_vector(scores.detach().double().cpu().numpy(), "scores")
+    if len(score) != len(row_ids):
+        raise ValueError(f"{len(score)} scores, {len(row_ids)} row ids")
+    label, decided = preferred(preference, len(row_ids))
+    names: Sequence[Hashable] = range(len(label)) if groups is None else groups
+    metrics = ranking_metrics(score, label, names)
+    for subset in sorted(set(subsets or ())):
+        own = np.array([one == subset for one in subsets or ()])
+        if (own & decided).any():
+            found = ranking_metrics(score[own], label[own], [names[row] for row in np.flatnonzero(own)])
+            metrics |= {f"{metric}/{subset}": found[metric] for metric in ("accuracy", "ties")}
+    right = right_of(score, label)
+    rows: list[dict[str, Any]] = [
+        {"row_id": row_id, "score": float(s), "right": float(r) if known else None}
+        for row_id, s, r, known in zip(row_ids, score, right, decided, strict=True)
+    ]
+    for number, row in enumerate(rows):
+        if rewards is not None:
+            row["chosen_reward"], row["rejected_reward"] = (float(value) for value in rewards[number])
+        if preference is not None and preference[number] is not None:
+            row["preference"] = float(label[number])
+        if subsets is not None:
+            row["subset"] = subsets[number]
+    return suite_result("preference", metrics, rows, settings)
+
+
+def right_of(score: NDArray[np.float64], label: NDArray[np.float64]) -> NDArray[np.float64]:
+    """1 where the score prefers the answer that the label does, 1/2 where score or label prefer none, else 0."""
+    found: NDArray[np.float64] = 0.5 + np.sign(score) * np.sign(label - 0.5) / 2
+    return found

@@ -1,15 +1,18 @@
-"""Estimates with intervals: the percentile bootstrap, in numpy."""
+"""Estimates with intervals (the percentile bootstrap) and paired comparisons (sign-flip tests, Holm), in numpy."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 LEVEL = 0.95
 RESAMPLES = 10_000
+CLEAR = 0.05
+"""A comparison is clear where its adjusted p-value is below this."""
 _BLOCK = 2**20  # drawn indices held at once: bounds memory, whatever n is
 
 
@@ -82,6 +85,51 @@ def bootstrap_interval(
     return Estimate(value, float(low), float(high), n)
 
 
+def bootstrap_draws(
+    columns: ArrayLike,
+    *,
+    groups: Sequence[Hashable] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> NDArray[np.float64]:
+    """Sums of columns over bootstrap draws of their rows, for statistics that are no mean: ``f`` of these sums.
+
+    The same rows and seed give the same sums in any order of the rows, up to rounding.
+
+    Args:
+        columns: (N, C).
+        groups: as in :func:`bootstrap_interval`.
+        resamples: draws.
+        seed: of the draws.
+
+    Returns:
+        (resamples, C).
+
+    Raises:
+        ValueError: no rows, counts that differ, or a number that is not finite.
+    """
+    given = np.asarray(columns, dtype=np.float64)
+    if given.ndim != 2 or not len(given) or not np.isfinite(given).all():
+        raise ValueError(f"columns is of finite numbers and shape (N, C) with N >= 1, not {given.shape}")
+    if groups is not None:
+        if len(groups) != len(given):
+            raise ValueError(f"{len(given)} rows and {len(groups)} group labels")
+        index: dict[Hashable, int] = {}
+        labels = np.array([index.setdefault(group, len(index)) for group in groups])
+        given = np.stack([np.bincount(labels, column) for column in given.T], axis=1)
+    units = given[np.lexsort(given.T)]
+    n = len(units)
+    rng = np.random.default_rng(seed)
+    block = max(1, _BLOCK // n)
+    sums = []
+    for start in range(0, resamples, block):
+        size = min(block, resamples - start)
+        drawn = rng.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n)
+        sums.append(times.astype(np.float64) @ units)
+    return np.concatenate(sums)
+
+
 def win_rate(before: ArrayLike, after: ArrayLike, *, level: float = LEVEL, seed: int = 0) -> Estimate:
     """Share of prompts where ``after`` scores above ``before``; a tie is half a win.
 
@@ -98,6 +146,130 @@ def win_rate(before: ArrayLike, after: ArrayLike, *, level: float = LEVEL, seed:
     return bootstrap_interval((new > old) + 0.5 * (new == old), level=level, seed=seed)
 
 
+def paired_difference(
+    first: ArrayLike,
+    second: ArrayLike,
+    *,
+    groups: Sequence[Hashable] | None = None,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+) -> Estimate:
+    """Mean of ``second - first``, row by row, with the bootstrap interval of the differences.
+
+    Args:
+        first, second: values of the same rows in the same order, shape (N,).
+        groups, level, resamples: as in :func:`bootstrap_interval`.
+
+    Raises:
+        ValueError: shapes that differ, no rows, or a value that is not finite.
+    """
+    return bootstrap_interval(_differences(first, second), groups=groups, level=level, resamples=resamples)
+
+
+def paired_p(
+    first: ArrayLike,
+    second: ArrayLike,
+    *,
+    groups: Sequence[Hashable] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> float:
+    """Two-sided p-value of ``mean(second - first) = 0``: the sign-flip test.
+
+    Where neither is better, the difference of a row is as likely as its negative; p is the share of sign patterns
+    that give a mean as far from 0 as the one that was seen. Rows of a group flip together. Differences that are 0
+    say nothing. All ``2^n`` patterns are counted where they are at most ``resamples``; else that many are drawn, and
+    ``p = (1 + count) / (1 + resamples)``, which is never 0 and holds its level exactly. The same whichever comes
+    first, and in any order of the rows.
+
+    Args:
+        first, second: values of the same rows in the same order, shape (N,).
+        groups: as in :func:`bootstrap_interval`.
+        resamples: sign patterns drawn.
+        seed: of the draws.
+
+    Raises:
+        ValueError: shapes that differ, no rows, a value that is not finite, or ``resamples < 1``.
+    """
+    if resamples < 1:
+        raise ValueError(f"resamples is {resamples}: at least one sign pattern is drawn")
+    sums = _units(_differences(first, second), None, groups)[:, 0]
+    sizes = np.sort(np.abs(sums[sums != 0]))
+    n, total = len(sizes), float(sizes.sum())
+    seen = abs(float(sums.sum())) - 1e-12 * total  # sums of the same numbers in another order may differ by rounding
+    if 2**n <= resamples:
+        patterns = np.arange(2**n)[:, None] >> np.arange(n) & 1
+        return float(np.mean(np.abs(2 * (patterns @ sizes) - total) >= seen))
+    rng = np.random.default_rng(seed)
+    block = max(1, _BLOCK // n)
+    count = 0
+    for start in range(0, resamples, block):
+        drawn = rng.integers(2, size=(min(block, resamples - start), n), dtype=np.int8)
+        count += int((np.abs(2 * (drawn @ sizes) - total) >= seen).sum())
+    return (1 + count) / (1 + resamples)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values (Scandinavian Journal of Statistics 6, 1979), in the order given.
+
+    Of m p-values in ascending order, ``p'_(i) = max over j <= i of min(1, (m - j + 1) p_(j))``. Calling those below
+    ``a`` clear is wrong about any one of them with probability at most ``a``, however the tests depend on each other.
+
+    Raises:
+        ValueError: one is outside [0, 1].
+    """
+    given = np.asarray(p_values, dtype=np.float64)
+    wrong = ~((given >= 0) & (given <= 1))
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise ValueError(f"p_values[{row}] is {given[row]}: a probability was expected")
+    order = np.argsort(given, kind="stable")
+    adjusted = np.empty_like(given)
+    adjusted[order] = np.maximum.accumulate(np.minimum(1.0, given[order] * np.arange(len(given), 0, -1)))
+    found: list[float] = adjusted.tolist()
+    return found
+
+
+def comparisons(
+    values: Mapping[str, Mapping[str, ArrayLike]], *, against: str, groups: Sequence[Hashable] | None = None
+) -> list[dict[str, Any]]:
+    """Every model against one of them, on every metric, row by row; Holm over all of them.
+
+    Args:
+        values: by model and metric, one value a row, (N,): of the same rows in the same order for all models.
+        against: the model that the others are compared with.
+        groups: as in :func:`bootstrap_interval`.
+
+    Returns:
+        ``{metric, model, against, value, low, high, n, p, p_holm, clear}`` each: the mean difference
+        ``model - against``, its interval (which is of this one comparison alone), and whether it is clear among all.
+
+    Raises:
+        ValueError: ``against`` is none of the models, metrics or rows differ, or a value is not finite.
+    """
+    if against not in values:
+        raise ValueError(f"against is {against!r}: the models are {', '.join(map(repr, values))}")
+    base = values[against]
+    found: list[dict[str, Any]] = []
+    for model, metrics in values.items():
+        if set(metrics) != set(base):
+            raise ValueError(f"{model} has metrics {sorted(metrics)}, {against} has {sorted(base)}")
+        if model == against:
+            continue
+        for metric in base:
+            pair = base[metric], metrics[metric]
+            difference = paired_difference(*pair, groups=groups).as_dict()
+            p = paired_p(*pair, groups=groups)
+            found.append({"metric": metric, "model": model, "against": against, **difference, "p": p})
+    return corrected(found)
+
+
+def corrected(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Comparisons with ``p_holm`` and ``clear`` over all of these: of several calls, one file."""
+    adjusted = holm([comparison["p"] for comparison in found])
+    return [{**comparison, "p_holm": p, "clear": p < CLEAR} for comparison, p in zip(found, adjusted, strict=True)]
+
+
 def finite_vector(values: ArrayLike, name: str) -> NDArray[np.float64]:
     """``values`` as a float64 vector (N,).
 
@@ -111,6 +283,14 @@ def finite_vector(values: ArrayLike, name: str) -> NDArray[np.float64]:
         row = int(np.flatnonzero(~np.isfinite(vector))[0])
         raise ValueError(f"{name}[{row}] is {vector[row]}: a finite number was expected")
     return vector
+
+
+def _differences(first: ArrayLike, second: ArrayLike) -> NDArray[np.float64]:
+    one, two = finite_vector(first, "first"), finite_vector(second, "second")
+    if one.shape != two.shape:
+        raise ValueError(f"{len(one)} values and {len(two)}: a comparison is paired by row")
+    difference: NDArray[np.float64] = two - one
+    return difference
 
 
 def _units(values: ArrayLike, per: ArrayLike | None, groups: Sequence[Hashable] | None) -> NDArray[np.float64]:

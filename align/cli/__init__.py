@@ -3,11 +3,11 @@
 - ``train``, ``validate``, ``generate``, ``serve``, ``score``, ``filter``, ``eval``, ``models``, ``recipes``,
   ``report``, ``doctor``, ``verify``: the commands; what they do is elsewhere (``align.run``, ``align.data``,
   ``align.generate``, ``align.serve``, ``align.score``, ``align.models``, ``align.config``, ``align.reports``,
-  ``align.doctor``, ``align.evals.exact``, ``align.compare``).
-- ``logic``: ``align recipes logic``; ``disk``: a full disk, however a library says it.
+  ``align.doctor``, ``align.evals.exact``, ``align.suites``).
+- ``diff``: ``align report diff``; ``logic``: ``align recipes logic``; ``disk``: a full disk, as libraries say it.
 
-Exit codes: 0; 1 the run failed, or the data is not good enough; 2 usage or configuration; 130 interrupted. How a
-command ends is decided here, in one place, by ``CommandLine``.
+Exit codes: 0; 1 it failed, the data is not good enough, or a result is worse; 2 usage or configuration; 130
+interrupted. How a command ends is decided here, in one place, by ``CommandLine``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typer.core import TyperGroup
 from align.errors import AlignError
 from align.tracking.telemetry import disable_telemetry
 
-from . import doctor, eval, filter, generate, models, recipes, report, score, serve, train, validate, verify
+from . import diff, doctor, eval, filter, generate, models, recipes, report, score, serve, train, validate, verify
 from .disk import full_message, is_full
 
 
@@ -59,10 +59,15 @@ app.command()(generate.generate)
 app.command()(serve.serve)
 app.command()(score.score)
 app.command("filter")(filter.filter_)
-app.command("eval")(eval.evaluate)
+app.command("eval", epilog=eval.EPILOG)(eval.evaluate)
 app.add_typer(models.app, name="models")
 app.add_typer(recipes.app, name="recipes")
-app.command()(report.report)
+reports = typer.Typer(
+    cls=diff.ReportGroup, help="Pages of runs, and what two results differ in.", no_args_is_help=True
+)
+reports.command(diff.PAGE)(report.report)
+reports.command("diff")(diff.diff)
+app.add_typer(reports, name="report")
 app.command()(doctor.doctor)
 app.command()(verify.verify)
 

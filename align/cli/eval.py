@@ -2,123 +2,113 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from enum import StrEnum
+import re
+import sys
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from align.errors import ConfigError
+from align.suites import SUITES
 
 from .disk import writing_to
 
-WIDTH = 140
-SHOWN = 5  # tokens
+if TYPE_CHECKING:
+    from align.suites.asked import Asked
+    from align.tracking.wandb import Mode
+
+EPILOG = "\n\n".join(f"[bold]{name}[/bold]  {question}" for name, question in SUITES.items())
+SETTING = re.compile(r"[a-z_][\w.]*=")
 
 
-class Suite(StrEnum):
-    """What can be asked of models. ``_RUN`` says how, and ``_SHOW`` what is printed of it."""
-
-    DISPLACEMENT = "displacement"
+def _suite(name: str) -> str:
+    if name not in SUITES:
+        raise typer.BadParameter(f"'{name}' is not one of {', '.join(SUITES)}")
+    return name
 
 
 def evaluate(
-    models: Annotated[
+    suite: Annotated[
         list[str],
+        typer.Option(metavar="SUITE", parser=_suite, help="What to measure, see below; can be given again."),
+    ],
+    words: Annotated[
+        list[str] | None,
         typer.Argument(
-            metavar="MODEL",
-            help="Run (its checkpoints and its end), checkpoint, adapter or model folder, packaged name, hub id.",
+            metavar="MODEL... [KEY=VALUE...]",
+            help="Run (also by its recipe), checkpoint, adapter or model folder, packaged name, hub id; then settings "
+            "of the suites, such as prompts=64.",
+            show_default=False,
         ),
-    ],
-    suite: Annotated[Suite, typer.Option(help="What to measure.")],
-    source: Annotated[
-        str,
-        typer.Option("--data", metavar="DATA", help="JSONL, JSON, CSV, Parquet, a folder, hub id, align:NAME/SPLIT."),
-    ],
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="JSONL, JSON, CSV, Parquet, a folder, hub id, align:NAME/SPLIT; else the first run's held-out data.",
+        ),
+    ] = None,
     reference: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="What they are compared with; else what all of them were trained from."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="JSON to write; else SUITE.json here.", show_default=False)
+        Path | None,
+        typer.Option("--output", "-o", help="JSON to write, of several suites a folder.", show_default="SUITE.json"),
     ] = None,
     max_length: Annotated[
         int | None, typer.Option(min=2, help="Limit of prompt and answer, tokens; else the reference's own.")
     ] = None,
+    wandb: Annotated[
+        Literal["offline", "online", "disabled"] | None,
+        typer.Option(
+            help="A W&B run of each result, in the group of the first run's; else as that run's tracking.wandb says.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Compare models, and the checkpoints of runs, on a data set.
+    """Compare models, decoders and rewards on the same data. Intervals are 95 %, comparisons are paired.
 
-    displacement, on pairs: did the chosen answers fall too, where did their probability go, and at which checkpoint?
-    Intervals are 95 %; differences are from the first line, pair by pair.
-
-        align eval runs/quickstart --suite displacement --data align:quickstart/heldout
+    align eval runs/quickstart --suite displacement
     """
+    from align.suites.asked import asked_of, settings_of
     from align.tracking.files import make_room, write_json
 
-    path = output or Path(f"{suite}.json")
-    if path.is_dir():
-        raise ConfigError("align eval", [("--output", f"{path} is a folder: name a file in it")])
-    make_room(path)
-    result = _RUN[suite](models, source, reference, max_length, path.with_suffix(".rejected_rows.jsonl"))
-    with writing_to(path):
-        write_json(path, result)
-    _SHOW[suite](result)
-    print(path)
+    given = [word for word in words or [] if SETTING.match(word)]
+    models = [word for word in words or [] if not SETTING.match(word)]
+    modules = {name: import_module(f"align.suites.{name.replace('-', '_')}") for name in dict.fromkeys(suite)}
+    paths = _paths(list(modules), output)
+    for path in paths.values():
+        make_room(path)
+    asked = {name: asked_of(models, data, reference, max_length, path) for name, path in paths.items()}
+    settings = settings_of(modules, given, next(iter(asked.values())).recipes)
+    for name, module in modules.items():
+        result = module.run(asked[name], settings[name])
+        with writing_to(paths[name]):
+            write_json(paths[name], result)
+        module.show(result)
+        print(paths[name])
+        _to_wandb(result, asked[name], paths[name], wandb)
 
 
-def _run_displacement(
-    models: list[str], source: str, reference: str | None, max_length: int | None, rejected: Path
-) -> dict[str, Any]:
-    from align.compare import compare_displacement
+def _to_wandb(result: dict[str, Any], asked: Asked, path: Path, mode: Mode | None) -> None:
+    from align.reports.eval_figures import result_images
+    from align.tracking.wandb_eval import place_of, send_evaluation
 
-    return compare_displacement(models, source, reference=reference, max_length=max_length, rejected=rejected)
-
-
-def _show_displacement(result: Mapping[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = WIDTH  # a log or a pipe has no edge to fold at
-    data = result["data"]["source"]
-    console.print(f"{result['n']:,} pairs of {data} against {result['reference']}: change of log-prob", soft_wrap=True)
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    table.add_column("")
-    for column in ("chosen, nats a token", "less the first line", "chosen fell", "largest fall", "rejected"):
-        table.add_column(column, justify="right")
-    for name, found in result["models"].items():
-        metrics, difference = found["metrics"], found["difference"]
-        table.add_row(
-            Text(name),
-            _estimate(metrics["chosen_delta_per_token"], "+.3f"),
-            "" if difference is None else _estimate(difference["chosen_delta_per_token"], "+.3f"),
-            _estimate(metrics["frac_chosen_down"], ".0%"),
-            f"{metrics['largest_fall']['value']:.1f} nats",
-            f"{metrics['rejected_delta_per_token']['value']:+.3f}",
-        )
-    console.print(table)
-    console.print("\nTokens that gained most probability as an answer's first, mean over prompts", style="dim")
-    for name, found in result["models"].items():
-        tokens = (
-            f"{t['token']!r} {100 * t['before']:.1f} → {100 * t['after']:.1f} %" for t in found["gained"][:SHOWN]
-        )
-        console.print(Text(f"{name}  "), Text(" · ".join(tokens) or "none"), sep="", soft_wrap=True)
-    for name, found in result["decreases"].items():
-        console.print(
-            f"\n{name}: between two of its {found['steps']} steps the probability of a chosen answer fell by at most "
-            f"{found['largest']:.2g}, in the mean by {_estimate(found['mean'], '.2g')}",
-            soft_wrap=True,
-        )
+    place = place_of(asked.recipes, mode, path)
+    if place is None or place.mode == "disabled":
+        return
+    sync = send_evaluation(result, [path, asked.rejected, asked.kept], result_images(result), place)
+    if sync is not None:
+        print(f"W&B, offline: {sync}", file=sys.stderr)
 
 
-def _estimate(entry: Mapping[str, Any], form: str) -> str:
-    """``-0.062 [-0.082, -0.042]``."""
-    value, *ends = (format(entry[key], form) for key in ("value", "low", "high") if entry[key] is not None)
-    return f"{value} [{', '.join(ends)}]" if ends else value
-
-
-_RUN = {Suite.DISPLACEMENT: _run_displacement}
-_SHOW = {Suite.DISPLACEMENT: _show_displacement}
+def _paths(suites: list[str], output: Path | None) -> dict[str, Path]:
+    """Where each suite's result goes."""
+    if len(suites) > 1 or output is None:
+        return {name: (output or Path()) / f"{name}.json" for name in suites}
+    if output.is_dir():
+        raise ConfigError("align eval", [("--output", f"{output} is a folder: name a file in it")])
+    return {suites[0]: output}

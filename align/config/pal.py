@@ -34,5 +34,8 @@ def check_pal(recipe: Mapping[str, Any]) -> list[Problem]:
             problems.append(("pal.frozen", "model.lora trains the backbone, and frozen does not: give one"))
         what = "a frozen backbone is not trained by TRL; the settings are those of section pal"
         others = [key for key in training if key not in TAKEN] if isinstance(training, Mapping) else []
+        tracking = recipe.get("tracking")
+        if isinstance(tracking, Mapping) and tracking.get("integrations"):
+            problems.append(("tracking.integrations", f"is of the trainer; {what}"))
         return problems + [(f"training.{key}", what) for key in others]
     return problems

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
@@ -145,9 +146,21 @@ class WandbSpec(Section):
     project: Text = "align"
     """Project."""
     group: str | None = None
-    """Group of runs."""
+    """Group of the run and of its evaluations, which are W&B runs of their own; the output folder's name when not
+    given."""
     name: str | None = None
     """Name of the run; the output folder's when not given."""
+
+
+INTEGRATIONS = {"tensorboard": ("tensorboard", "tensorboardX"), "mlflow": ("mlflow",)}
+"""Packages that each needs one of."""
+
+
+def _installed(value: list[str]) -> list[str]:
+    missing = [name for name in value if not any(map(find_spec, INTEGRATIONS[name]))]
+    if missing:
+        raise ValueError(f"needs the package {missing[0]}, which is not installed: pip install {missing[0]}")
+    return value
 
 
 class TrackingSpec(Section):
@@ -155,6 +168,9 @@ class TrackingSpec(Section):
 
     wandb: WandbSpec | None = None
     """Weights & Biases; not used when not given."""
+    integrations: Annotated[list[Literal["tensorboard", "mlflow"]], AfterValidator(_installed)] = Field(default=[])
+    """Others that transformers writes training metrics to: tensorboard, in the folder runs/ of the run's own folder;
+    mlflow, where MLFLOW_TRACKING_URI says."""
 
 
 def _two_bounds(value: list[float]) -> list[float]:

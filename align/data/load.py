@@ -71,7 +71,7 @@ def _with_rows(source: str, rows: Iterator[Row]) -> Iterator[Row]:
     except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise AlignError(f"{source}: cannot be read ({error}): check the file and its permissions") from error
     if empty:
-        raise AlignError(f"{source}: empty: there is no row to learn from")
+        raise AlignError(f"{source}: empty: it has no rows")
 
 
 def _packaged(source: str) -> Path:

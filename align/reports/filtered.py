@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from align.tracking.files import write_text
 
-from .figures import Picture
+from .drawing import Picture
 from .record import FaultGroup
 from .report import asset, html_environment
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from .facts import (
 from .figures import evaluation_pictures, training_pictures
 from .measures import headline, interval_words, measures
 from .record import RunRecord, read_run
+from .results import read_result, shown_result
 
 STATUS = {
     "running": "This run has not ended, or was killed: what follows is what was on disk when the page was made.",
@@ -36,7 +38,7 @@ STATUS = {
 }
 
 
-def render_report(run: Path) -> Path:
+def render_report(run: Path, results: Sequence[Path] = ()) -> Path:
     """Write ``report.html`` into a run folder; sections that the run did not come to say so.
 
     The page holds its styles, script and drawings, asks the network for nothing, and forbids the browser to. The same
@@ -44,17 +46,19 @@ def render_report(run: Path) -> Path:
 
     Args:
         run: a run folder, whatever its state.
+        results: files of ``align eval``, to show too.
 
     Returns:
         The path of the page.
 
     Raises:
-        AlignError: the folder is no run, or a file in it is broken.
+        AlignError: the folder is no run, or a file is broken.
     """
     record = read_run(run)
+    further = [shown_result(read_result(path)) for path in results]
     target = run / "report.html"
     # Text that a model or a data set wrote may hold lone surrogates, which no encoding can write.
-    write_text(target, _page(record).encode("utf-8", "replace").decode("utf-8"))
+    write_text(target, _page(record, further).encode("utf-8", "replace").decode("utf-8"))
     return target
 
 
@@ -69,9 +73,9 @@ def html_environment() -> Environment:
     )
 
 
-def _page(record: RunRecord) -> str:
+def _page(record: RunRecord, further: Sequence[Mapping[str, Any]]) -> str:
     environment = html_environment()
-    environment.filters["decimals"] = _decimals
+    environment.filters["decimals"] = decimals
     environment.filters["capitalise"] = capitalise
     script = asset("report.js")
     data = record.section("data")
@@ -88,10 +92,11 @@ def _page(record: RunRecord) -> str:
         terms=terms(record.recipe),
         notation=notation(record.recipe),
         training_pictures=training_pictures(record),
-        evaluation_pictures=evaluation_pictures(record),
+        evaluation_pictures=evaluation_pictures(record.evals),
         nonfinite=_nonfinite(record),
         measures=measures(record),
         annotators=_annotators(record),
+        further=further,
         samples=[_sample(row) for row in record.samples],
         data=list(data),
         data_rows=data_rows(data),
@@ -212,7 +217,8 @@ def _listed(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _decimals(value: float | None) -> str:
+def decimals(value: float | None) -> str:
+    """Two of them."""
     return "—" if value is None else f"{value:.2f}"
 
 

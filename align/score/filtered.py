@@ -14,7 +14,7 @@ from typing import Any
 from align.data.report import write_rejected
 from align.data.rows import Fault
 from align.errors import AlignError
-from align.reports.figures import Series, histogram
+from align.reports.drawing import Series, histogram
 from align.reports.filtered import Composition, Ends, Example, FilterPage, write_filter_page
 from align.reports.record import group_faults
 from align.rewards.encoding import plain

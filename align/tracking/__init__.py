@@ -7,5 +7,6 @@
 - ``progress``: how far an evaluation is.
 - ``files``: writing that leaves the old file or the new one, nothing between.
 - ``wandb``: the mirror in Weights & Biases, offline unless the recipe says otherwise; never the record itself.
+- ``wandb_eval``: an evaluation as a W&B run of its own, in the group of its training run.
 - ``telemetry``: usage reporting of dependencies, switched off in one place.
 """

@@ -11,6 +11,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,29 @@ from .run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
+Mode = Literal["offline", "online", "disabled"]
 SAMPLE_COLUMNS = ("prompt", "before", "after", "reward before", "reward after", "tokens before", "tokens after")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a W&B run goes.
+
+    Attributes:
+        folder: its files lie in ``wandb/`` there.
+        mode, project, group, name: as W&B knows them.
+    """
+
+    folder: Path
+    mode: Mode = "offline"
+    project: str = "align"
+    group: str | None = None
+    name: str | None = None
+
+    @property
+    def sync(self) -> str:
+        """The command that sends what lies there; several starts of one run are sent in order."""
+        return f"wandb sync {shlex.quote(str(self.folder / 'wandb'))}/offline-run-*"
 
 
 class WandbMirror:
@@ -29,7 +52,7 @@ class WandbMirror:
         run: the run folder, started.
         config: the resolved recipe.
         mode: ``offline`` writes files for ``wandb sync``, ``online`` sends as it goes, ``disabled`` does nothing.
-        project, group, name: as W&B knows them; the name falls back to the folder's.
+        project, group, name: as W&B knows them; group and name fall back to the folder's name.
     """
 
     def __init__(
@@ -37,22 +60,21 @@ class WandbMirror:
         run: RunFolder,
         config: Mapping[str, Any],
         *,
-        mode: Literal["offline", "online", "disabled"] = "offline",
+        mode: Mode = "offline",
         project: str = "align",
         group: str | None = None,
         name: str | None = None,
     ) -> None:
         self._folder = run
         self._run: Any = None
+        folder = run.path.resolve().name
+        self.place = Place(run.path, mode, project, group or folder, name or folder)
         if mode == "disabled":
             run.update_manifest(wandb=None)
             return
         known = run.manifest.get("wandb") or {}
         self._section: dict[str, Any] = {"mode": mode, "id": known.get("id") or os.urandom(4).hex(), "dir": "wandb"}
-        self._guard(
-            "start",
-            lambda: self._start(config, project=project, group=group, name=name or run.path.resolve().name),
-        )
+        self._guard("start", lambda: self._start(config))
         run.update_manifest(wandb=self._section)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
@@ -87,31 +109,16 @@ class WandbMirror:
         self._guard("finish", lambda: self._run.finish())
         return None if self._run is None else self._section.get("sync")
 
-    def _start(self, config: Mapping[str, Any], project: str, group: str | None, name: str) -> None:
-        import wandb
-
-        self._run = wandb.init(
-            project=project,
-            group=group,
-            name=name,
+    def _start(self, config: Mapping[str, Any]) -> None:
+        self._run = start_wandb(
+            self.place,
+            job_type="train",
             id=self._section["id"],
-            mode=self._section["mode"],
-            resume="allow" if self._section["mode"] == "online" else None,
+            resume="allow" if self.place.mode == "online" else None,
             config=finite(config),
-            dir=self._folder.path,
-            settings=wandb.Settings(
-                console="off",
-                silent=True,
-                disable_git=True,
-                disable_code=True,
-                x_save_requirements=False,
-                login_timeout=30,
-            ),
         )
         if self._run.offline:
-            # A resumed run leaves one folder per start, with one id between them; sync sends them in order.
-            folder = shlex.quote(str(self._folder.path / "wandb"))
-            self._section["sync"] = f"wandb sync {folder}/offline-run-*-{self._section['id']}"
+            self._section["sync"] = self.place.sync
 
     def _log_table(self, rows: Sequence[Mapping[str, Any]]) -> None:
         import wandb
@@ -141,3 +148,31 @@ class WandbMirror:
             )
             self._section = {**self._section, "error": f"{what}: {reason}"}
             self._folder.update_manifest(wandb=self._section)
+
+
+def start_wandb(place: Place, **given: Any) -> Any:
+    """A W&B run; nothing of the machine is looked at, and nothing is printed.
+
+    Args:
+        place: where it goes.
+        given: to ``wandb.init``, too.
+    """
+    import wandb
+
+    return wandb.init(
+        dir=place.folder,
+        mode=place.mode,
+        project=place.project,
+        group=place.group,
+        name=place.name,
+        reinit="create_new",
+        settings=wandb.Settings(
+            console="off",
+            silent=True,
+            disable_git=True,
+            disable_code=True,
+            x_save_requirements=False,
+            login_timeout=30,
+        ),
+        **given,
+    )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import struct
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -114,3 +116,66 @@ def judge() -> Callable[[Path, dict[str, bool], int, int], None]:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     return write
+
+
+@pytest.fixture(scope="session")
+def wandb_records() -> Callable[[Path], list[Any]]:
+    """``wandb_records(file)``: the records of a ``.wandb`` file, by W&B's own protobuf classes."""
+    return ended_records_of
+
+
+def ended_records_of(path: Path) -> list[Any]:
+    """``records_of`` a run that has ended: on a busy machine W&B's own process writes on after ``finish``."""
+    until = time.monotonic() + 30
+    while True:
+        records = records_of(path)
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            return records
+        assert time.monotonic() < until, f"{path}: no end of the run"
+        time.sleep(0.1)
+
+
+def records_of(path: Path) -> list[Any]:
+    """The records of a ``.wandb`` file: a 7-byte header, then LevelDB log blocks of 32 KiB.
+
+    A fragment is crc32 (4 bytes), length (2), type (1: full, 2: first, 3: middle, 4: last), data.
+    """
+    from wandb.proto import wandb_internal_pb2
+
+    data, offset, parts, records = path.read_bytes(), 7, b"", []
+    while offset + 7 <= len(data):
+        left = 32768 - offset % 32768
+        if left < 7:
+            offset += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[offset : offset + 7])
+        parts += data[offset + 7 : offset + 7 + length]
+        offset += 7 + length
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            records.append(record)
+            parts = b""
+    return records
+
+
+@pytest.fixture(scope="session")
+def pal_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    """Two groups that want opposite things: ann likes `` yes yes`` as an answer to ``Say:``, bob `` no``."""
+    import torch
+
+    from align.rewards.pal import PalA
+    from align.rewards.pal_model import PalRewardModel
+
+    torch.manual_seed(0)
+    model = PalRewardModel.create(tiny_model_dir, kind="pal", frozen=True, dtype=torch.float32)
+    pal = PalA(model.hidden_size, ["ann", "bob"], groups=2, dimension=1, depth=0)
+    yes, no = (model.embed(["Say:"], [end])[0][0] for end in (" yes yes", " no"))
+    with torch.no_grad():
+        pal.projector.enter.weight.copy_((2 * (yes - no) / (yes - no).norm() ** 2)[None])
+        pal.projector.enter.bias.copy_(-1 - pal.projector.enter.weight @ no)  # no lies at -1, and yes at 1
+        pal.prototypes.copy_(torch.tensor([[3.0], [-3.0]]))
+        pal.logits.weight.copy_(torch.tensor([[2.0, -2.0], [-2.0, 2.0]]))
+    folder = tmp_path_factory.mktemp("pal") / "two"
+    model.attach(pal).save_pretrained(folder)
+    return folder

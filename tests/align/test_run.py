@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
-from align.cli import main
+from align.cli import app, main
 from align.config.load import load_recipe
 from align.errors import AlignError
 from align.models.fingerprint import weights_hash
@@ -74,6 +75,28 @@ def test_a_run_leaves_everything_that_the_design_names(finished, tiny_model_dir)
     assert 0 <= manifest["merged"]["mean_change"] < 1e-3
     for name in ("config.resolved.yaml", "report.html", "README.md", "adapter/adapter_model.safetensors"):
         assert (folder / name).stat().st_size > 0, name
+
+
+def test_the_run_and_each_of_its_evaluations_are_runs_of_one_group_in_wandb(finished, wandb_records):
+    """And so is what `align eval` finds of the run later: the recipe says where to."""
+    folder = finished.parent / "run"
+
+    def runs(place: Path) -> dict[str, tuple[str, str, str]]:
+        files = place.glob("wandb/offline*/*.wandb")
+        every = [next(record.run for record in wandb_records(file) if record.run.run_id) for file in files]
+        return {run.display_name: (run.job_type, run.run_group, run.project) for run in every}
+
+    suites = {f"run-{suite}": ("eval", "run", "test") for suite in ("preference", "generation", "displacement")}
+    assert runs(folder) == {"run": ("train", "run", "test"), **suites}
+    output = finished.parent / "later" / "moved.json"
+    words = ["eval", str(folder), "--suite", "displacement", "-o", str(output)]
+    told = CliRunner().invoke(app, words)
+    assert told.exit_code == 0, told.stderr
+    assert f"wandb sync {output.parent}/wandb/offline-run-*" in " ".join(told.stderr.split())
+    assert runs(output.parent) == {"moved": ("eval", "run", "test")}
+    none = finished.parent / "none" / "moved.json"
+    assert CliRunner().invoke(app, [*words[:-1], str(none), "--wandb", "disabled"]).exit_code == 0
+    assert [path.name for path in none.parent.iterdir()] == ["moved.json"]
 
 
 def test_the_merged_model_is_base_plus_adapter(finished):
@@ -238,12 +261,12 @@ def test_dry_run_shows_rows_and_plan_and_writes_nothing(write_recipe, tmp_path, 
 
 def test_an_interrupted_evaluation_keeps_its_answers(write_recipe, tmp_path, monkeypatch):
     """The second call draws only what is missing, and ends with the same answers as an evaluation in one piece."""
-    from align import evaluate
+    from align import answering
 
     settings = {"evals": ["generation"], "generation": {"prompts": 8}}
     whole = run(write_recipe("whole.yaml", **settings, output=str(tmp_path / "whole")))
-    monkeypatch.setattr(evaluate, "BATCH", 3)
-    real, calls = evaluate.sample, []
+    monkeypatch.setattr(answering, "BATCH", 3)
+    real, calls = answering.sample, []
 
     def failing(model, tokenizer, prompts, **kwargs):
         calls.append(len(prompts))
@@ -254,7 +277,7 @@ def test_an_interrupted_evaluation_keeps_its_answers(write_recipe, tmp_path, mon
             )
         return real(model, tokenizer, prompts, **kwargs)
 
-    monkeypatch.setattr(evaluate, "sample", failing)
+    monkeypatch.setattr(answering, "sample", failing)
     path = write_recipe("parts.yaml", **settings, output=str(tmp_path / "parts"))
     with pytest.raises(KeyboardInterrupt):
         run(path)

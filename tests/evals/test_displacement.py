@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from align.evals.displacement import (
-    displacement_difference,
     displacement_suite,
+    displacement_values,
     gained_tokens,
     largest_decreases,
 )
+from align.evals.statistics import comparisons
 from align.losses.types import PairLogps, SequenceLogps
 
 
@@ -79,12 +80,12 @@ def test_a_difference_is_paired():
     reference = pairs([-50.0, -10.0, -2.0], [-20.0, -20.0, -20.0], [2, 4, 1])
     other = pairs([-55.0, -9.0, -2.5], [-20.0, -20.0, -20.0], [2, 4, 1])
     policy = pairs([-54.0, -8.0, -1.5], [-22.0, -22.0, -22.0], [2, 4, 1])
-    found = displacement_difference(policy, other, reference)
-    assert found["chosen_delta"] == {"value": 1.0, "low": 1.0, "high": 1.0, "n": 3}
+    values = {"other": displacement_values(other, reference), "policy": displacement_values(policy, reference)}
+    found = {one["metric"]: one for one in comparisons(values, against="other", groups=["p", "q", "r"])}
+    chosen = found["chosen_delta"]
+    assert [chosen[key] for key in ("value", "low", "high", "n")] == [1.0, 1.0, 1.0, 3]
     assert found["rejected_delta"]["value"] == -2.0
     assert found["frac_chosen_down"]["value"] == pytest.approx(-1 / 3)  # 1 of 3 fell, against 2 of 3
-    grouped = displacement_difference(policy, other, reference, groups=["p", "p", "q"])
-    assert grouped["chosen_delta_per_token"]["n"] == 2
 
 
 def test_largest_decrease_by_hand():

@@ -49,11 +49,18 @@ def test_checkpoints_of_a_run(align: Align, run: Path, heldout_file: Path, tmp_p
     assert found["n"] == 24 == end["n"]
     assert found["reference"] == json.loads((run / "manifest.json").read_text())["model"]["name"]
 
-    difference = end["difference"]["rejected_delta"]
-    means = [result["metrics"]["rejected_delta"]["value"] for result in (end, first)]
+    compared = {(one["model"], one["metric"]): one for one in found["comparisons"]}
+    metrics = ("chosen_delta_per_token", "rejected_delta_per_token", "frac_chosen_down")
+    assert list(compared) == [(name, metric) for name in names[1:] for metric in metrics]
+    difference = compared[str(run), "rejected_delta_per_token"]
+    means = [result["metrics"]["rejected_delta_per_token"]["value"] for result in (end, first)]
     assert difference["value"] == pytest.approx(means[0] - means[1], abs=1e-6)
     assert difference["low"] < difference["value"] < difference["high"] < 0
-    assert first["difference"] is None
+    assert difference["p"] < difference["p_holm"]
+    assert found["settings"]["test"]["correction"] == "Holm"
+    assert len(found["data"]["pairs"]) == 24
+    assert found["data"]["pairs"][0].keys() == {"row_id", "prompt", "chosen", "rejected"}
+    assert "paired; * clear among all 9 comparisons (Holm)" in shown
     decrease = found["decreases"][str(run)]
     assert decrease["steps"] == 5
     assert 0 <= decrease["mean"]["value"] <= decrease["largest"] < 1
@@ -130,3 +137,19 @@ def test_rows_that_cannot_be_used(align: Align, run: Path, heldout_file: Path, t
     assert output.with_name("d.rejected_rows.jsonl").exists()
     evaluated(align, run / "merged", *reference, *OPTIONS, heldout_file, output=output)
     assert not output.with_name("d.rejected_rows.jsonl").exists()
+
+
+def test_settings_and_data_of_a_run(align: Align, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data default to the run's held-out ones; settings are checked, and models are asked for."""
+    found, _ = evaluated(align, run, "--suite", "displacement", output=tmp_path / "d.json")
+    assert found["n"] == 24
+    wrong = align("eval", run, "promts=3", "--suite", "displacement", "-o", tmp_path / "e.json")
+    assert (wrong.exit_code, "is no setting of displacement; it takes none" in " ".join(wrong.stderr.split())) == (
+        2,
+        True,
+    )
+    nobody = align("eval", "--suite", "displacement", "-o", tmp_path / "e.json")
+    assert (nobody.exit_code, "--suite displacement asks models" in " ".join(nobody.stderr.split())) == (2, True)
+    monkeypatch.chdir(tmp_path)  # where no run is
+    untrained = align("eval", "quickstart", "--suite", "displacement", "-o", tmp_path / "e.json")
+    assert (untrained.exit_code, "align train quickstart first" in " ".join(untrained.stderr.split())) == (2, True)

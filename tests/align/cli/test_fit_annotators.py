@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from align.cli import app
-from align.rewards.pal import PalA
-from align.rewards.pal_model import PalRewardModel
 
 CLI = CliRunner()
 
 
 @pytest.fixture
-def run(tiny_model_dir: Path, tmp_path: Path) -> Path:
-    """A run whose two groups want opposite things: prototypes beyond either answer, on a line."""
-    torch.manual_seed(0)
-    model = PalRewardModel.create(tiny_model_dir, kind="pal", frozen=True, dtype=torch.float32)
-    pal = PalA(model.hidden_size, ["ann", "bob"], groups=2, dimension=1, depth=0)
-    yes, no = (model.embed(["Say:"], [end])[0][0] for end in (" yes yes", " no"))
-    with torch.no_grad():
-        pal.projector.enter.weight.copy_((2 * (yes - no) / (yes - no).norm() ** 2)[None])
-        pal.projector.enter.bias.copy_(-1 - pal.projector.enter.weight @ no)  # no lies at -1, and yes at 1
-        pal.prototypes.copy_(torch.tensor([[3.0], [-3.0]]))
-        pal.logits.weight.copy_(torch.tensor([[2.0, -2.0], [-2.0, 2.0]]))
-    model.attach(pal).save_pretrained(tmp_path / "run" / "model")
+def run(pal_dir: Path, tmp_path: Path) -> Path:
+    """A run whose two groups want opposite things, of which each test has its own copy."""
+    shutil.copytree(pal_dir, tmp_path / "run" / "model")
     return tmp_path / "run"
 
 

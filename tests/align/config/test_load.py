@@ -208,6 +208,10 @@ def test_an_annotator_of_another_kind_takes_the_place_of_the_old_one(
     assert kept == {"reward": "align.rewards.rules:everyday_answer", "temperature": 0.3}
     named = load_recipe(str(child), [f"{section}.annotator.judge.retries=1"])
     assert getattr(named, section).annotator == {"judge": {**JUDGE["judge"], "retries": 1}}
+    keys = [f"{section}.annotator.judge.{key}={value}" for key, value in JUDGE["judge"].items()]
+    assert problems(recipe, *keys)[f"{section}.annotator"].startswith("has reward and judge: give one")
+    gone = [f"{section}.annotator.reward=null", f"{section}.annotator.temperature=null"]
+    assert load_recipe(recipe, [*gone, *keys])
 
 
 def test_another_expression_of_rewards_takes_the_place_of_the_old_one(tmp_path: Path) -> None:

@@ -116,8 +116,8 @@ def test_csv_cell_of_a_long_dialogue(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.jsonl", b"\n\n", "empty: there is no row"),
-        ("empty.csv", b"prompt,chosen\n", "empty: there is no row"),
+        ("empty.jsonl", b"\n\n", "empty: it has no rows"),
+        ("empty.csv", b"prompt,chosen\n", "empty: it has no rows"),
         ("rows.json", b'{"prompt": "a"}\n{"prompt": "b"}\n', "name it .jsonl"),
         ("one.json", b'{"prompt": "a"}', "not a list of rows"),
         ("bytes.json", b'["\xff"]', "not UTF-8: save the file as UTF-8"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from align.reports.compare import render_comparison
 from align.reports.report import render_report
 
 CHROMIUM = next(
@@ -41,6 +43,45 @@ addEventListener("load", () => {
 });
 </script>
 """
+
+
+USE_COMPARISON = """
+<script>
+addEventListener("load", () => {
+  const visible = () => [...document.querySelectorAll(".sample")].filter((s) => s.checkVisibility());
+  const type = (id, value) => {
+    const field = document.getElementById(id);
+    field.value = value;
+    field.dispatchEvent(new Event("input", { bubbles: true }));
+  };
+  const place = () => visible().map((s) => Number(s.querySelector(".index").textContent));
+  const seen = {};
+  const look = (name, ...changes) => {
+    for (const [id, value] of changes) type(id, value);
+    seen[name] = place();
+  };
+  look("all");
+  look("found", ["find", "SOURDOUGH"]);
+  look("won", ["find", ""], ["outcome", "won"], ["who", "1"]);
+  look("lost", ["outcome", "lost"]);
+  look("changed", ["outcome", "changed"], ["who", "0"]);
+  look("best first", ["outcome", ""], ["who", "1"], ["order", "scores-1"]);
+  look("shortest first", ["order", "lengths1"]);
+  look("again", ["order", "data"]);
+  seen.count = document.getElementById("shown").value;
+  document.body.dataset.seen = JSON.stringify(seen);
+});
+</script>
+"""
+PHONE = """<body><iframe src="%s" width="360" height="800"></iframe><script>
+addEventListener("load", () => {
+  const page = document.querySelector("iframe").contentDocument.documentElement;
+  const wide = [...page.querySelectorAll("main *")].filter((e) => !e.closest(".scroll, svg, pre, .formula, details"))
+    .filter((e) => e.getBoundingClientRect().right > 360.5).map((e) => e.outerHTML.slice(0, 60));
+  document.body.dataset.width = `${page.scrollWidth} of ${page.clientWidth}`;
+  document.body.dataset.wide = JSON.stringify(wide);
+});</script>"""
+WITHOUT_POLICY = r'<meta http-equiv="Content-Security-Policy"[^>]*>'
 
 
 @dataclass
@@ -120,3 +161,56 @@ def test_the_policy_of_the_page_stops_a_script_and_a_request_that_got_in(finishe
     assert seen.hosts == set()
     assert "<title>taken over" not in seen.dom
     assert sum("Content Security Policy" in line for line in seen.console) >= 2
+
+
+@pytest.fixture
+def comparison(finished_run, tmp_path) -> Path:
+    """Two runs and a result of align eval; the second run's answers are the first one's turned round."""
+    other = Path(shutil.copytree(finished_run, tmp_path / "other"))
+    path = other / "eval" / "generation.json"
+    result = json.loads(path.read_text())
+    for row in result["rows"]:
+        row["after"] = {**row["after"], "reward": 1 - row["after"]["reward"]}
+    path.write_text(json.dumps(result))
+    kept = [finished_run / "eval" / f"{name}.json" for name in ("preference", "displacement")]
+    return render_comparison([finished_run, other], kept, tmp_path / "compare.html")
+
+
+@needs_chromium
+def test_the_comparison_renders_in_silence(comparison, tmp_path):
+    seen = visit(comparison, tmp_path)
+    assert (seen.console, seen.hosts) == ([], set())
+    assert "40 of 40 shown" in seen.dom
+    assert seen.dom.count("<article") == 40
+
+
+@needs_chromium
+def test_answers_are_found_filtered_and_sorted(comparison, tmp_path):
+    rows = json.loads((tmp_path / "other" / "eval" / "generation.json").read_text())["rows"]
+    text = re.sub(WITHOUT_POLICY, "", comparison.read_text(encoding="utf-8"))
+    comparison.write_text(text.replace("</body>", USE_COMPARISON + "</body>"), encoding="utf-8")
+    (found,) = re.findall(r'data-seen="([^"]*)"', visit(comparison, tmp_path).dom)
+    seen = json.loads(html.unescape(found))
+    gains = [row["after"]["reward"] - row["before"]["reward"] for row in rows]
+    every = list(range(1, 41))
+    assert seen["all"] == seen["again"] == seen["changed"] == every
+    assert seen["count"] == "40 of 40 shown"
+    assert seen["found"] == [place for place in every if "sourdough" in rows[place - 1]["prompt"]]
+    assert seen["won"] == [place for place in every if gains[place - 1] > 0]
+    assert seen["lost"] == [place for place in every if gains[place - 1] < 0]
+    assert 0 < len(seen["won"]) < 40
+    assert seen["best first"] == sorted(every, key=lambda place: -rows[place - 1]["after"]["reward"])
+    assert seen["shortest first"] == sorted(every, key=lambda place: rows[place - 1]["after"]["tokens"])
+
+
+@needs_chromium
+def test_pages_fit_a_phone(comparison, finished_run, tmp_path):
+    """At 360 px neither page can be moved sideways: what is wide scrolls inside."""
+    for page in (comparison, render_report(finished_run)):
+        text = re.sub(WITHOUT_POLICY, "", page.read_text(encoding="utf-8"))
+        escaped = html.escape(text, quote=True)
+        frame = tmp_path / "phone.html"
+        frame.write_text((PHONE % "").replace('src=""', f'srcdoc="{escaped}"'), encoding="utf-8")
+        dom = visit(frame, tmp_path).dom
+        assert re.findall(r'data-width="([^"]*)"', dom) in (["360 of 360"], ["345 of 345"])
+        assert re.findall(r'data-wide="([^"]*)"', dom) == ["[]"]

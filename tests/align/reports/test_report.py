@@ -11,7 +11,7 @@ import pytest
 from transformers import Trainer, TrainingArguments
 
 from align.errors import AlignError
-from align.reports.figures import Series, bars, curve, histogram
+from align.reports.drawing import Series, bars, curve, histogram
 from align.reports.report import render_report
 from align.tracking.callback import tracked
 from align.tracking.metrics import read_metrics

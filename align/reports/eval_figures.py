@@ -1,0 +1,248 @@
+"""Pictures of the results of ``align eval``: for the comparison page, a run's page, and trackers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from align.evals.result import models_of
+from align.tracking.wandb_eval import Image
+
+from .drawing import COLOURS, Picture, Series, curve, dots, histogram, points
+from .figures import evaluation_pictures, finite, gained_tokens
+
+Models = Mapping[str, Mapping[str, Any]]
+Row = Mapping[str, Any]
+NAN = float("nan")
+TRAINED = "training"
+"""What checkpoints, runs and models are points of."""
+SUBSET = "accuracy/"
+"""What the metrics of subsets begin with."""
+WINS = (("win rate", "win_rate"), ("at equal length", "length_controlled_win_rate"))
+
+
+def result_pictures(result: Mapping[str, Any]) -> list[Picture]:
+    """What there is to see in a result: of one model, or of several (``align.evals.result``)."""
+    own = result.get("models") is None
+    if own and result["suite"] in OWN:
+        return evaluation_pictures({result["suite"]: result})
+    draw = SUITES.get(result["suite"])
+    return draw(models_of(result), result) if draw is not None else []
+
+
+def result_images(result: Mapping[str, Any]) -> list[Image]:
+    """The same as images."""
+    return [Image(p.title, p.caption, p.png()) for p in result_pictures(result)]
+
+
+def estimates(
+    title: str,
+    label: str,
+    caption: str,
+    models: Models,
+    wanted: Sequence[tuple[str, str]],
+    mark: float | None = None,
+    scale: float = 1.0,
+) -> list[Picture]:
+    """Metrics with their intervals, a line a model that has one of them; none where no model has."""
+    models = {name: one for name, one in models.items() if any(m in one.get("metrics", {}) for _, m in wanted)}
+    series = []
+    for place, (name, metric) in enumerate(wanted):
+        entries = [found.get("metrics", {}).get(metric) for found in models.values()]
+        if any(entries):
+            series.append(_estimated(name, entries, scale, place))
+    return [dots(title, label, caption, list(models), series, mark)] if series else []
+
+
+def _estimated(name: str, entries: Sequence[Mapping[str, Any] | None], scale: float, colour: int) -> Series:
+    def column(field: str) -> list[float | None]:
+        found = [(entry or {}).get(field) for entry in entries]
+        return [None if value is None else scale * value for value in found]
+
+    values = [NAN if value is None else value for value in column("value")]
+    return Series(name, values, low=column("low"), high=column("high"), colour=colour)
+
+
+def _displacement(models: Models, result: Mapping[str, Any]) -> list[Picture]:
+    sides = (("chosen", "chosen_delta_per_token"), ("rejected", "rejected_delta_per_token"))
+    caption = f"{_pairs(result)}, against {result.get('reference')}; with 95 % intervals."
+    found = estimates("Log-prob change, per token", "nats per token", caption, models, sides, mark=0.0)
+    fell = "Share of the chosen answers that are less likely than under the reference."
+    found += estimates("Chosen answers that fell", "%", fell, models, [("fell", "frac_chosen_down")], scale=100)
+    name, last = list(models.items())[-1]
+    return found + ([gained_tokens(last["gained"], name)] if last.get("gained") else [])
+
+
+def _generation(models: Models, result: Mapping[str, Any]) -> list[Picture]:
+    caption = f"{result['n']:,} prompts, a tie is half a win; with 95 % intervals."
+    found = estimates("Win rate", "% of prompts", caption, models, WINS, mark=50.0, scale=100)
+    means = "Means with 95 % intervals."
+    found += estimates("Score by model", "score", means, models, [("score", "reward")])
+    found += estimates("KL to the baseline", "nats per answer", means, models, [("KL", "kl_to_reference")])
+    return found + _answer_histograms(models)
+
+
+def _answer_histograms(models: Models) -> list[Picture]:
+    found = []
+    for title, label, key in (("Scores of the answers", "score", "reward"), ("Answer length", "tokens", "tokens")):
+        series = []
+        for place, (name, result) in enumerate(list(models.items())[: len(COLOURS)]):
+            rows = [row.get("after") or row for row in result.get("rows", [])]
+            if values := finite([row.get(key) for row in rows]):
+                series.append(Series(name, values, colour=place, dashed=False))
+        if series:
+            found.append(histogram(title, label, "Answers of each model.", series))
+    return found
+
+
+def _preference(models: Models, result: Mapping[str, Any]) -> list[Picture]:
+    caption = f"{_pairs(result)}: the chosen answer is ranked first, a tie is half; with 95 % intervals."
+    found = estimates("Accuracy", "% of pairs", caption, models, [("accuracy", "accuracy")], mark=50.0, scale=100)
+    caption = f"By {result['settings'].get('by') or 'subset'}, a tie is half; with 95 % intervals."
+    return found + _by_part(models, "Accuracy by subset", caption)
+
+
+def _by_part(models: Models, title: str, caption: str) -> list[Picture]:
+    """Accuracy on parts of the data, of as many models as there are colours."""
+    keys = dict.fromkeys(key for one in models.values() for key in one["metrics"] if key.startswith(SUBSET))
+    series = [
+        _estimated(name, [one["metrics"].get(key) for key in keys], 100, place)
+        for place, (name, one) in enumerate(list(models.items())[: len(COLOURS)])
+    ]
+    parts = [key.removeprefix(SUBSET) for key in keys]
+    return [dots(title, "% right", caption, parts, series, 50.0)] if parts else []
+
+
+def _frontier(models: Models, result: Mapping[str, Any]) -> list[Picture]:
+    """Reward against KL: a colour a kind of point, each kind of a model joined in its order."""
+    several: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for name, one in models.items():
+        for point in one["points"]:
+            kind = TRAINED if point["kind"] in ("checkpoint", "run", "model") else point["kind"]
+            several.setdefault((kind, name), []).append(point)
+    kinds = list(dict.fromkeys(kind for kind, _ in several))
+    series = []
+    for (kind, name), own in several.items():
+        alone = sum(other == kind for other, _ in several) == 1
+        title, colour = kind if alone else f"{kind}, {name}", kinds.index(kind)
+        reward, kl = ([point[field] for point in own] for field in ("reward", "kl"))
+        series.append(_points(title, reward, kl, colour))
+        if any("kl_bound" in point for point in own):
+            bound = [point.get("kl_bound") or point["kl"] for point in own]
+            series.append(_points(f"{title}, bound", reward, bound, colour, dashed=True))
+    caption = (
+        f"{result['n']:,} prompts; mean reward of answers and KL to {result.get('reference')}, with 95 % intervals. "
+        "Higher and further left is better. Dashed: the most that the KL can be."
+        + "".join(f" {note}." for note in result.get("notes", []))
+    )
+    return [points("Frontier", ("KL, nats per answer", "reward"), caption, series)]
+
+
+def _points(name: str, reward: Sequence[Row], kl: Sequence[Row], colour: int, dashed: bool = False) -> Series:
+    def column(of: Sequence[Row], field: str) -> list[Any]:
+        return [one.get(field) for one in of]
+
+    y, x = column(reward, "value"), column(kl, "value")
+    if dashed:
+        return Series(name, y, x, colour=colour, dashed=True)
+    low, high, left, right = (column(of, field) for of in (reward, kl) for field in ("low", "high"))
+    return Series(name, y, x, low, high, left, right, colour=colour, dashed=False)
+
+
+def _pluralism(models: Models, result: Mapping[str, Any]) -> list[Picture]:
+    wanted = (
+        ("judgements", "accuracy"),
+        ("mean of annotators", "macro"),
+        ("worst annotator", "worst_annotator"),
+        ("worst group", "worst_group"),
+    )
+    caption = f"{result['n']:,} judgements ranked right; with 95 % intervals."
+    found = estimates("Whom rewards serve", "%", caption, models, wanted, mark=50.0, scale=100)
+    return found + _by_part(models, "Accuracy by group", "Judgements of each group ranked right; with 95 % intervals.")
+
+
+def _cycles(models: Models, result: Mapping[str, Any]) -> list[Picture]:
+    wanted = (("pairs", "accuracy"), ("one score at most", "ceiling"), ("whole cycles", "whole"))
+    caption = "Pairs of circles ranked right, the most that any one score an answer can reach, and whole circles."
+    return estimates("Cycles", "% right", caption, models, wanted, scale=100)
+
+
+def _judges(models: Models, result: Mapping[str, Any]) -> list[Picture]:
+    caption = f"{_pairs(result)}: how often an annotator agrees with people; with 95 % intervals."
+    found = estimates("Agreement with people", "% of pairs", caption, models, [("agreement", "agreement")], 50.0, 100)
+    sides = (("the annotator's choice", "longer"), ("people's choice", "longer_people"))
+    caption = "How often the longer answer is chosen; with 95 % intervals."
+    return found + estimates("Longer answers chosen", "% of pairs", caption, models, sides, 50.0, 100)
+
+
+def _calibration(models: Models, result: Mapping[str, Any]) -> list[Picture]:
+    found = []
+    several = {name: one["reliability"]["equal_width"] for name, one in models.items() if one.get("reliability")}
+    for start in range(0, len(several), len(COLOURS)):
+        part = list(several.items())[start : start + len(COLOURS)]
+        series = [
+            Series(
+                name or "pairs",
+                [point["right"] for point in bins],
+                [point["confidence"] for point in bins],
+                [point["low"] for point in bins],
+                [point["high"] for point in bins],
+                colour=place,
+            )
+            for place, (name, bins) in enumerate(part)
+        ]
+        caption = (
+            f"{_pairs(result)}: how often the answer was right that the model was so sure of, in bins of equal width; "
+            "Wilson's intervals. On the dashed line a model is as right as it says."
+        )
+        labels = ("confidence", "share that was right")
+        found.append(points("Reliability", labels, caption, series, square=(0.5, 1.0)))
+    errors = (("ECE", "ece"), ("if it were calibrated", "ece_if_calibrated"))
+    caption = "Expected calibration error, and where 95 % of calibrated models of these confidences would be."
+    return found + estimates("Calibration error", "ECE", caption, models, errors, mark=0.0)
+
+
+def _resampling(models: Models, result: Mapping[str, Any]) -> list[Picture]:
+    found = []
+    lines = (("correct", False), ("perfect", True))
+    series = [
+        Series(
+            f"{name}, {what}",
+            one["curves"][what]["value"],
+            one["curves"]["k"],
+            colour=place,
+            dashed=dashed,
+            legend=not dashed,
+        )
+        for place, (name, one) in enumerate(list(models.items())[: len(COLOURS)])
+        for what, dashed in lines
+    ]
+    caption = "Share of problems answered right, by samples allowed; dashed: with a verifier that knows the truth."
+    found.append(curve("Right answers by samples", "share of problems", caption, series, by="samples allowed"))
+    for cost in next(iter(models.values()))["best"]:
+        series = [
+            Series(name, one["curves"]["utility"][cost]["value"], one["curves"]["k"], colour=place, dashed=False)
+            for place, (name, one) in enumerate(list(models.items())[: len(COLOURS)])
+        ]
+        caption = f"Right answers less {cost} times the wrong ones; no answer counts 0."
+        found.append(curve(f"Worth at cost {cost}", "utility", caption, series, by="samples allowed"))
+    return found
+
+
+def _pairs(result: Mapping[str, Any]) -> str:
+    source = (result.get("data") or {}).get("source")
+    return f"{result['n']:,} pairs" + (f" of {source}" if source else "")
+
+
+OWN = ("generation", "thumbs", "reward", "preference", "displacement")
+SUITES: dict[str, Callable[[Models, Mapping[str, Any]], list[Picture]]] = {
+    "displacement": _displacement,
+    "generation": _generation,
+    "preference": _preference,
+    "calibration": _calibration,
+    "frontier": _frontier,
+    "pluralism": _pluralism,
+    "cycles": _cycles,
+    "judges": _judges,
+    "resampling": _resampling,
+}
