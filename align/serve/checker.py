@@ -21,7 +21,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from hashlib import sha256
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from align.decoding.constraints import ConstraintError
 
@@ -56,7 +56,7 @@ class Checker:
         self.seconds = seconds
         limits = (min(QUICK, seconds), seconds)
         self.lanes = [Lane(limit, most, predicates) for limit, most in zip(limits, WAITING, strict=True)]
-        self._known: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
+        self._known: OrderedDict[bytes, _Known] = OrderedDict()
 
     async def check(self, spec: Mapping[str, Any]) -> None:
         """Look at a constraint.
@@ -80,16 +80,17 @@ class Checker:
                     continue
                 over = f"{self.seconds:g} s" if outcome == "late" else f"{MEMORY >> 30} GiB"
                 problem = f"constraint: it takes over {over} to compile, more than a request may"
+                now = time.monotonic()
                 last = outcome == "ended" or lane is self.lanes[-1]
-                self._keep(digest, problem, time.monotonic() + (REMEMBERED if last else 0.0))
-        problem, until = self._known[digest]
-        if until < float("inf"):
-            after = max(1, round(until - time.monotonic()))
+                self._keep(digest, problem, now + (REMEMBERED if last else 0.0), now + REMEMBERED)
+        known = self._known[digest]
+        if known.until < float("inf"):
+            after = max(1, round(known.until - time.monotonic()))
             raise RefusedError(
-                400, f"{problem}; write a simpler one, or try again in {after} s", {"Retry-After": str(after)}
+                400, f"{known.problem}; write a simpler one, or try again in {after} s", {"Retry-After": str(after)}
             )
-        if problem:
-            raise ConstraintError(problem)
+        if known.problem:
+            raise ConstraintError(known.problem)
 
     async def start(self) -> None:
         """Start the processes, so that the first requests need not wait for them.
@@ -107,13 +108,26 @@ class Checker:
             await lane.close()
 
     def _needs_no(self, lane: Lane, digest: bytes) -> bool:
-        """Whether enough is known of a constraint; of one that did not get done, that the first lane is too short."""
-        return digest in self._known and (lane is self.lanes[0] or time.monotonic() < self._known[digest][1])
+        """Whether enough is known of a constraint; of one that was late, that the first lane was too short for it."""
+        if (known := self._known.get(digest)) is None:
+            return False
+        return time.monotonic() < (known.too_short_until if lane is self.lanes[0] else known.until)
 
-    def _keep(self, digest: bytes, problem: str, until: float) -> None:
-        self._known[digest] = problem, until
+    def _keep(self, digest: bytes, problem: str, until: float, too_short_until: float = float("inf")) -> None:
+        self._known[digest] = _Known(problem, until, too_short_until)
         if len(self._known) > KEPT:
             self._known.popitem(last=False)
+
+
+class _Known(NamedTuple):
+    """What is wrong with a constraint, or nothing; until when that holds, and until when the first lane is passed by.
+
+    Both are times of the monotonic clock.
+    """
+
+    problem: str
+    until: float
+    too_short_until: float
 
 
 class Lane:

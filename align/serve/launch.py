@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from threading import Thread
 from typing import Any
 
 from align.controlled import reward_fault
@@ -26,6 +27,8 @@ from .options import Options
 KEY_VARIABLE = "ALIGN_API_KEY"
 ALLOWANCE = (2.0, 0.05)
 """Seconds that a request's constraint may take in the engine, where it holds up all rows: first, and a token."""
+RULE_SECONDS = 60.0
+"""Seconds that a rule may take when it is tried before the start: some load a model when they are first called."""
 
 
 @dataclass(frozen=True)
@@ -119,14 +122,26 @@ def check(asked: Serve) -> None:
 
 
 def _try(rule: Scorer) -> None:
-    """Call it once, if it needs no columns; it may refuse the row."""
+    """Call it once, if it needs no columns; it may refuse the row, and must end."""
     if any(rule.columns.values()):
         return
-    try:
-        rule(["How are you?"], ["Well, thank you."])
-    except ValueError as error:
-        if reward_fault(error):
-            raise
+    failed: list[Exception] = []
+
+    def call() -> None:
+        try:
+            rule(["How are you?"], ["Well, thank you."])
+        except Exception as error:  # it belongs to whoever waits
+            failed.append(error)
+
+    thread = Thread(target=call, daemon=True)  # it cannot be stopped, and does not outlive a start that fails
+    thread.start()
+    thread.join(RULE_SECONDS)
+    if thread.is_alive():
+        raise ValueError(
+            f"took over {RULE_SECONDS:g} s on one short answer: let it end, or load what it needs with its module"
+        )
+    if failed and not (isinstance(failed[0], ValueError) and not reward_fault(failed[0])):
+        raise failed[0]
 
 
 def _listen(host: str, port: int) -> None:

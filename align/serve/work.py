@@ -202,7 +202,8 @@ class Service:
                 + (
                     f"{waited:.1f} s of that it waited, to have its constraint compiled and for a place; try again"
                     if waited > self.options.timeout / 2
-                    else "ask for fewer particles or tokens, or a constraint that the model finds easier"
+                    else "ask for fewer particles or tokens, or a constraint that the model finds easier, or try "
+                    "again when the server has less to do"
                 ),
             ) from None
         except ConstraintError as error:

@@ -127,6 +127,25 @@ def test_one_that_the_first_lane_was_too_short_for_goes_to_the_second(monkeypatc
     run(work, seconds=10.0)
 
 
+def test_the_first_lane_is_passed_by_for_some_minutes_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was late there once, on a busy machine, is begun there again."""
+    monkeypatch.setattr("align.serve.checker.WAITING", (2, 1))
+    monkeypatch.setattr("align.serve.checker.QUICK", 0.001)
+    late = {"regex": "20[0-9]{2}"}
+
+    async def work(checker: Checker) -> None:
+        async with checker.lanes[1]:
+            with pytest.raises(RefusedError, match="busy"):
+                await checker.check(late)
+            later = time.monotonic() + 300
+            monkeypatch.setattr("align.serve.checker.time", SimpleNamespace(monotonic=lambda: later))
+            checker.lanes[0].seconds = 10.0
+            await checker.lanes[0].close()  # a process keeps the limit that it began with
+            await asyncio.wait_for(checker.check(late), 10)
+
+    run(work, seconds=10.0)
+
+
 def test_one_that_takes_much_memory_ends_its_own_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     async def work(checker: Checker) -> None:
         process = checker.lanes[0].process

@@ -147,6 +147,9 @@ def picky(prompts, completions):
 def judges_none(prompts, completions):
     return [None for _ in completions]
 
+def never_ends(prompts, completions):
+    time.sleep(60)
+
 def same(prompts, completions, solution):
     return [float(text == right) for text, right in zip(completions, solution)]
 """
@@ -158,7 +161,8 @@ def test_functions_and_rules_are_called_once_before_anything_is_loaded(
     """What fails on every text, or says the wrong thing; a rule may refuse a row, and one on columns is not called."""
     (tmp_path / "operators_own.py").write_text(OPERATORS, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
-    names = ("one_number", "broken", "leaves", "picky", "judges_none", "same")
+    monkeypatch.setattr(launch, "RULE_SECONDS", 1.0)
+    names = ("one_number", "broken", "leaves", "never_ends", "picky", "judges_none", "same")
     options = Options(
         rewards={name: f"operators_own:{name}" for name in names},
         predicates=tuple(
@@ -174,6 +178,7 @@ def test_functions_and_rules_are_called_once_before_anything_is_loaded(
             "one_number: the rule gave 0.5",
             "broken: row 0: the rule fails: ZeroDivisionError",
             "leaves: row 0: the rule fails: SystemExit: not here",
+            "never_ends: took over 1 s on one short answer: let it end",
             "python:operators_own:one_argument: raised TypeError",
             "python:operators_own:says_yes: returned \"'yes'\", which is no bool",
             "python:operators_own:hangs: took over 1 s on ''",
