@@ -258,12 +258,16 @@ class _Sent:
     def _held(self, model: Any, where: str, name: str) -> list[Tensor]:
         """What vLLM has there, float64 on the CPU: of a matrix what it multiplies with and, where it is kept, itself.
 
-        On a CPU only a copy that is laid out for the processor is left of most.
+        On a CPU only a copy that is laid out for the processor is left of most, and not every product with such a copy
+        checks its width.
         """
         layer = model.get_submodule(where.rpartition(".")[0])
         weight: Tensor = getattr(layer, where.rpartition(".")[2])
         if name not in self._widths:
             return [weight.cpu().double()]
+        width = layer.input_size_per_partition
+        if width != self._widths[name]:
+            raise RuntimeError(f"{width} columns, not {self._widths[name]}")
         rows = getattr(layer, "org_vocab_size", None)  # those of the vocabulary are padded
         columns = self._columns[self._widths[name]].to(weight.device)
         hot = nn.functional.one_hot(columns, self._widths[name]).to(weight.dtype)
