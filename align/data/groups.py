@@ -18,11 +18,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from .columns import dataset_of
+from .encode import Encoder
 from .fields import FieldError, check_size, collecting, content, required, resolve
 from .load import read_rows, usable
 from .report import left_aside, spread
 from .rows import CompletionRow, CompletionTable, Content, Fault, bad_rows, row_id
-from .tokenize import Encoder, TokenizedCompletion, TokenizedCompletions
+from .tokenize import TokenizedCompletion, TokenizedCompletions
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -94,15 +96,13 @@ class TokenizedGroups(TokenizedCompletions):
 
     def dataset(self) -> Dataset:
         """Columns prompt_ids, answer_ids, row_id, and scores and win_rates where the rows have them."""
-        from datasets import Dataset
-
         columns: dict[str, list[Any]] = {"prompt_ids": [row.input_ids for row in self.rows]}
         columns |= {name: [getattr(row, name) for row in self.rows] for name in ("answer_ids", "row_id")}
         for name in ("scores", "win_rates"):
             values = [getattr(row, name) for row in self.rows]
             if any(value is not None for value in values):
                 columns[name] = values
-        return Dataset.from_dict(columns)
+        return dataset_of(columns)
 
 
 def read_groups(source: str, rules: GroupRules) -> GroupTable:
@@ -242,7 +242,7 @@ def tokenize_groups(
     encoder = Encoder(tokenizer, max_length, read)
     done = TokenizedGroups([], [], {"as_drawn": 0})
     texts = [(row.prompt, dict(zip(names, row.completions, strict=False))) for row in rows if row.ids is None]
-    of_text = encoder.encode(texts)
+    of_text = encoder.rows(texts)
     cut = 0
     for row in rows:
         try:

@@ -107,16 +107,24 @@ def repeats(rows: Iterable[PairRow]) -> tuple[list[tuple[PairRow, PairRow]], lis
     agree or disagree are data.
     """
     first: dict[str, PairRow] = {}
+    preferred: set[str] = set()
     duplicates, contradictions = [], []
     for row in rows:
         if row.row_id in first:
             duplicates.append((first[row.row_id], row))
             continue
         first[row.row_id] = row
-        opposite = first.get(row_id(row.prompt, row.rejected, row.chosen))
-        if opposite is not None:
-            contradictions.append((opposite, row))
+        # An id takes long: it is asked for where some row has preferred what this one does not.
+        if _last_text(row.rejected) in preferred:
+            opposite = first.get(row_id(row.prompt, row.rejected, row.chosen))
+            if opposite is not None:
+                contradictions.append((opposite, row))
+        preferred.add(_last_text(row.chosen))
     return duplicates, contradictions
+
+
+def _last_text(answer: Content) -> str:
+    return answer if isinstance(answer, str) else answer[-1]["content"]
 
 
 def _kind(row: dict[str, Any]) -> str:

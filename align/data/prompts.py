@@ -14,7 +14,7 @@ import json
 import math
 import pickle
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Any
 from align.errors import AlignError
 from align.rewards.named import OF_TRL
 
+from .encode import Encoder
 from .fields import FieldError, collecting, content, required
 from .load import read_rows, usable
 from .pairs import compared
 from .report import left_aside, spread
 from .rows import CompletionRow, CompletionTable, Content, Fault, bad_rows, row_id
-from .tokenize import TokenizedCompletion, TokenizedCompletions, encode_prompt
+from .tokenize import TokenizedCompletion, TokenizedCompletions
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -169,7 +170,8 @@ def tokenize_prompts(
 ) -> TokenizedPrompts:
     """Prompts as token ids; one that leaves less than ``answer`` tokens of ``max_length`` is a Fault.
 
-    So is text where the first prompt is messages, and messages where it is text: TRL takes a batch for either.
+    So is one that the chat template refuses; text where the first prompt is messages, and messages where it is text:
+    TRL takes a batch for either.
 
     Raises:
         AlignError: prompts are messages and the tokenizer has no chat template.
@@ -177,13 +179,18 @@ def tokenize_prompts(
     found = TokenizedPrompts([], [], {"prompts": 0, "set_aside": 0})
     room = None if max_length is None else max_length - answer
     kinds = {True: "text", False: "messages"}
+    alike = [row for row in rows if isinstance(row.prompt, str) is isinstance(rows[0].prompt, str)]
+    encoded = _encoded(alike, tokenizer)
     for row in rows:
         text = isinstance(row.prompt, str)
         if text is not isinstance(rows[0].prompt, str):
             reason = f"{kinds[text]}, and the first prompt is {kinds[not text]}: write all of them as one or the other"
             found.faults.append(Fault(row.source, row.row, "prompt", reason, {"prompt": row.prompt}))
             continue
-        ids = encode_prompt(row.prompt, tokenizer)
+        ids = next(encoded)
+        if isinstance(ids, FieldError):
+            found.faults.append(Fault(row.source, row.row, ids.field, ids.reason, {"prompt": row.prompt}))
+            continue
         if room is not None and len(ids) > room:
             reason = (
                 f"{len(ids):,} tokens, over {room:,}: data.max_length {max_length:,} less {answer:,} for the answer"
@@ -196,6 +203,12 @@ def tokenize_prompts(
     return found
 
 
+def _encoded(rows: Sequence[CompletionRow], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int] | FieldError]:
+    """As ``tokenize.encode_prompt`` would, each."""
+    for found in Encoder(tokenizer, None, {}).rows([(row.prompt, {}) for row in rows]):
+        yield found if isinstance(found, FieldError) else found[0]
+
+
 def describe_prompts(table: PromptTable, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
     """The picture of one source: prompts, repeats, references, lengths in tokens, faults."""
     counts = table.counts
@@ -205,7 +218,7 @@ def describe_prompts(table: PromptTable, tokenizer: PreTrainedTokenizerBase | No
     for column in rows[0].references if rows else ():
         lines.append(f"  {column:<15} {spread([row.references[column] for row in rows])}")
     if tokenizer is not None and rows:
-        lengths = [float(len(encode_prompt(row.prompt, tokenizer))) for row in rows]
+        lengths = [float(len(ids)) for ids in _encoded(rows, tokenizer) if not isinstance(ids, FieldError)]
         lines.append(f"  {'prompt tokens':<15} {spread(lengths)}")
     return "\n".join([*lines, *left_aside(table)])
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from align.errors import AlignError
 
+from .columns import dataset_of
 from .fields import FieldError, answer_field, check_size, collecting, content, required, resolve
 from .load import Row, read_rows, usable
 from .pairs import compared, pair_table
@@ -98,13 +99,11 @@ class TokenizedRatings(TokenizedCompletions):
 
     def dataset(self) -> Dataset:
         """Columns prompt_ids, completion_ids, ratings (-100 where there is none), row_id."""
-        from datasets import Dataset
-
         columns: dict[str, list[Any]] = {
             name: [getattr(row, name) for row in self.rows] for name in ("prompt_ids", "completion_ids", "row_id")
         }
         columns["ratings"] = [[UNRATED if value is None else value for value in row.ratings] for row in self.rows]
-        return Dataset.from_dict(columns)
+        return dataset_of(columns)
 
 
 # --- pairs --------------------------------------------------------------------------------------------------------

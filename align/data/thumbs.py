@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from align.errors import AlignError
 
+from .columns import dataset_of
 from .fields import FieldError, collecting, content, required, resolve
 from .load import Row, read_rows, usable
 from .pairs import compared
@@ -70,10 +71,8 @@ class TokenizedThumbs(TokenizedCompletions):
 
     def dataset(self) -> Dataset:
         """Columns prompt_ids, completion_ids, label, row_id."""
-        from datasets import Dataset
-
         columns = ("prompt_ids", "completion_ids", "label", "row_id")
-        return Dataset.from_dict({column: [getattr(row, column) for row in self.rows] for column in columns})
+        return dataset_of({column: [getattr(row, column) for row in self.rows] for column in columns})
 
 
 def read_thumbs(source: str) -> ThumbTable:

@@ -1,22 +1,8 @@
-"""From rows to token ids, by rules that hold for pairs and for single answers alike.
-
-- Text is tokenised as it stands, prompt and prompt + answer each as one string, with whatever the tokenizer adds. A
-  beginning-of-sequence token stands once, even where the text brings its own and the tokenizer adds another.
-- Messages go through the chat template: the prompt with the generation prompt, prompt + answer as one conversation.
-- The answer begins where prompt and prompt + answer stop to agree, token by token. Both answers of a pair get the same
-  prompt ids. Where that is before the prompt's end (tokens that merge over the boundary, a template that writes the
-  prompt otherwise when an answer follows), the row is counted and one warning says what it means.
-- An answer ends in ``tokenizer.eos_token_id``, once: appended where it is missing, doubles removed, and what a
-  template writes after it (a newline) cut off.
-- A prompt of ``max_length`` tokens or more leaves no room and is a fault. Otherwise each answer keeps its first
-  ``max_length - len(prompt)`` tokens, by the same rule for both; an answer that is cut has no end token, for none was
-  reached.
-"""
+"""From rows to token ids: pairs and single answers, by the rules of ``encode``."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,16 +10,14 @@ from jinja2 import TemplateError
 
 from align.errors import AlignError
 
-from .fields import EMPTY, FieldError, resolve
+from .columns import dataset_of
+from .encode import Encoder
+from .fields import FieldError, resolve
 from .rows import CompletionRow, Content, Fault, PairRow, row_id
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
-
-_BATCH_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -112,9 +96,7 @@ class TokenizedCompletions:
 
 
 def _dataset(rows: Sequence[Any], columns: Sequence[str]) -> Dataset:
-    from datasets import Dataset
-
-    return Dataset.from_dict({column: [getattr(row, column) for row in rows] for column in columns})
+    return dataset_of({column: [getattr(row, column) for row in rows] for column in columns})
 
 
 def tokenize_pairs(
@@ -131,7 +113,7 @@ def tokenize_pairs(
     result = TokenizedPairs([], [], _counts("pairs", ("chosen", "rejected")))
     encoder = Encoder(tokenizer, max_length, result.counts)
     answers = [(row.prompt, {"chosen": row.chosen, "rejected": row.rejected}) for row in rows]
-    for row, encoded in zip(rows, encoder.encode(answers), strict=True):
+    for row, encoded in zip(rows, encoder.rows(answers), strict=True):
         if isinstance(encoded, FieldError):
             soft = {} if row.preference is None else {"preference": row.preference}
             shown = {"chosen": row.chosen, "rejected": row.rejected, "strength": row.strength, **soft}
@@ -177,7 +159,7 @@ def tokenize_completions(
     result = TokenizedCompletions([], [], _counts("completions", ("completion",)))
     encoder = Encoder(tokenizer, max_length, result.counts)
     answers = [(row.prompt, {"completion": row.completion}) for row in rows]
-    for row, encoded in zip(rows, encoder.encode(answers), strict=True):
+    for row, encoded in zip(rows, encoder.rows(answers), strict=True):
         if isinstance(encoded, FieldError):
             result.faults.append(_fault(row, encoded, completion=row.completion))
             continue
@@ -210,160 +192,3 @@ def _counts(what: str, names: Sequence[str]) -> dict[str, int]:
 
 def _fault(row: PairRow | CompletionRow, problem: FieldError, **answers: Any) -> Fault:
     return Fault(row.source, row.row, problem.field, problem.reason, {"prompt": row.prompt, **answers})
-
-
-Answers = Mapping[str, Content]
-Encoded = tuple[list[int], dict[str, list[int]]]
-
-
-class Encoder:
-    """The rules, for one tokenizer and one limit; fills ``counts``."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None, counts: dict[str, int]) -> None:
-        if tokenizer.eos_token_id is None:
-            raise AlignError("the tokenizer has no end token (eos_token), so that no answer could end: set one")
-        self.tokenizer = tokenizer
-        self.max_length = max_length
-        self.counts = counts
-        self.eos: int = tokenizer.eos_token_id
-        probe = tokenizer("a")["input_ids"]
-        self.adds_bos = tokenizer.bos_token_id is not None and probe[0] == tokenizer.bos_token_id
-        self.adds_eos = probe[-1] == self.eos
-        self.moved_tail: list[int] = []
-        self._blank: dict[tuple[int, ...], bool] = {}
-
-    def encode(self, rows: Sequence[tuple[Content, Answers]]) -> Iterator[Encoded | FieldError]:
-        """Prompt ids and answer ids of each row, or why it cannot be used."""
-        for start in range(0, len(rows), _BATCH_ROWS):
-            batch = rows[start : start + _BATCH_ROWS]
-            for row, ids in zip(batch, self._tokenize(batch), strict=True):
-                try:
-                    yield ids if isinstance(ids, FieldError) else self._split(row, ids)
-                except FieldError as problem:
-                    yield problem
-
-    def finish(self, what: str, used: int, set_aside: int) -> None:
-        """Write the totals, and warn if boundaries moved."""
-        self.counts[what], self.counts["set_aside"] = used, set_aside
-        if self.counts["boundary_moved"]:
-            logger.warning(
-                "In %d of %d rows the end of the prompt is tokenised otherwise when an answer follows (first: %r). "
-                "There the answer begins where the tokens part, so that training sees another end of the prompt than "
-                "generation does. End prompts without a blank and begin answers with one, or use a chat template that "
-                "writes the prompt the same way in both cases.",
-                self.counts["boundary_moved"],
-                used + set_aside,
-                self.tokenizer.decode(self.moved_tail),
-            )
-
-    def prompt_text(self, prompt: Content) -> str:
-        """The prompt as the tokenizer is to see it."""
-        return prompt if isinstance(prompt, str) else self._render(prompt, add_generation_prompt=True)
-
-    def ids(self, texts: list[str], is_text: bool, is_prompt: bool = True) -> list[list[int]]:
-        """Token ids; ``is_text`` is False for what a template wrote, which holds its special tokens already."""
-        output = self.tokenizer(texts, add_special_tokens=is_text, return_attention_mask=False, verbose=False)
-        encoded = output["input_ids"]
-        if is_text and self.adds_bos:
-            bos = self.tokenizer.bos_token_id
-            encoded = [ids[1:] if ids[:2] == [bos, bos] else ids for ids in encoded]
-        if is_text and is_prompt and self.adds_eos:
-            encoded = [ids[:-1] for ids in encoded]
-        return list(encoded)
-
-    def _tokenize(self, batch: Sequence[tuple[Content, Answers]]) -> list[list[list[int]] | FieldError]:
-        """Per row: ids of the prompt, then of prompt + answer for each answer."""
-        result: list[list[list[int]] | FieldError] = [FieldError("prompt", "")] * len(batch)
-        for is_text in (True, False):
-            texts: dict[int, list[str]] = {}
-            for index, (prompt, answers) in enumerate(batch):
-                if isinstance(prompt, str) is not is_text:
-                    continue
-                try:
-                    texts[index] = [self.prompt_text(prompt), *(self._joint(prompt, a) for a in answers.values())]
-                except TemplateError as error:
-                    result[index] = FieldError("prompt", f"refused by the chat template: {error}")
-            if not texts:
-                continue
-            prompts = self.ids([text[0] for text in texts.values()], is_text)
-            joints = iter(self.ids([joint for text in texts.values() for joint in text[1:]], is_text, is_prompt=False))
-            for (index, text), prompt_ids in zip(texts.items(), prompts, strict=True):
-                result[index] = [prompt_ids, *(next(joints) for _ in text[1:])]
-        return result
-
-    def _joint(self, prompt: Content, answer: Content) -> str:
-        if isinstance(prompt, str) and isinstance(answer, str):
-            return prompt + answer
-        if isinstance(prompt, str) or isinstance(answer, str):
-            raise TypeError("prompt and answer must both be text or both be messages: see fields.resolve")
-        return self._render([*prompt, *answer])
-
-    def _render(self, messages: Content, add_generation_prompt: bool = False) -> str:
-        if not self.tokenizer.chat_template:
-            raise AlignError(
-                "the data has chat messages, but the tokenizer has no chat template: use a chat model, set "
-                "tokenizer.chat_template, or write prompts and answers as plain text"
-            )
-        return str(
-            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-        )
-
-    def _split(self, row: tuple[Content, Answers], ids: list[list[int]]) -> Encoded:
-        """Cut prompt + answer into both, end the answers and hold them to the limit."""
-        prompt, *joints = ids
-        shared = min(_shared_length(prompt, joint) for joint in joints)
-        if shared < len(prompt):
-            self.counts["boundary_moved"] += 1
-            self.moved_tail = self.moved_tail or prompt[shared:]
-        if shared == 0 and row[0]:
-            raise FieldError("prompt", "no token of it is left before the answer: write the prompt as its own words")
-        if self.max_length is not None and shared >= self.max_length:
-            raise FieldError(
-                "prompt",
-                f"{shared:,} tokens, over data.max_length {self.max_length:,} before any answer: "
-                "raise it or shorten the prompt",
-            )
-        answers = {name: self._end(name, joint[shared:]) for name, joint in zip(row[1], joints, strict=True)}
-        self._check_equal(answers, "equal to rejected in tokens")
-        for name, answer in row[1].items():
-            one_turn = isinstance(answer, str) or len(answer) == 1
-            self.counts["eos_inside"] += one_turn and self.eos in answers[name][:-1]
-        return prompt[:shared], self._cut(answers, shared)
-
-    def _end(self, name: str, ids: list[int]) -> list[int]:
-        """One end token at the end: none doubled, nothing but blanks cut off after it."""
-        while self.eos in ids:
-            last = len(ids) - 1 - ids[::-1].index(self.eos)
-            if not self._is_blank(ids[last + 1 :]):
-                break
-            ids = ids[:last]
-        if not ids:
-            raise FieldError(name, EMPTY)
-        return [*ids, self.eos]
-
-    def _is_blank(self, ids: list[int]) -> bool:
-        key = tuple(ids)
-        if key not in self._blank:
-            self._blank[key] = not self.tokenizer.decode(ids).strip()
-        return self._blank[key]
-
-    def _cut(self, answers: dict[str, list[int]], prompt_length: int) -> dict[str, list[int]]:
-        if self.max_length is None:
-            return answers
-        room = self.max_length - prompt_length
-        cut = {name: ids[:room] for name, ids in answers.items()}
-        self._check_equal(cut, f"equal to rejected in the {room:,} tokens that data.max_length leaves: raise it")
-        for name, ids in answers.items():
-            self.counts[f"truncated_{name}"] += len(ids) > room
-        return cut
-
-    @staticmethod
-    def _check_equal(answers: dict[str, list[int]], reason: str) -> None:
-        if "rejected" in answers and answers["chosen"] == answers["rejected"]:
-            raise FieldError("chosen", reason)
-
-
-def _shared_length(one: list[int], other: list[int]) -> int:
-    if other[: len(one)] == one:
-        return len(one)
-    return next((index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(other))

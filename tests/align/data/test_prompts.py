@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 
 from align.data.prompts import ROW_ID, describe_prompts, read_prompts, tokenize_prompts, unpacked
+from align.data.tokenize import encode_prompt
 from align.errors import AlignError
 
 CHAT = [{"role": "user", "content": "Say it"}]
@@ -120,6 +122,19 @@ def test_text_and_messages_in_one_source(tmp_path, tiny_tokenizer):
     assert (
         tokenize_prompts(rows[1:], tiny_tokenizer, 64).faults[0].reason.startswith("text, and the first prompt is m")
     )
+
+
+def test_a_prompt_that_the_template_refuses_costs_that_row(tmp_path, tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+        + tiny_tokenizer.chat_template
+    )
+    refused = [{"role": "system", "content": "Be brief."}, *CHAT]
+    rows = read_prompts(write(tmp_path / "rows.jsonl", {"prompt": refused}, {"prompt": CHAT})).rows
+    found = tokenize_prompts(rows, tokenizer, 64)
+    assert [fault.reason for fault in found.faults] == ["refused by the chat template: no system turns"]
+    assert [row.input_ids for row in found.rows] == [encode_prompt(CHAT, tokenizer)]
 
 
 @pytest.mark.parametrize("name", ["prompts", "completions", "completion", "completion_ids", "trainer_state"])
