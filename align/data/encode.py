@@ -70,7 +70,10 @@ class Encoder:
 
     def rows(self, rows: Sequence[Question]) -> Iterator[Encoded | FieldError]:
         """``encode``, counted, row by row."""
-        found = self.encode(rows)
+        return self.counted(self.encode(rows), rows)
+
+    def counted(self, found: Encodings, rows: Sequence[Question]) -> Iterator[Encoded | FieldError]:
+        """What ``encode`` has made of ``rows``, row by row; its counts are added to this encoder's."""
         for name, value in found.counts.items():
             self.counts[name] += value
         self.moved_tail = self.moved_tail or found.moved_tail

@@ -16,11 +16,13 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .columns import dataset_of
 from .encode import Encoder
 from .fields import FieldError, check_size, collecting, content, required, resolve
+from .kept import encoded
 from .load import read_rows, usable
 from .report import left_aside, spread
 from .rows import CompletionRow, CompletionTable, Content, Fault, bad_rows, row_id
@@ -227,7 +229,11 @@ def _check_ids(name: str, given: Any) -> None:
 
 
 def tokenize_groups(
-    rows: Sequence[GroupRow], tokenizer: PreTrainedTokenizerBase, max_length: int | None
+    rows: Sequence[GroupRow],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    *,
+    cache: Path | None = None,
 ) -> TokenizedGroups:
     """Token ids of every group: those that it has, where they are this tokenizer's, or of its text.
 
@@ -241,8 +247,9 @@ def tokenize_groups(
     read = dict.fromkeys(("boundary_moved", "eos_inside", *(f"truncated_{name}" for name in names)), 0)
     encoder = Encoder(tokenizer, max_length, read)
     done = TokenizedGroups([], [], {"as_drawn": 0})
-    texts = [(row.prompt, dict(zip(names, row.completions, strict=False))) for row in rows if row.ids is None]
-    of_text = encoder.rows(texts)
+    of_text = [row for row in rows if row.ids is None]
+    texts = [(row.prompt, dict(zip(names, row.completions, strict=False))) for row in of_text]
+    tokens = encoded(encoder, texts, [row.row_id for row in of_text], cache)
     cut = 0
     for row in rows:
         try:
@@ -251,7 +258,7 @@ def tokenize_groups(
                 cut += own
                 done.counts["as_drawn"] += 1
             else:
-                found = next(of_text)
+                found = next(tokens)
                 if isinstance(found, FieldError):
                     raise found
                 prompt, answers = found[0], list(found[1].values())

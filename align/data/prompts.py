@@ -16,6 +16,7 @@ import pickle
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from align.rewards.named import OF_TRL
 
 from .encode import Encoder
 from .fields import FieldError, collecting, content, required
+from .kept import encoded
 from .load import read_rows, usable
 from .pairs import compared
 from .report import left_aside, spread
@@ -166,7 +168,12 @@ def read_prompts(
 
 
 def tokenize_prompts(
-    rows: Sequence[CompletionRow], tokenizer: PreTrainedTokenizerBase, max_length: int | None, *, answer: int = 1
+    rows: Sequence[CompletionRow],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    *,
+    answer: int = 1,
+    cache: Path | None = None,
 ) -> TokenizedPrompts:
     """Prompts as token ids; one that leaves less than ``answer`` tokens of ``max_length`` is a Fault.
 
@@ -180,14 +187,14 @@ def tokenize_prompts(
     room = None if max_length is None else max_length - answer
     kinds = {True: "text", False: "messages"}
     alike = [row for row in rows if isinstance(row.prompt, str) is isinstance(rows[0].prompt, str)]
-    encoded = _encoded(alike, tokenizer)
+    tokens = _tokens(alike, tokenizer, cache)
     for row in rows:
         text = isinstance(row.prompt, str)
         if text is not isinstance(rows[0].prompt, str):
             reason = f"{kinds[text]}, and the first prompt is {kinds[not text]}: write all of them as one or the other"
             found.faults.append(Fault(row.source, row.row, "prompt", reason, {"prompt": row.prompt}))
             continue
-        ids = next(encoded)
+        ids = next(tokens)
         if isinstance(ids, FieldError):
             found.faults.append(Fault(row.source, row.row, ids.field, ids.reason, {"prompt": row.prompt}))
             continue
@@ -203,10 +210,13 @@ def tokenize_prompts(
     return found
 
 
-def _encoded(rows: Sequence[CompletionRow], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int] | FieldError]:
+def _tokens(
+    rows: Sequence[CompletionRow], tokenizer: PreTrainedTokenizerBase, cache: Path | None = None
+) -> Iterator[list[int] | FieldError]:
     """As ``tokenize.encode_prompt`` would, each."""
-    for found in Encoder(tokenizer, None, {}).rows([(row.prompt, {}) for row in rows]):
-        yield found if isinstance(found, FieldError) else found[0]
+    found = encoded(Encoder(tokenizer, None, {}), [(row.prompt, {}) for row in rows], [r.row_id for r in rows], cache)
+    for row in found:
+        yield row if isinstance(row, FieldError) else row[0]
 
 
 def describe_prompts(table: PromptTable, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
@@ -218,7 +228,7 @@ def describe_prompts(table: PromptTable, tokenizer: PreTrainedTokenizerBase | No
     for column in rows[0].references if rows else ():
         lines.append(f"  {column:<15} {spread([row.references[column] for row in rows])}")
     if tokenizer is not None and rows:
-        lengths = [float(len(ids)) for ids in _encoded(rows, tokenizer) if not isinstance(ids, FieldError)]
+        lengths = [float(len(ids)) for ids in _tokens(rows, tokenizer) if not isinstance(ids, FieldError)]
         lines.append(f"  {'prompt tokens':<15} {spread(lengths)}")
     return "\n".join([*lines, *left_aside(table)])
 

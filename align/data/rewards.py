@@ -19,6 +19,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from align.errors import AlignError
@@ -163,14 +164,19 @@ def _with_gaps(rows: Iterable[Row], name: str, ties: list[int]) -> Iterator[Row]
 
 
 def tokenize_reward_pairs(
-    rows: Sequence[PairRow], tokenizer: PreTrainedTokenizerBase, max_length: int | None, over_long: OverLong = "cut"
+    rows: Sequence[PairRow],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    over_long: OverLong = "cut",
+    *,
+    cache: Path | None = None,
 ) -> TokenizedPairs:
     """Token ids of every pair, every answer with its end token.
 
     Raises:
         AlignError: the tokenizer has no end token, or no chat template for rows of messages.
     """
-    done = tokenize_pairs(rows, tokenizer, None)
+    done = tokenize_pairs(rows, tokenizer, None, cache=cache)
     hold = _Limit(tokenizer, max_length, over_long, done.counts)
     kept: list[TokenizedPair] = []
     for row, pair in _matched(rows, done.rows):
@@ -292,14 +298,19 @@ def _number(column: str, value: Any, file: str) -> float:
 
 
 def tokenize_ratings(
-    rows: Sequence[RatedRow], tokenizer: PreTrainedTokenizerBase, max_length: int | None, over_long: OverLong = "cut"
+    rows: Sequence[RatedRow],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    over_long: OverLong = "cut",
+    *,
+    cache: Path | None = None,
 ) -> TokenizedRatings:
     """Token ids of every rated answer, with its end token.
 
     Raises:
         AlignError: the tokenizer has no end token, or no chat template for rows of messages.
     """
-    done = tokenize_completions(rows, tokenizer, None)
+    done = tokenize_completions(rows, tokenizer, None, cache=cache)
     hold = _Limit(tokenizer, max_length, over_long, done.counts)
     kept: list[TokenizedRated] = []
     for row, found in _matched(rows, done.rows):

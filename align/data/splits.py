@@ -94,29 +94,34 @@ def read_split(
     """Read and tokenise a source; by ``rules`` where a reward model is to read it, a policy to answer it, or where
     several answers to a prompt are learnt at once.
 
+    The tokens of many rows are kept in Align's cache folder (``kept``).
+
     Raises:
         AlignError: the source cannot be read at all, or the tokenizer cannot serve it.
     """
+    from align.models.packaged import cache_folder  # it imports torch, which reading rows does not need
+
+    cache = cache_folder() / "tokens"
     if isinstance(rules, PromptRules):
         prompts = read_prompts(source, rules.references, columns=rules.columns, every=rules.every)
-        return Split(prompts, tokenize_prompts(prompts.rows, tokenizer, max_length, answer=rules.answer))
+        return Split(prompts, tokenize_prompts(prompts.rows, tokenizer, max_length, answer=rules.answer, cache=cache))
     if isinstance(rules, GroupRules):
         groups = read_groups(source, rules)
-        return Split(groups, tokenize_groups(groups.rows, tokenizer, max_length))
+        return Split(groups, tokenize_groups(groups.rows, tokenizer, max_length, cache=cache))
     if rules is not None and kind == "ratings":
         ratings = read_ratings(source, rules.attributes)
-        return Split(ratings, tokenize_ratings(ratings.rows, tokenizer, max_length, rules.over_long))
+        return Split(ratings, tokenize_ratings(ratings.rows, tokenizer, max_length, rules.over_long, cache=cache))
     if rules is not None:
         pairs = read_reward_pairs(source, rules)
-        return Split(pairs, tokenize_reward_pairs(pairs.rows, tokenizer, max_length, rules.over_long))
+        return Split(pairs, tokenize_reward_pairs(pairs.rows, tokenizer, max_length, rules.over_long, cache=cache))
     if kind == "pairs":
         table = read_pairs(source)
-        return Split(table, tokenize_pairs(table.rows, tokenizer, max_length))
+        return Split(table, tokenize_pairs(table.rows, tokenizer, max_length, cache=cache))
     if kind == "judgements":
         judged = read_judgements(source)
-        return Split(judged, tokenize_reward_pairs(judged.rows, tokenizer, max_length))
+        return Split(judged, tokenize_reward_pairs(judged.rows, tokenizer, max_length, cache=cache))
     if kind == "thumbs":
         thumbs = read_thumbs(source)
-        return Split(thumbs, tokenize_thumbs(thumbs.rows, tokenizer, max_length))
+        return Split(thumbs, tokenize_thumbs(thumbs.rows, tokenizer, max_length, cache=cache))
     completions = read_completions(source)
-    return Split(completions, tokenize_completions(completions.rows, tokenizer, max_length))
+    return Split(completions, tokenize_completions(completions.rows, tokenizer, max_length, cache=cache))

