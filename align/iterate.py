@@ -44,6 +44,9 @@ from align.tracking.run_folder import RunFolder, read_manifest
 
 console = Console(stderr=True)
 
+JUDGED_TOGETHER = 16
+"""Prompts whose verdicts are kept at once, and asked for again where the stage stops among them."""
+
 
 def train_rounds(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, source: str, command: Sequence[str]) -> Path:
     """Run a recipe with section ``iterate``.
@@ -144,8 +147,9 @@ def _answer(spec: IterateSpec, model: ModelSpec, prompts: Path, output: Path, se
 
 def _judge(spec: IterateSpec, at: Path) -> None:
     """What the answers are worth against each other."""
-    scorer = AnnotatorScorer(spec.annotator, "align train", "iterate.annotator", spec.annotator_seconds)
-    outcome = score_data(str(at / "answers.jsonl"), [scorer], at / "scored.jsonl")
+    where, seconds = "iterate.annotator", spec.annotator_seconds
+    scorer = AnnotatorScorer(spec.annotator, "align train", where, seconds, sets_aside=False)
+    outcome = score_data(str(at / "answers.jsonl"), [scorer], at / "scored.jsonl", shard_rows=JUDGED_TOGETHER)
     if outcome is not None and outcome.faults:
         console.print(fault_report(outcome.faults, outcome.counts["rows"], outcome.rejected), highlight=False)
     _free()

@@ -30,6 +30,7 @@ from .scorers import Columns, Scored, code_hash
 
 COLUMNS = ("preference", "scores", "win_rates")
 _TEXT = {"prompt", LISTED}
+_GO_ON = "The same command goes on with what is not judged yet"
 
 
 class AnnotatorScorer:
@@ -39,6 +40,8 @@ class AnnotatorScorer:
         given: what the recipe says (``align.rewards.annotators``).
         source, where: what a problem is told to be in, such as ``align score`` and ``--annotator``.
         seconds: how long a call of it may take, setting ``{where}_seconds``; None: however long.
+        sets_aside: a row that it fails on is set aside, with the reason; False: the pass ends there, and asks for the
+            row again when it goes on. Pairs that it has nothing to say of are no failure.
 
     Raises:
         ConfigError: it is no annotator.
@@ -46,8 +49,10 @@ class AnnotatorScorer:
 
     name = "annotator"
 
-    def __init__(self, given: Any, source: str, where: str, seconds: float | None = None) -> None:
-        self.source, self.where, self.seconds = source, where, seconds
+    def __init__(
+        self, given: Any, source: str, where: str, seconds: float | None = None, *, sets_aside: bool = True
+    ) -> None:
+        self.source, self.where, self.seconds, self.sets_aside = source, where, seconds, sets_aside
         try:
             self.parsed: ParsedAnnotator = parse_annotator(given)
             asked, self.every = asked_columns(self.parsed.rules)
@@ -79,7 +84,8 @@ class AnnotatorScorer:
         """See ``Scorer``; a row that the annotator refuses, or has not compared all answers of, has its reason.
 
         Raises:
-            AlignError: the annotator fails for all of them, such as a server that is not there, or takes too long.
+            AlignError: the annotator fails for all of them, such as a server that is not there, or for one where rows
+                are not to be set aside, or takes too long.
         """
         found: dict[int, Columns] = {}
         refused: dict[int, FieldError] = {}
@@ -112,14 +118,14 @@ class AnnotatorScorer:
         try:
             verdicts = self._asked(own, columns)
         except AnnotatorError as error:
+            if not self.sets_aside:
+                raise AlignError(f"{self.where}: {error}. {_GO_ON}") from error
             if error.prompt is None:
                 raise AlignError(f"{self.source}: {error}") from error
             refused[places[error.prompt]] = FieldError(self.name, error.problem)
             return
         except NoAnswerError as error:
-            raise AlignError(
-                f"{self.where}: {error}, on {len(own)} prompts. The same command goes on with what is not judged yet"
-            ) from error
+            raise AlignError(f"{self.where}: {error}, on {len(own)} prompts. {_GO_ON}") from error
         for problem in verdicts.problems:
             pair = f"answers {problem.first + 1} and {problem.second + 1} were not compared"
             refused.setdefault(places[problem.prompt], FieldError(self.name, f"{pair}: {problem.reason}"))

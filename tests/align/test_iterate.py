@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,42 @@ def test_an_annotator_that_hangs_ends_in_a_message_and_rounds_that_go_on(
     importlib.import_module("hangs").released.set()
     run(path, "iterate.annotator_seconds=30")
     assert manifest(tmp_path / "run")["status"] == "finished"
+
+
+@pytest.mark.usefixtures("no_pages")
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [
+        ("raise OSError('no network')", "the rule fails: OSError: no network"),
+        ("return [float('nan')] * len(completions)", "nan: not a finite number"),
+        ("return [1.0]", "the rule gave 1 numbers for"),
+    ],
+    ids=["raises", "NaN", "another length"],
+)
+def test_an_annotator_that_fails_on_some_prompts_ends_in_a_message_and_rounds_that_go_on(
+    recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, why: str
+) -> None:
+    """No prompt is lost to a fault that may pass, and what was judged is not asked again."""
+    monkeypatch.delitem(sys.modules, "fails", raising=False)
+    (tmp_path / "fails.py").write_text(
+        "broken, asked = [True], []\n"
+        "def rule(prompts, completions):\n"
+        "    if broken and any(' 20 ' in str(prompt) for prompt in prompts):\n"
+        f"        {fault}\n"
+        "    asked.extend(prompts)\n"
+        "    return [float(len(text)) for text in completions]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = recipe(iterate={"rounds": 1, "answers": 2, "max_new_tokens": 2, "annotator": "fails:rule"}, evals=[])
+    with pytest.raises(AlignError, match=rf"iterate.annotator: .*{why}.*The same command goes on"):
+        run(path)
+    assert manifest(tmp_path / "run")["status"] == "failed"
+    fails = importlib.import_module("fails")
+    fails.broken.clear()
+    fails.asked.clear()
+    run(path)
+    assert len(lines(tmp_path / "run" / "round-1" / "scored.jsonl")) == 24
+    assert len(set(map(str, fails.asked))) == 24 - align.iterate.JUDGED_TOGETHER
 
 
 @pytest.mark.usefixtures("no_pages")
