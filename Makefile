@@ -18,7 +18,7 @@ TORCH := $(TORCH)+cpu
 endif
 endif
 
-.PHONY: help quickstart test lint types imports installed-tree bench bench-ches bench-serve browser
+.PHONY: help quickstart test lint types imports installed-tree bench bench-full bench-ches bench-serve browser
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -40,8 +40,12 @@ lint: $(VENV)/.installed-vllm  ## ruff, mypy --strict and the import contracts
 	$(BIN)/ruff format --check .
 	@$(MAKE) --no-print-directory types imports
 
-bench: $(VENV)/.installed-run  ## time training steps of the packaged model
-	$(BIN)/python tests/bench/pair_step.py
+bench: $(VENV)/.installed-run  ## time training beside TRL's trainer, with an adapter (about 15 minutes on two cores)
+	$(BIN)/python tests/bench/speed.py --only lora/hh --output docs/results/speed.md $(BENCH_ARGS)
+
+# Goes on where it stopped. BENCH_ARGS='--dialogues FOLDER' for real ones; '--only PART' measures one part anew.
+bench-full: $(VENV)/.installed-run  ## the rest of it: all weights, other lengths, memory, losses, profiles, a sweep
+	$(BIN)/python tests/bench/speed.py --output docs/results/speed.md $(BENCH_ARGS)
 
 bench-ches: $(VENV)/.installed-run  ## time CHES against a plain loop: pairs a second, memory, errors
 	$(BIN)/python tests/bench/ches.py
