@@ -62,8 +62,11 @@ def _points_table(points: Sequence[Row]) -> Table:
     """A line a point of a frontier."""
 
     def cells(point: Row) -> list[Measure | None]:
-        tokens = Measure("", f"{point['cost']['tokens']:.0f}", "", point["reward"]["n"])
-        return [_entry(point["reward"]), _entry(point["kl"]), _entry(point.get("kl_bound")), tokens]
+        n = point["reward"]["n"]
+        bound = point.get("kl_bound")  # known, and no estimate
+        most = None if bound is None else Measure("", number(bound["value"], POINTS), "", n)
+        tokens = Measure("", f"{point['cost']['tokens']:.0f}", "", n)
+        return [_entry(point["reward"]), _entry(point["kl"]), most, tokens]
 
     columns = ("reward", "KL, nats", "KL at most", "tokens a prompt")
     return Table(columns, [(point["label"], cells(point)) for point in points])

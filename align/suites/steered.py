@@ -25,6 +25,7 @@ from align.evals.frontier import (
     weighted_point,
 )
 from align.evals.sampling import Sample
+from align.evals.statistics import Estimate
 from align.models.ends import end_tokens
 from align.models.load import LoadedModel
 from align.tracking.progress import progress
@@ -62,7 +63,7 @@ def best_of_points(
             ],
             BEST_OF_KL,
             settings={"n": n, "draws": copies},
-            kl_bound={"value": best_of_kl_bound(n), "how": BEST_OF_BOUND},
+            kl_bound={**Estimate(best_of_kl_bound(n), None, None, len(parts)).as_dict(), "how": BEST_OF_BOUND},
         )
         for n in counts
     ]

@@ -166,7 +166,7 @@ def frontier() -> dict[str, Any]:
         rows = [{"row_id": f"r{i}", "reward": reward + i, "kl": kl + i, "tokens": 9} for i in range(3)]
         return point(kind, label, rows, "k1", **more)
 
-    bound = {"kl_bound": {"value": 1.4, "low": None, "high": None, "n": 3}}
+    bound = {"kl_bound": {"value": 1.4, "how": "bound"}}
     points = {
         "base": [at("reference", "base", 0, -1), at("best-of-n", "best of 8", 2, 0.2, **bound)],
         "runs/a": [at("checkpoint", "runs/a/checkpoint-2", 1, 1), at("run", "runs/a", 2, 3)],

@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from align.cli import app
+from align.reports.results import read_result, shown_result
 from align.rewards.models import RewardModel
 
 
@@ -23,13 +24,15 @@ def align() -> Callable[..., Result]:
 
 @pytest.fixture
 def evaluated(align: Callable[..., Result], tmp_path: Path) -> Callable[..., tuple[dict[str, Any], str]]:
-    """``evaluated(MODEL, "--suite", "preference")``: the result and what was printed."""
+    """``evaluated(MODEL, "--suite", "preference")``: the result, which a page can show, and what was printed."""
 
     def run(*words: Any) -> tuple[dict[str, Any], str]:
         output = tmp_path / "result.json"
         result = align("eval", *words, "-o", output)
         assert result.exit_code == 0, result.output
-        return json.loads(output.read_text()), result.stdout
+        found = read_result(output)
+        assert shown_result(found)["metrics"].lines
+        return found, result.stdout
 
     return run
 
