@@ -197,10 +197,14 @@ def gpo(policy: SequenceLogps, previous: SequenceLogps, scores: Tensor, *, beta:
     ``loss = mean over i < j of [h_i - h_j - (s_i - s_j) / beta]^2``. The partition constant of the step's closed form
     ``pi_t exp(s / beta) / Z`` cancels in differences, so that this form reaches it; ``gpo_pointwise`` does not.
 
+    Scores that are estimated from the K answers themselves are means over all K, with the 0 of each against itself
+    (``mean_scores(..., include_self=True)``): means over the others alone would have ``s_ij`` in the scores of both i
+    and j, and the step would be that of ``beta (K - 1) / K``.
+
     Args:
         policy, previous: totals (nats) and lengths (tokens) of K answers to each of B prompts, drawn from the previous
             iterate, (B, K).
-        scores: mean score of each answer against that iterate (``mean_scores``), (B, K).
+        scores: mean score of each answer against that iterate, (B, K).
         beta: strength of the pull to the previous iterate, in score per nat.
 
     Returns:
@@ -261,7 +265,8 @@ def sppo(policy: SequenceLogps, previous: SequenceLogps, win_rates: Tensor, *, b
     """Self-play preference optimisation on differences of answers (arXiv:2405.00675, in a form without its constant).
 
     ``gpo`` with the bounded score ``P - 1/2``. Near 1/2, ``P - 1/2`` is a quarter of the score ``logit P``, so that
-    GPO at 4 times this beta is the like step.
+    GPO at 4 times this beta is the like step. With win rates of the K answers against all K of them, 1/2 against
+    itself, its gradient is that of IPO with soft labels on their pairs, at the same beta.
 
     Args:
         policy, previous: totals (nats) and lengths (tokens) of K answers to each of B prompts, (B, K).

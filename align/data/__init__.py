@@ -12,7 +12,7 @@
 - ``groups.py``       ``read_groups``: K answers to a prompt with what each is worth, for ``gpo`` and ``sppo``.
 - ``rewards.py``      pairs and ratings for reward models; ``judgements.py`` pairs with the name of who judged them.
 - ``encode.py``       the rules of token ids: BOS once, EOS once, one prompt for both answers, one limit for both.
-- ``tokenize.py``     rows to token ids by these rules; ``kept.py`` keeps what many rows became, by what decides it, and
+- ``tokenize.py``     rows to token ids by these rules; ``kept.py`` keeps what many rows became, by what decides it;
                       ``workers.py`` has several processes make it; ``encodings.py`` and ``columns.py`` hold it.
 - ``splits.py``       the data sets of a run: the above in one step.
 - ``report.py``       what is wrong with the data, what is in it, and which tokens are scored.

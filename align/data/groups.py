@@ -59,12 +59,14 @@ class GroupRow(CompletionRow):
         completions: K, in the prompt's form.
         scores, win_rates: K numbers; None where the data has none.
         ids: token ids of the prompt and of the K answers; None where the text is to be tokenised.
+        compared: how many answers were compared: K, or more where these are the best and the worst of them.
     """
 
     completions: list[Content]
     scores: list[float] | None
     win_rates: list[float] | None
     ids: tuple[list[int], Ids] | None
+    compared: int
 
 
 @dataclass
@@ -86,6 +88,7 @@ class TokenizedGroup(TokenizedCompletion):
     answer_ids: Ids
     scores: list[float] | None
     win_rates: list[float] | None
+    compared: int
 
 
 @dataclass
@@ -97,9 +100,9 @@ class TokenizedGroups(TokenizedCompletions):
     rows: list[TokenizedGroup]  # type: ignore[assignment]
 
     def dataset(self) -> Dataset:
-        """Columns prompt_ids, answer_ids, row_id, and scores and win_rates where the rows have them."""
+        """Columns prompt_ids, answer_ids, row_id, compared, and scores and win_rates where the rows have them."""
         columns: dict[str, list[Any]] = {"prompt_ids": [row.input_ids for row in self.rows]}
-        columns |= {name: [getattr(row, name) for row in self.rows] for name in ("answer_ids", "row_id")}
+        columns |= {name: [getattr(row, name) for row in self.rows] for name in ("answer_ids", "row_id", "compared")}
         for name in ("scores", "win_rates"):
             values = [getattr(row, name) for row in self.rows]
             if any(value is not None for value in values):
@@ -172,7 +175,7 @@ def _group(
             answers = list(resolved.values())
     if problems:
         return None
-    return _row(file, number, prompt, answers, numbers["scores"], numbers["win_rates"], ids)
+    return _row(file, number, prompt, answers, numbers["scores"], numbers["win_rates"], ids, len(answers))
 
 
 def _row(
@@ -183,9 +186,10 @@ def _row(
     scores: list[float] | None,
     win_rates: list[float] | None,
     ids: tuple[list[int], Ids] | None,
+    compared: int,
 ) -> GroupRow:
     name = row_id(prompt, *answers, json.dumps([scores, win_rates, ids]))
-    return GroupRow(name, file, number, prompt, "", answers, scores, win_rates, ids)
+    return GroupRow(name, file, number, prompt, "", answers, scores, win_rates, ids, compared)
 
 
 def _only(row: GroupRow, places: Sequence[int]) -> GroupRow:
@@ -194,7 +198,7 @@ def _only(row: GroupRow, places: Sequence[int]) -> GroupRow:
     win_rates = row.win_rates and [row.win_rates[place] for place in places]
     ids = row.ids and (row.ids[0], [row.ids[1][place] for place in places])
     answers = [row.completions[place] for place in places]
-    return _row(row.source, row.row, row.prompt, answers, scores, win_rates, ids)
+    return _row(row.source, row.row, row.prompt, answers, scores, win_rates, ids, row.compared)
 
 
 def _numbers(name: str, given: Any, count: int) -> list[float]:
@@ -266,7 +270,8 @@ def tokenize_groups(
             shown = {"prompt": row.prompt, "completions": row.completions}
             done.faults.append(Fault(row.source, row.row, problem.field, problem.reason, shown))
             continue
-        done.rows.append(TokenizedGroup(prompt, [0] * len(prompt), row.row_id, answers, row.scores, row.win_rates))
+        masked = [0] * len(prompt)
+        done.rows.append(TokenizedGroup(prompt, masked, row.row_id, answers, row.scores, row.win_rates, row.compared))
     encoder.finish("groups", len(done.rows), len(done.faults))
     done.counts |= {name: read[name] for name in ("groups", "set_aside", "boundary_moved", "eos_inside")}
     done.counts["truncated_completions"] = cut + sum(read[f"truncated_{name}"] for name in names)

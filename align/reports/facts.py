@@ -36,7 +36,8 @@ REWARD_NOTATION = (
 SELFPLAY_NOTATION = (
     "i, j: answers to one prompt; S: an answer's log-prob under the policy, h, r and d: log-ratios to the reference, "
     "d of a token (nats); p: probability that an answer is preferred; s and P: its mean log-odds and win rate against "
-    "the others; A: win rate over 1/2, less the penalty; t: step_size."
+    "all of them, itself counted (in pointwise forms against the others); A: win rate over 1/2, less the penalty; "
+    "t: step_size."
 )
 
 COUNTS = {

@@ -5,10 +5,11 @@ The answers and their verdicts are in the batch: drawn and judged by ``online`` 
 
 - a pair loss with soft labels (``ipo``, ``dpo``, ``slic``, ...): all K (K - 1)/2 pairs, with the probability that the
   first is preferred;
-- ``gpo`` and ``sppo``: the group, with each answer's mean score, or win rate, against the others;
+- ``gpo`` and ``sppo``: the group, with each answer's mean score, or win rate, against all K of it, the 0 or 1/2
+  against itself counted (``Group.share``); their pointwise forms: against the K - 1 others;
 - ``nash_md_pg``: the first answer, the policy's, with its probability of beating the second, the mixture's;
 - ``mdpo``: the tokens of all answers, with their answer's advantage, which is its win rate over 1/2 less
-  ``kl_penalty`` times its log-ratio to the reference.
+  ``kl_penalty`` times its log-ratio to the reference over the mean one of the others.
 
 A step's loss is the mean over all its pairs, groups or tokens, however they are spread over micro-batches and
 processes, and whatever an annotator has set aside.
@@ -54,6 +55,7 @@ class Group:
         scores: mean log-odds of each answer against the others, (K,); NaN where nobody said.
         win_rates: mean probability of beating the others, (K,), likewise.
         behaviour: log-probs of each answer's tokens under the policy that drew it, nats; for mdpo.
+        compared: how many answers were compared, where these are the chosen ones of more; None: these alone.
     """
 
     prompt_ids: Sequence[int]
@@ -62,6 +64,18 @@ class Group:
     scores: Tensor
     win_rates: Tensor
     behaviour: Sequence[Sequence[float]] | None = None
+    compared: int | None = None
+
+    @property
+    def share(self) -> float:
+        """(K - 1)/K, which takes a mean over the others to one over all K, itself counted.
+
+        Regression on differences wants the latter: means over the others hold what two answers are worth against each
+        other twice, and of answers of one policy make the step K/(K - 1) times as long. With it ``sppo`` has, pair by
+        pair, the gradient of IPO with soft labels.
+        """
+        count = self.compared or len(self.answer_ids)
+        return (count - 1) / count
 
     @classmethod
     def of(
@@ -164,8 +178,9 @@ class GroupedTrainer(Hosted, Trainer):  # type: ignore[misc]
         )
         # Rows come first: the Trainer reads the size of a batch off its first tensor.
         batch = {name: value for name, value in vars(rows).items() if name != "answers"}
-        batch["scores"] = torch.stack([group.scores[:kept] for group in groups]).float()
-        batch["win_rates"] = torch.stack([group.win_rates[:kept] for group in groups]).float()
+        shares = torch.tensor([group.share if self._on_differences else 1.0 for group in groups])[:, None]
+        batch["scores"] = torch.stack([group.scores[:kept] for group in groups]).float() * shares
+        batch["win_rates"] = 0.5 + (torch.stack([group.win_rates[:kept] for group in groups]).float() - 0.5) * shares
         if all(group.preference is not None for group in groups):
             batch["preference"] = torch.stack([group.preference for group in groups if group.preference is not None])
         if "advantage" in self.takes:
@@ -182,6 +197,12 @@ class GroupedTrainer(Hosted, Trainer):  # type: ignore[misc]
     def _against(self) -> bool:
         """Whether the loss is on the first answer, against the second."""
         return self.group_loss.info.kind == "selfplay" and "preference" in self.takes
+
+    @property
+    def _on_differences(self) -> bool:
+        """Whether differences of log-ratios are regressed on those of scores or win rates."""
+        regresses = bool({"scores", "win_rates"} & self.takes.keys())
+        return regresses and not self.group_loss.info.name.endswith("_pointwise")
 
     def units(self, batch: Mapping[str, Tensor]) -> int:
         """Pairs, groups, answers or tokens of a batch that the loss has a value of."""
@@ -243,7 +264,7 @@ class GroupedTrainer(Hosted, Trainer):  # type: ignore[misc]
         judged = self._complete(inputs)
         if "advantage" in self.takes:
             penalty = self.kl_penalty * (policy.total - base.total).detach()
-            advantage = inputs["win_rates"] - 0.5 - (penalty - penalty.mean(1, keepdim=True))
+            advantage = inputs["win_rates"] - 0.5 - _over_others(penalty)
             kept = judged.T.flatten()[rows.answer]
             own = advantage.T.flatten()[rows.answer]
             if not bool(kept.any()):
@@ -350,6 +371,12 @@ def _grouped(rows: Rows, token_logps: Tensor, shape: torch.Size) -> SequenceLogp
     """Totals and lengths, (B, K)."""
     b, k = shape
     return SequenceLogps(rows.totals(token_logps).reshape(k, b).T, rows.lengths().reshape(k, b).T)
+
+
+def _over_others(values: Tensor) -> Tensor:
+    """Each value less the mean of the others in its group, (B, K). With its own in that mean it would count less."""
+    others = (values.sum(1, keepdim=True) - values) / (values.shape[1] - 1)
+    return values - others
 
 
 def _of(pairs: PairLogps, kept: Tensor) -> PairLogps:

@@ -39,4 +39,4 @@ def _group(row: Mapping[str, Any]) -> Group:
     """NaN for the numbers that the data has not: the loss does not read them."""
     unknown = [torch.nan] * len(row["answer_ids"])
     scores, win_rates = (torch.tensor(row.get(name) or unknown) for name in ("scores", "win_rates"))
-    return Group(row["prompt_ids"], row["answer_ids"], None, scores, win_rates)
+    return Group(row["prompt_ids"], row["answer_ids"], None, scores, win_rates, compared=row.get("compared"))

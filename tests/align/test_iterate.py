@@ -271,7 +271,7 @@ def test_groups_of_data(recipe: Callable[..., Path], tmp_path: Path) -> None:
     assert facts["train"]["as_drawn"] == facts["train"]["groups"]
     assert (folder / "eval" / "generation.json").is_file()
     card = (folder / "README.md").read_text()
-    assert "s and P: its mean log-odds and win rate against the others" in card
+    assert "s and P: its mean log-odds and win rate against all of them" in card
     assert "groups by the token ids that were drawn" in card
     logged = [row for row in lines(folder / "metrics.jsonl") if "loss" in row]
     assert len(logged) == 2

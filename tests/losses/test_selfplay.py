@@ -368,6 +368,27 @@ def test_identities_of_the_regression(misses, p, h, beta):
     assert two == pytest.approx(ipo(*margin(h), f64([p]), beta=beta / 2).loss.item(), rel=1e-9, abs=1e-12)
 
 
+@given(
+    skew=st.lists(st.floats(-3, 3), min_size=10, max_size=10),
+    ratios=st.lists(st.floats(-3, 3), min_size=5, max_size=5),
+    beta=st.floats(0.2, 5),
+)
+def test_sppo_on_means_over_the_whole_group_is_soft_ipo(skew, ratios, beta):
+    """Gradients, pair by pair of five answers; with means over the other four they are IPO's at 4/5 of beta."""
+    table = torch.zeros(1, 5, 5, dtype=torch.float64)
+    i, j = torch.triu_indices(5, 5, 1)
+    table[0, i, j] = f64(skew)
+    p = torch.sigmoid(table - table.mT)
+    total = f64([ratios]).requires_grad_()
+    policy, previous = SequenceLogps(total, torch.ones(1, 5)), logps([[0.0] * 5])
+    for own, strength in ((True, beta), (False, 0.8 * beta)):
+        rates = mean_scores(p - 0.5, include_self=own) + 0.5
+        (ours,) = torch.autograd.grad(sppo(policy, previous, rates, beta=beta).loss.sum(), total)
+        pairs = ipo(all_pairs(policy), all_pairs(previous), all_pair_values(p), beta=strength)
+        (theirs,) = torch.autograd.grad(pairs.loss.mean(), total)
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
 def test_the_farthest_scores_of_many_answers():
     """20 scores of +-1e6 in turn at beta 1e-12: 100 of 190 pairs miss by 2e18, and the mean is 100/190 4e36."""
     group = SequenceLogps(torch.full((1, 20), -1.0, requires_grad=True), torch.ones(1, 20))

@@ -88,6 +88,7 @@ def test_best_and_worst(write: Callable[..., str]) -> None:
     table = read_groups(source, GroupRules("scores", "best_and_worst"))
     (row,) = table.rows
     assert (row.completions, row.scores, row.win_rates) == ([" a", " b"], [0.5, -1], [0.6, 0.2])
+    assert row.compared == 3
     assert table.counts["ties"] == 1
     assert "1: best and worst are worth the same; left out" in describe_groups(table)
     by_rate = read_groups(source, GroupRules("win_rates", "best_and_worst"))
@@ -110,8 +111,8 @@ def test_text_is_tokenised_as_answers_of_pairs_are(
     assert tiny_tokenizer.decode(row.input_ids) == "Q:"
     assert [tiny_tokenizer.decode(ids) for ids in row.answer_ids] == [f" {x}<|im_end|>" for x in "abc"]  # type: ignore[attr-defined]
     data = split.dataset()
-    assert data.column_names == ["prompt_ids", "answer_ids", "row_id", "scores", "win_rates"]
-    assert data[0]["scores"] == [0.5, -1.0, 0.5]
+    assert data.column_names == ["prompt_ids", "answer_ids", "row_id", "compared", "scores", "win_rates"]
+    assert (data[0]["scores"], data[0]["compared"]) == ([0.5, -1.0, 0.5], 3)
     short = tokenize_groups(read_groups(write(ROW), ALL).rows, tiny_tokenizer, 4)
     assert short.counts["truncated_completions"] == 2, "' a' is one token, ' b' and ' c' are two"
     console = Console(width=100, force_terminal=False, record=True)

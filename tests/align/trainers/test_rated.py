@@ -64,11 +64,20 @@ def weights(trainer: RatedTrainer) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
 
 
+@pytest.mark.parametrize(("compared", "share"), [(None, 1 / 2), (4, 3 / 4)], ids=["both", "best and worst of four"])
 def test_the_gradient_is_that_of_the_loss(
-    trainer_of: Callable[..., RatedTrainer], make_tiny_model: Callable[..., LlamaForCausalLM], groups: Dataset
+    trainer_of: Callable[..., RatedTrainer],
+    make_tiny_model: Callable[..., LlamaForCausalLM],
+    groups: Dataset,
+    compared: int | None,
+    share: float,
 ) -> None:
-    """One step of plain SGD is the gradient of the mean over prompts of [h_1 - h_2 - (s_1 - s_2)/beta]^2, by hand."""
-    trainer = trainer_of(Loss.of("gpo", beta=0.5))
+    """One step of plain SGD is the gradient of the mean over prompts of [h_1 - h_2 - (s_1 - s_2)/beta]^2, by hand.
+
+    Scores are means over all that were compared, where those of the data are over the others.
+    """
+    data = groups if compared is None else groups.add_column("compared", [compared] * len(groups))
+    trainer = trainer_of(Loss.of("gpo", beta=0.5), data)
     before = weights(trainer)
     trainer.train()
     model = make_tiny_model()
@@ -81,7 +90,7 @@ def test_the_gradient_is_that_of_the_loss(
             start = len(row["prompt_ids"])
             totals.append(sum(logps[at - 1, ids[0, at]] for at in range(start, ids.shape[1])))
         ratio = [total - total.detach() for total in totals]  # the policy is the reference
-        terms.append((ratio[0] - ratio[1] - (row["scores"][0] - row["scores"][1]) / 0.5) ** 2)
+        terms.append((ratio[0] - ratio[1] - share * (row["scores"][0] - row["scores"][1]) / 0.5) ** 2)
     torch.stack(terms).mean().backward()
     after = weights(trainer)
     for name, value in model.named_parameters():
@@ -111,7 +120,8 @@ def test_accumulation_and_layout_change_nothing(
 def test_regression_reaches_its_target(trainer_of: Callable[..., RatedTrainer], groups: Dataset) -> None:
     """After some steps the log-ratios' differences are (s_1 - s_2)/beta, with win rates alone in the data.
 
-    SPPO's scores are win rates less 1/2: 0.4 and -0.4 at beta 0.4 ask for a difference of 2 nats.
+    SPPO's scores are win rates less 1/2: 0.4 and -0.4 against each other are 0.2 and -0.2 with themselves counted,
+    and at beta 0.4 ask for a difference of 1 nat.
     """
     rates = [[0.5 + score / 2.5 for score in own] for own in SCORES]
     data = groups.remove_columns("scores").add_column("win_rates", rates)

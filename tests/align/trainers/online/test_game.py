@@ -8,6 +8,7 @@ law before training as reference.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,8 +21,11 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from align.data.prompts import ROW_ID
 from align.evals.exact.games import against, nash
 from align.losses import Loss
+from align.losses.rows import Rows
 from align.losses.selfplay import mixture_logps
+from align.models.scoring import score
 from align.rewards.annotators import Verdicts
+from align.trainers.grouped import _ROWS, Group
 from align.trainers.online import OnlineTrainer
 
 WORDS = ["a", "b", "c", "x", "<pad>", "<end>"]
@@ -135,7 +139,70 @@ def test_online_dpo_goes_elsewhere(play: Any) -> None:
     assert distance(found, nash(table[None], mu[None], TAU)[0]) > 2 * CLOSE
 
 
+def test_sppo_finds_it_too(play: Any) -> None:
+    """The gradient of IPO; means over the seven other answers would find that of 7/8 of tau."""
+    table, mu, found = play("sppo")
+    exact, weaker = (nash(table[None], mu[None], tau)[0] for tau in (TAU, 7 / 8 * TAU))
+    assert distance(found, exact) < CLOSE
+    assert distance(found, exact) < distance(found, weaker)
+
+
 def test_mdpo_with_a_penalty_finds_it_too(play: Any) -> None:
     """Win rates less tau times the log-ratio, several steps on the same answers within a trust region."""
     table, mu, found = play(Loss.of("mdpo", step_size=2.0), rate=2e-3, inner=3, penalty=TAU)
-    assert distance(found, nash(table[None], mu[None], TAU)[0]) < CLOSE
+    exact, weaker = (nash(table[None], mu[None], tau)[0] for tau in (TAU, 7 / 8 * TAU))
+    assert distance(found, exact) < CLOSE
+    assert distance(found, exact) < distance(found, weaker)  # 7/8: the answer itself in the mean of eight penalties
+
+
+@pytest.mark.parametrize(
+    ("name", "times"), [("ipo", 4 / TAU), ("sppo", 4 / TAU), ("gpo", 4 / TAU), ("nash_md_pg", 1), ("mdpo", 1)]
+)
+def test_two_answers_are_enough_for_the_gradient_of_the_game(
+    trainer_of: Callable[..., OnlineTrainer],
+    letters: PreTrainedTokenizerFast,
+    make_tiny_model: Callable[..., LlamaForCausalLM],
+    name: str,
+    times: float,
+) -> None:
+    """Over all pairs by their probabilities it is that of P(pi > pi') - tau KL(pi | mu), pi' held, up to a factor."""
+    own = {"vocab_size": 6, "eos_token_id": 5, "pad_token_id": 4, "bos_token_id": None, "initializer_range": 0.3}
+    trainer = trainer_of(
+        model=make_tiny_model(seed=1, num_hidden_layers=1, **own),
+        tokenizer=letters,
+        loss=Loss.of("mdpo", step_size=2.0) if name == "mdpo" else Loss.of(name, beta=TAU),
+        inner_steps=2 if name == "mdpo" else 1,
+        kl_penalty=TAU if name == "mdpo" else 0.0,
+    )
+    trainer.model.load_state_dict(make_tiny_model(seed=2, num_hidden_layers=1, **own).state_dict())
+    prompt, pairs = [WORDS.index("x")], [(i, j) for i in range(6) for j in range(6)]
+    texts = [letters.decode([token], skip_special_tokens=True) for token in range(6)]
+    table = torch.tensor([[wins(one, other) for other in texts] for one in texts])
+    logps, mu = (
+        model.eval()(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+        for model in (trainer.model, trainer.ref_model)
+    )
+    known, policy = logps.tolist(), logps.detach().exp()
+    worth = (table.logit() if name == "gpo" else table) @ policy
+    wanted = times * (logps.exp() @ worth - TAU * (logps.exp() * (logps - mu.detach())).sum())
+    wanted.backward()  # type: ignore[no-untyped-call]
+    gradient = {name: value.grad.clone() for name, value in trainer.model.named_parameters()}
+    trainer.model.zero_grad()
+
+    groups = []
+    for i, j in pairs:
+        preference = torch.tensor([[0.5, table[i, j]], [table[j, i], 0.5]])
+        group = Group.of(prompt, [[i], [j]], preference, preference.logit())
+        groups.append(replace(group, behaviour=[[known[i]], [known[j]]]))
+    batch = trainer.lay_out(groups)
+    rows = Rows(**{name: batch[name] for name in _ROWS}, answers=batch["win_rates"].numel())
+    with torch.no_grad():
+        reference = score(trainer.ref_model, rows)
+    found = trainer._output(rows, score(trainer.model, rows), reference, batch)
+    assert found is not None
+    chances = torch.stack([policy[i] * policy[j] for i, j in pairs])
+    if name == "mdpo":  # the tokens of both answers
+        chances = chances[rows.answer % len(pairs)] / 2
+    (-found.loss * chances).sum().backward()
+    for place, value in trainer.model.named_parameters():
+        torch.testing.assert_close(value.grad, gradient[place], rtol=1e-3, atol=1e-5, msg=place)
