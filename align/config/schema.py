@@ -117,6 +117,9 @@ class DataSpec(Section):
     """Stop when more than this fraction of the rows cannot be used."""
     shared_prompt: bool = True
     """Compute the prompt once for both answers, where the model's layers allow it."""
+    reference_cache: bool = True
+    """Of losses on pairs: keep the reference's log-probs in Align's cache folder, and read what another run has put
+    there, for the same rows and the same reference."""
     filter: dict[str, FilterRule] | None = None
     """Which rows of data.train are trained on, by columns of the data (align score makes them), or by what the model
     scores before training: ches_ln, ches, last_inner, edit. Several rules each look at all rows; those stay that

@@ -44,7 +44,7 @@ ELSEWHERE = {
     "run_name": "set tracking.wandb.name",
     "project": "set tracking.wandb.project",
     "resume_from_checkpoint": "set resume",
-    "precompute_ref_log_probs": "how the reference is computed is not an option; remove it",
+    "precompute_ref_log_probs": "data.reference_cache does it, for losses on pairs; remove it",
     "precompute_ref_batch_size": "how the reference is computed is not an option; remove it",
     "sync_ref_model": "the reference stays as it is for the whole run; remove it",
     "ref_model_mixup_alpha": "the reference stays as it is for the whole run; remove it",

@@ -52,6 +52,7 @@ REFERENCES = {
     "none": "none: the loss does not compare with a reference",
     "adapters-off": "the same weights with the adapter switched off",
     "frozen-copy": "a frozen copy of the weights that training started from",
+    "log-probs": "the weights that training started from, by their log-probs, computed before the first step",
     "ema": "a moving average of the policy",
     "previous": "the policy of some steps before",
 }

@@ -27,7 +27,8 @@ CLOSING = frozenset(
 def tracked(trainer: Trainer, run: RunFolder | None = None, mirror: WandbMirror | None = None) -> Iterator[None]:
     """Metrics to the run folder, if given, and progress to the terminal, around ``trainer.train()``.
 
-    Takes the place of transformers' own printing. The terminal is given back also when training raises.
+    Takes the place of transformers' own printing. The terminal is given back also when training raises. What a trainer
+    knows of its speed (``speed_facts``) goes to the manifest.
     """
     progress = ProgressCallback()
     trainer.remove_callback(TransformersProgressCallback)
@@ -39,6 +40,8 @@ def tracked(trainer: Trainer, run: RunFolder | None = None, mirror: WandbMirror 
         yield
     finally:
         progress.close()
+        if run is not None and (facts := getattr(trainer, "speed_facts", None)):
+            run.update_manifest(speed=facts)
 
 
 class MetricsCallback(TrainerCallback):  # type: ignore[misc]

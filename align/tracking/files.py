@@ -28,6 +28,11 @@ def make_room(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """``write_bytes`` of text, as UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Replace the file's content in one step; a kill or a full disk leaves the old content.
 
     Raises:
@@ -35,8 +40,8 @@ def write_text(path: Path, text: str) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
+        with temporary.open("wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)

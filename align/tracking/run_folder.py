@@ -109,8 +109,10 @@ class RunFolder:
         return read_manifest(self.path)
 
     def update_manifest(self, **sections: Any) -> None:
-        """Set top-level sections of the manifest, in one step."""
+        """Set top-level sections of the manifest, in one step; ``speed`` is added to what is there."""
         current = self.manifest if self.has_manifest else {}
+        if "speed" in sections:
+            sections["speed"] = {**current.get("speed", {}), **sections["speed"]}
         write_json(self.path / "manifest.json", {**current, **sections})
 
     def end(self, status: Literal["interrupted", "failed", "finished"]) -> None:

@@ -15,6 +15,8 @@
 - ``matching``   BCO's weights of prompts; ``thumbs_collate`` the batches, and KTO's mismatched answers;
   ``thumbs_loss`` a loss with its state; ``thumbs_metrics`` what is logged of it.
 - ``collate``    tokenised pairs to the tensors of one forward pass.
+- ``reference_cache`` the log-probs of a fixed reference, computed once for any number of runs; ``logp_shards`` their
+  files, ``reference_host`` the trainer's part.
 - ``build``      model, adapter, reference and arguments from a recipe, with the facts that the manifest states;
   ``build_online``, ``build_reward`` and ``build_pal`` for these methods.
 - ``plan``       steps and memory of a run that is not run: ``align train --dry-run``.

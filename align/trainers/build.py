@@ -24,9 +24,10 @@ from align.losses import Loss
 from align.models.fingerprint import weights_hash
 from align.models.hardware import resolve_dtype
 from align.models.load import load_model
-from align.models.packaged import PUBLISHED
+from align.models.packaged import PUBLISHED, cache_folder
 from align.models.scoring import attach_scoring
 from align.rewards.named import load_function
+from align.tracking.files import make_room
 from align.tracking.run_folder import REFERENCES
 
 from .build_online import online_trainer, rated_trainer
@@ -91,7 +92,7 @@ def build(
     if recipe.grpo is not None:
         check_prompts(len(train), arguments, recipe.data.train)
     model, lora, facts = _policy(recipe.model)
-    facts["reference"] = _reference_facts(recipe, model, losses)
+    facts["reference"] = _reference_facts(recipe, model, losses, facts["model"]["weights_sha256"])
     common: dict[str, Any] = {
         "model": model,
         "args": arguments,
@@ -111,7 +112,7 @@ def build(
         elif recipe.data_kind == "prompts":
             trainer, data = _group_trainer(recipe, common, output)
         elif losses:
-            trainer = PairTrainer(loss=losses, shared_prompt=recipe.data.shared_prompt, **common)
+            trainer = _pair_trainer(recipe, losses, common, facts)
         else:
             trainer = SFTTrainer(**common)
             inner = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
@@ -129,6 +130,36 @@ def built(trainer: Trainer, untrained: Callable[[], AbstractContextManager[Any]]
     facts["model"]["parameters"] = sum(p.numel() for p in parameters)
     facts["model"]["trainable"] = sum(p.numel() for p in parameters if p.requires_grad)
     return Built(trainer, untrained, facts)
+
+
+def _pair_trainer(
+    recipe: Recipe, losses: list[Loss], common: dict[str, Any], facts: dict[str, dict[str, Any]]
+) -> PairTrainer:
+    """The reference's log-probs are kept where the recipe does not say otherwise; ``facts`` say what it then is."""
+    if common["args"].eval_strategy == "no" and not common["args"].eval_on_start:
+        common = {**common, "eval_dataset": None}  # the suites read held-out rows themselves
+    trainer = PairTrainer(
+        loss=losses, shared_prompt=recipe.data.shared_prompt, reference_cache=_reference_folder(recipe), **common
+    )
+    if facts["reference"]["kind"] == "frozen-copy" and trainer.keeps_no_reference:
+        facts["reference"]["kind"] = "log-probs"
+    return trainer
+
+
+def _reference_folder(recipe: Recipe) -> Path | None:
+    """Where the log-probs of references are kept; a run does without where nothing can be."""
+    if not recipe.data.reference_cache:
+        return None
+    folder = cache_folder() / "references"
+    try:
+        make_room(folder / "context")
+    except AlignError:
+        logger.warning(
+            "%s cannot be written, so the reference is scored with each batch; set ALIGN_CACHE to a folder that can",
+            folder,
+        )
+        return None
+    return folder
 
 
 def _thumbs_trainer(recipe: Recipe, loss: Loss, common: dict[str, Any]) -> ThumbsTrainer:
@@ -304,15 +335,21 @@ def lora_config(spec: LoraSpec) -> LoraConfig:
     return LoraConfig(r=spec.r, lora_alpha=alpha, target_modules=spec.target_modules, task_type="CAUSAL_LM")
 
 
-def _reference_facts(recipe: Recipe, model: Any, losses: list[Loss]) -> dict[str, Any]:
-    """Which weights the policy is compared with. A continued adapter's copy is hashed with its base."""
+def _reference_facts(recipe: Recipe, model: Any, losses: list[Loss], weights: str) -> dict[str, Any]:
+    """Which weights the policy is compared with. A continued adapter's copy is hashed with its base.
+
+    Args:
+        weights: hash of the model without an adapter.
+    """
     penalised = (recipe.grpo is not None and recipe.grpo.beta > 0) or recipe.online is not None
     if not penalised and not any(loss.reference for loss in losses):
         return {"kind": "none", "weights_sha256": None}
+    if isinstance(model, PeftModel):
+        weights = weights_hash(model.state_dict().items())
     if recipe.online is not None and recipe.online.reference != "fixed":
-        return {"kind": recipe.online.reference, "weights_sha256": weights_hash(model.state_dict().items())}
+        return {"kind": recipe.online.reference, "weights_sha256": weights}
     kind = "adapters-off" if recipe.model.lora is not None and recipe.model.adapter is None else "frozen-copy"
-    return {"kind": kind, "weights_sha256": weights_hash(model.state_dict().items())}
+    return {"kind": kind, "weights_sha256": weights}
 
 
 @contextmanager

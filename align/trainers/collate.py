@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from align.losses.rows import Rows, pair_rows
+
+from .logp_shards import row_key
+
+PARTS = ("prompt", "chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,9 @@ class PairCollator:
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """``prompt_ids, chosen_ids, rejected_ids`` and, where given, ``strength`` (1 otherwise) and ``preference``.
 
-        A batch has ``preference`` where any of its rows has; the others count as sure, with 1.
+        A batch has ``preference`` where any of its rows has; the others count as sure, with 1. It has
+        ``reference_logps`` (N,), in the order of ``target``, where any of its rows has ``reference_chosen`` and
+        ``reference_rejected``; NaN stands for the others, and ``reference_keys`` (B, 32) are there if any is missing.
         """
         rows = pair_rows(
             [example["prompt_ids"] for example in examples],
@@ -48,7 +56,32 @@ class PairCollator:
         labels = [example.get("preference") for example in examples]
         if any(label is not None for label in labels):
             batch["preference"] = torch.tensor([1.0 if label is None else float(label) for label in labels])
+        if all("reference_chosen" in example for example in examples):
+            batch |= _references(examples, rows)
         return batch
+
+
+def _references(examples: Sequence[Mapping[str, Any]], rows: Rows) -> dict[str, Tensor]:
+    batch: dict[str, Tensor] = {}
+    unknown = [example["reference_chosen"] is None for example in examples]
+    if any(unknown):
+        keys = [row_key(*(example[f"{part}_ids"] for part in PARTS)) for example in examples]
+        batch["reference_keys"] = torch.tensor([list(key) for key in keys], dtype=torch.uint8)
+    if not all(unknown):
+        known = [
+            [math.nan] * len(example[f"{side}_ids"]) if new else example[f"reference_{side}"]
+            for side in PARTS[1:]
+            for example, new in zip(examples, unknown, strict=True)
+        ]
+        values = torch.cat([torch.tensor(logps, dtype=torch.float32) for logps in known])
+        batch["reference_logps"] = torch.empty_like(values)
+        batch["reference_logps"][rows.answer.argsort(stable=True)] = values
+    return batch
+
+
+def by_answer(answer: Tensor, values: Tensor) -> list[Tensor]:
+    """(N,) values of tokens, answer by answer; ``answer``, (N,), as in ``Rows``."""
+    return list(torch.split(values[answer.argsort(stable=True)], answer.bincount().tolist()))
 
 
 def rows_of(batch: Mapping[str, torch.Tensor]) -> Rows:

@@ -7,6 +7,7 @@ import copy
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,10 +52,19 @@ class Hosted(Trainer):  # type: ignore[misc]
     _clock: tuple[float, int] | None = None
 
     def _reference_to_give(
-        self, model: str | PreTrainedModel | PeftModel, ref_model: PreTrainedModel | None, args: Any, adapted: bool
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: PreTrainedModel | None,
+        args: Any,
+        adapted: bool,
+        known: bool = False,
     ) -> PreTrainedModel | None:
-        """``ref_model`` for TRL's trainer; sets ``args`` so that none is loaded where none is needed."""
-        if not self.needs_reference:
+        """``ref_model`` for TRL's trainer; sets ``args`` so that none is loaded where none is needed.
+
+        Args:
+            known: all of its log-probs are there before the first step.
+        """
+        if not self.needs_reference or (known and ref_model is None and not adapted):
             # The one way to keep TRL from loading a reference; `_precompute_ref_logps` below computes nothing.
             args.precompute_ref_log_probs = True
         elif ref_model is None and not adapted and isinstance(model, nn.Module):
@@ -76,24 +86,44 @@ class Hosted(Trainer):  # type: ignore[misc]
 
     @contextlib.contextmanager
     def _as_reference(self) -> Iterator[nn.Module]:
-        """The reference: its own model, or the policy with its adapters off (or set to the frozen copy)."""
+        """The reference: its own model, or the policy with its adapters off (or set to the frozen copy), or, before
+        the first step of full training that keeps no copy, the policy itself.
+
+        Raises:
+            AlignError: nothing of it is left.
+        """
         with torch.no_grad(), self.accelerator.autocast():
             if self.ref_model is not None:
                 yield self.ref_model
                 return
             inner = self.accelerator.unwrap_model(self.model)
+            if not isinstance(inner, PeftModel):
+                if self.state.global_step > 0:
+                    raise AlignError(
+                        "full training with reference_cache keeps no copy of the reference, and these rows were not "
+                        "there when the trainer was made: give them as eval_dataset then, or leave reference_cache out"
+                    )
+                yield inner
+                return
             with use_adapter(inner, "ref" if "ref" in inner.peft_config else None):
                 yield self.model
 
-    def _check_step_zero(self, policy: TokenLogps, reference_logps: torch.Tensor) -> None:
-        """At the first step of a fresh run the policy is the reference, token by token."""
+    def _check_step_zero(self, policy: TokenLogps, reference_logps: torch.Tensor, kept_in: Path | None = None) -> None:
+        """At the first step of a fresh run the policy is the reference, token by token.
+
+        Args:
+            kept_in: where the reference's log-probs are from, if they were not computed with this batch. They were
+                then rounded in another one, by up to a tenth of a nat in bf16: in half precision the mean is checked.
+        """
         if self._checked_step_zero or not self.model.training:
             return
         self._checked_step_zero = True
         if not self.starts_at_reference or self.state.global_step > 0:
             return
-        gap = float((policy.logps.detach() - reference_logps).abs().max())
+        gaps = (policy.logps.detach() - reference_logps).abs()
         computed_in = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
+        rounded = kept_in is not None and computed_in.itemsize == 2
+        gap = float(gaps.mean() if rounded else gaps.max())
         tolerance = STEP_ZERO_TOLERANCE[computed_in]
         if not gap <= tolerance:
             dropped = [
@@ -101,11 +131,14 @@ class Hosted(Trainer):  # type: ignore[misc]
                 for name, value in self.model.config.to_dict().items()
                 if "drop" in name and isinstance(value, float) and value > 0
             ]
+            far = f"{gap:.3g}" if rounded else f"up to {gap:.3g}"
+            kind = str(computed_in).removeprefix("torch.")
             raise AlignError(
-                f"before the first step, policy and reference differ by up to {gap:.3g} nats a token (at most "
-                f"{tolerance:g} in {str(computed_in).removeprefix('torch.')}): the reference is not the model that "
+                f"before the first step, policy and reference differ by {far} nats a token{' on average' * rounded} "
+                f"(at most {tolerance:g} in {kind}): the reference is not the model that "
                 "training starts from. Check the adapter and the reference weights"
                 + f", and the dropout of the model's config ({', '.join(dropped)}): set it to 0" * bool(dropped)
+                + f"; where the reference was read from {kept_in}, delete that" * bool(kept_in)
                 + "; if another reference is meant, say starts_at_reference=False"
             )
 
@@ -125,6 +158,11 @@ class Hosted(Trainer):  # type: ignore[misc]
         if isinstance(inner, PeftModel) and "ref" in inner.peft_config:
             inner.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
             inner.set_adapter("default")
+
+    @property
+    def speed_facts(self) -> dict[str, Any]:
+        """Section ``speed`` of a run's manifest, as far as the trainer knows it."""
+        return {}
 
     # --- logging ------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +32,9 @@ from align.models.scoring import score, why_not_shared_prompt
 
 from .collate import PairCollator, rows_of
 from .given import check_dataset, tokenized_dataset, untokenized_rows
-from .host import Hosted, loss_with_beta, ranked_right, refuse_what_would_be_dropped
+from .host import loss_with_beta, ranked_right, refuse_what_would_be_dropped
+from .reference_cache import COLUMNS
+from .reference_host import ReadsReferences
 
 logger = logging.getLogger(__name__)
 
@@ -43,14 +46,14 @@ _NOT_TAKEN: list[tuple[str, Any, str]] = [
     ("ld_alpha", None, "ln_dpo normalises by length"),
     ("use_weighting", False, "WPO's weights are not available"),
     ("f_divergence_type", "reverse_kl", "only the reverse KL is available"),
-    ("precompute_ref_log_probs", False, "the reference is scored with each batch"),
+    ("precompute_ref_log_probs", False, "PairTrainer(reference_cache=FOLDER) does it, for any loss, beta and rate"),
     ("padding_free", False, "rows are padded"),
     ("pad_to_multiple_of", None, "rows are padded to the widest of their batch"),
     ("truncation_mode", "keep_start", "answers are cut at the end, both at the same length"),
 ]
 
 
-class PairTrainer(Hosted, DPOTrainer):  # type: ignore[misc]
+class PairTrainer(ReadsReferences, DPOTrainer):  # type: ignore[misc]
     """TRL's DPOTrainer with the library's losses; it stands where ``DPOTrainer(...)`` stood.
 
     Args:
@@ -66,10 +69,18 @@ class PairTrainer(Hosted, DPOTrainer):  # type: ignore[misc]
         shared_prompt: one row a pair where the architecture allows it.
         starts_at_reference: policy and reference are the same model at the first step, which is then checked. Say
             False when a reference other than the starting point is meant.
+        reference_cache: folder that keeps the reference's log-probs, for any number of runs
+            (``align.trainers.reference_cache``). Full training that sees half of its rows or more then keeps no copy
+            of the model: what is evaluated on after the first step must be in ``eval_dataset``. None: the reference is
+            scored with each batch.
         kwargs: as in ``DPOTrainer``.
+
+    Attributes:
+        references: what was read and computed of the cache; None without one, or where no loss needs a reference.
 
     Raises:
         ValueError: an argument of ``DPOConfig`` that this trainer would have to drop, or a loss that does not exist.
+        AlignError: ``reference_cache`` cannot be written, or a log-prob of the reference is not finite.
     """
 
     def __init__(
@@ -81,6 +92,7 @@ class PairTrainer(Hosted, DPOTrainer):  # type: ignore[misc]
         loss: str | LossFunction | Loss | Sequence[str | LossFunction | Loss] = "dpo",
         shared_prompt: bool = True,
         starts_at_reference: bool = True,
+        reference_cache: str | Path | None = None,
         **kwargs: Any,
     ) -> None:
         args = DPOConfig("tmp_trainer") if args is None else copy.copy(args)
@@ -92,8 +104,13 @@ class PairTrainer(Hosted, DPOTrainer):  # type: ignore[misc]
         self.starts_at_reference = starts_at_reference
 
         adapted = isinstance(model, PeftModel) or kwargs.get("peft_config") is not None
-        ref_model = self._reference_to_give(model, ref_model, args, adapted)
+        cached = reference_cache is not None and self.needs_reference
+        if cached:
+            check_dataset(kwargs.get("train_dataset"), "train")
+            self._plan_references(args, len(kwargs["train_dataset"]))
+        ref_model = self._reference_to_give(model, ref_model, args, adapted, known=self._all_cached)
         super().__init__(model=model, ref_model=ref_model, args=args, **kwargs)
+        self.precompute_ref_logps = False  # TRL's own
         self._attach_scoring()
         reason = why_not_shared_prompt(self.model)
         if shared_prompt and reason:
@@ -107,6 +124,8 @@ class PairTrainer(Hosted, DPOTrainer):  # type: ignore[misc]
                 "the suite displacement measures it after training",
                 names,
             )
+        if cached:
+            self._read_references(Path(str(reference_cache)).expanduser())
 
     # --- data ---------------------------------------------------------------------------------------------------
 
@@ -134,7 +153,7 @@ class PairTrainer(Hosted, DPOTrainer):  # type: ignore[misc]
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = ["prompt_ids", "chosen_ids", "rejected_ids", "strength", "preference"]
+            self._signature_columns = ["prompt_ids", "chosen_ids", "rejected_ids", "strength", "preference", *COLUMNS]
 
     # --- loss ---------------------------------------------------------------------------------------------------
 
@@ -146,10 +165,10 @@ class PairTrainer(Hosted, DPOTrainer):  # type: ignore[misc]
         policy = _pair_logps(rows, tokens.logps)
         reference: PairLogps | None = None
         if self.needs_reference:
-            with self._as_reference() as reference_model:
-                reference_tokens = score(reference_model, rows)
-            self._check_step_zero(tokens, reference_tokens.logps)
-            reference = _pair_logps(rows, reference_tokens.logps)
+            reference_logps = self._reference_logps(rows, inputs)
+            kept = self.references.shards.folder if self.references and "reference_logps" in inputs else None
+            self._check_step_zero(tokens, reference_logps, kept)
+            reference = _pair_logps(rows, reference_logps)
         output = combine(self.losses, policy, reference, inputs.get("preference"))
         self._record(rows, tokens, policy, reference, output, inputs.get("preference"))
         return (inputs["strength"] * output.loss).mean()

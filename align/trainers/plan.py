@@ -16,6 +16,7 @@ from align.models.hardware import resolve_dtype
 from align.models.load import locate
 
 from .build import lora_config, losses_of, start_of
+from .reference_cache import sees_half
 
 # Per token and layer, what the backward pass keeps, in units of the hidden and the intermediate size: inputs of the
 # norms, projections, rotations and of the attention; gate, up, their product and the activation.
@@ -81,7 +82,7 @@ def plan(recipe: Recipe, arguments: Any, row_lengths: list[int]) -> Plan:
     memory = {
         "process": _PROCESS_GB * 1e9,
         "weights": parameters * size,
-        "reference": parameters * size if _keeps_copy(recipe) else 0,
+        "reference": parameters * size if _keeps_copy(recipe, arguments, len(row_lengths)) else 0,
         "gradients and optimizer": trainable * 12 if trainable < parameters else trainable * (size + 8),
         "activations": tokens * kept * layers * compute,
         "head": 3 * TILE_ELEMENTS * 4,
@@ -97,7 +98,9 @@ def plan(recipe: Recipe, arguments: Any, row_lengths: list[int]) -> Plan:
     )
 
 
-def _keeps_copy(recipe: Recipe) -> bool:
+def _keeps_copy(recipe: Recipe, arguments: Any, rows: int) -> bool:
     full = recipe.model.lora is None and recipe.model.adapter is None
     penalised = (recipe.grpo is not None and recipe.grpo.beta > 0) or recipe.online is not None
-    return full and (penalised or any(loss.reference for loss in losses_of(recipe)))
+    if not full or not (penalised or any(loss.reference for loss in losses_of(recipe))):
+        return False
+    return not (recipe.data_kind == "pairs" and recipe.data.reference_cache and sees_half(arguments, rows))

@@ -115,9 +115,36 @@ def test_the_merged_model_is_base_plus_adapter(finished):
 def test_full_training_without_an_adapter(write_recipe):
     folder = run(write_recipe(model={"lora": None}, method="dpo", loss={"beta": 0.1}, evals=["displacement"]))
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["reference"]["kind"] == "frozen-copy"
+    assert manifest["reference"]["kind"] == "log-probs"
+    assert manifest["reference"]["weights_sha256"] == manifest["model"]["weights_sha256"]
     assert (folder / "model" / "model.safetensors").exists()
     assert not (folder / "merged").exists()
+    assert "computed before the first step" in (folder / "README.md").read_text()
+
+
+def test_full_training_keeps_a_copy_where_it_has_to(write_recipe, tmp_path):
+    """Without the cache, and of a run that sees a few of its rows; the steps are those of a run with the cache."""
+    settings = {"model": {"lora": None}, "method": "dpo", "loss": {"beta": 0.1}, "evals": []}
+    folders = []
+    for name, cache, steps in (("with", True, 4), ("without", False, 4), ("short", True, 2)):
+        path = write_recipe(
+            **settings, output=str(tmp_path / name), data={"reference_cache": cache}, training={"max_steps": steps}
+        )
+        folders.append(run(path))
+    manifests = [json.loads((folder / "manifest.json").read_text()) for folder in folders]
+    assert [found["reference"]["kind"] for found in manifests] == ["log-probs", "frozen-copy", "frozen-copy"]
+    assert ["speed" in found for found in manifests] == [True, False, True]
+    logs = [[row["loss"] for row in metrics(folder) if "loss" in row] for folder in folders]
+    assert logs[0] == pytest.approx(logs[1], abs=1e-6)
+    assert len(logs[2]) == 2
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_left_out(write_recipe, tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "file"))
+    folder = run(write_recipe(evals=[]))
+    assert "file/references cannot be written, so the reference is scored with each batch" in caplog.text
+    assert "speed" not in json.loads((folder / "manifest.json").read_text())
 
 
 def test_a_trained_adapter_is_continued_against_a_copy_of_itself(finished, write_recipe):

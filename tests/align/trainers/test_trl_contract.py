@@ -60,6 +60,8 @@ ARGUMENTS = [
     "use_weighting",
     "f_divergence_type",
     "precompute_ref_log_probs",
+    "precompute_ref_batch_size",
+    "sync_ref_model",
     "padding_free",
     "truncation_mode",
     "max_length",
@@ -110,6 +112,11 @@ def test_attributes_are_set_where_we_read_them(host):
     source = inspect.getsource(host.__init__)
     assert [name for name in SET_IN_INIT if f"{name} =" not in source] == []
     assert "self._signature_columns" in inspect.getsource(host._set_signature_columns_if_needed)
+
+
+def test_trls_own_log_probs_of_the_reference_are_switched_off_by_an_attribute():
+    assert "self.precompute_ref_logps =" in inspect.getsource(DPOTrainer.__init__)
+    assert "if self.precompute_ref_logps:" in inspect.getsource(DPOTrainer.evaluate)
 
 
 @pytest.mark.parametrize("host", HOSTS)
