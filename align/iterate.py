@@ -13,7 +13,6 @@ Every stage goes on where it stopped, so that the same command goes on with the 
 
 from __future__ import annotations
 
-import gc
 import json
 import random
 from collections.abc import Sequence
@@ -34,6 +33,7 @@ from align.errors import AlignError
 from align.evaluate import TRAINED, UNTRAINED, compared_answers
 from align.generate import Answerer, Settings, answer_file
 from align.models.load import LoadedModel, load_policy, load_tokenizer
+from align.models.memory import let_go
 from align.run import read_splits, same_data, train
 from align.score.annotated import AnnotatorScorer
 from align.score.run import score_data
@@ -142,7 +142,7 @@ def _answer(spec: IterateSpec, model: ModelSpec, prompts: Path, output: Path, se
         answered = answer_file(settings, str(prompts), output, tell, make=load)
     if answered.faults:
         console.print(fault_report(answered.faults, total), highlight=False)
-    _free()
+    let_go()
 
 
 def _judge(spec: IterateSpec, at: Path) -> None:
@@ -152,14 +152,7 @@ def _judge(spec: IterateSpec, at: Path) -> None:
     outcome = score_data(str(at / "answers.jsonl"), [scorer], at / "scored.jsonl", shard_rows=JUDGED_TOGETHER)
     if outcome is not None and outcome.faults:
         console.print(fault_report(outcome.faults, outcome.counts["rows"], outcome.rejected), highlight=False)
-    _free()
-
-
-def _free() -> None:
-    """Let go of the model of a stage before the next one loads its own."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    let_go()
 
 
 def _of_round(recipe: Recipe, model: ModelSpec, number: int, at: Path) -> Recipe:

@@ -1,9 +1,9 @@
 """The command line: one file per command, heavy imports inside the commands, so that ``align --help`` is quick.
 
 - ``train``, ``validate``, ``generate``, ``serve``, ``score``, ``filter``, ``eval``, ``models``, ``recipes``,
-  ``report``, ``doctor``, ``verify``: the commands; what they do is elsewhere (``align.run``, ``align.data``,
-  ``align.generate``, ``align.serve``, ``align.score``, ``align.models``, ``align.config``, ``align.reports``,
-  ``align.doctor``, ``align.evals.exact``, ``align.suites``).
+  ``report``, ``doctor``, ``verify``: the commands; what they do is elsewhere (``align.run``, ``align.sweep``,
+  ``align.data``, ``align.generate``, ``align.serve``, ``align.score``, ``align.models``, ``align.config``,
+  ``align.reports``, ``align.doctor``, ``align.evals.exact``, ``align.suites``).
 - ``diff``: ``align report diff``; ``logic``: ``align recipes logic``; ``disk``: a full disk, as libraries say it.
 
 Exit codes: 0; 1 it failed, the data is not good enough, or a result is worse; 2 usage or configuration; 130

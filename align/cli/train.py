@@ -28,12 +28,20 @@ def train(
         typer.Option("--preflight", help="Score a sample of the pairs, say what to expect, recommend a filter, exit."),
     ] = False,
     preflight_rows: Annotated[int, typer.Option(min=2, metavar="N", help="Pairs of the sample.")] = 256,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE,VALUE", help="A run for each value, and one table; given again, for a grid of both."
+        ),
+    ] = None,
 ) -> None:
     """Train, evaluate before and after, and write the report.
 
     The same command goes on with a run that was interrupted. One YAML file holds the run; keys can be set behind it:
 
         align train quickstart training.max_steps=20 output=runs/short
+
+        align train quickstart --sweep loss.beta=2,5,10 output=runs/betas
     """
     from align.config.load import load_recipe
     from align.run import preflight as look
@@ -42,6 +50,11 @@ def train(
     if dry_run and preflight:
         raise ConfigError("align train", [("--preflight", "goes without --dry-run: each prints, and writes nothing")])
     changes = overrides or []
+    if sweep:
+        if preflight:
+            raise ConfigError("align train", [("--preflight", "goes without --sweep: it looks at one recipe")])
+        _sweep(recipe, changes, sweep, dry_run)
+        return
     checked = load_recipe(recipe, changes)
     if preflight:
         print(look(checked, preflight_rows))
@@ -55,6 +68,28 @@ def train(
         raise KeyboardInterrupt(_interrupted(output, command, rounds=checked.iterate is not None)) from None
     if not dry_run:
         _show_result(folder)
+
+
+def _sweep(source: str, overrides: list[str], options: list[str], dry_run: bool) -> None:
+    """The runs of a sweep; with ``dry_run`` the plan of the first, and what would be done of each."""
+    from align.run import train
+    from align.sweep import Point, read_sweep, run_sweep
+
+    points = read_sweep(source, overrides, options)
+
+    def run(point: Point, dry_run: bool = False) -> None:
+        with writing_to(Path(point.recipe.output)):
+            train(point.recipe, source=source, command=["align", "train", source, *point.overrides], dry_run=dry_run)
+
+    if dry_run:
+        run(points[0], dry_run=True)
+        print(*points, sep="\n")
+        return
+    command = ["align", "train", source, *overrides, *(word for option in options for word in ("--sweep", option))]
+    try:
+        run_sweep(points, source, run)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_interrupted(Path(points[0].recipe.output).parent, command, rounds=True)) from None
 
 
 def _show_result(run: Path) -> None:

@@ -8,6 +8,8 @@ import gc
 import sys
 from collections.abc import Callable
 
+import torch
+
 
 @functools.cache
 def _trim() -> Callable[[int], int] | None:
@@ -36,3 +38,10 @@ def release_freed() -> bool:
     gc.collect()
     trim(0)
     return True
+
+
+def let_go() -> None:
+    """Free what nothing refers to any more, before the next model is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
