@@ -34,6 +34,7 @@ from align.evals.thumbs import thumbs_suite
 from align.heldout import answer_logps, cycles_of, first_tokens, pair_logps
 from align.losses import PairLogps, SequenceLogps, combine
 from align.losses.general_preference import gpm_score
+from align.losses.layouts import SEPARATE, Layout
 from align.losses.rows import answer_rows
 from align.losses.types import UnpairedLogps
 from align.models.memory import release_freed
@@ -123,7 +124,7 @@ class _Pairs:
         self.built = built
         self.pad_token_id = int(tokenizer.pad_token_id)
         self.decode = tokenizer.decode
-        self.shared_prompt = getattr(built.trainer, "shared_prompt", False)
+        self.layout: Layout = getattr(built.trainer, "layout", SEPARATE)
         self.rows: Sequence[Any] = held_out.tokenized.rows
         self.ids = [row.row_id for row in held_out.tokenized.rows]
         self.groups = [json.dumps(row.prompt) for row in held_out.used]
@@ -152,8 +153,7 @@ class _Pairs:
         return displacement_suite(*self.logps, self.ids, groups=self.groups, gained=gained)
 
     def _score(self, model: Any, name: str) -> PairLogps:
-        pad, shared = self.pad_token_id, self.shared_prompt
-        return pair_logps(model, self.rows, f"{name} model", pad_token_id=pad, shared_prompt=shared)
+        return pair_logps(model, self.rows, f"{name} model", pad_token_id=self.pad_token_id, **self.layout)
 
 
 def _thumbs(recipe: Recipe, built: Built, tokenizer: PreTrainedTokenizerBase, held_out: Split) -> dict[str, Any]:

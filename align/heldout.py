@@ -48,14 +48,21 @@ def answer_logps(
 
 
 def pair_logps(
-    model: Any, pairs: Sequence[TokenizedPair], name: str, *, pad_token_id: int, shared_prompt: bool
+    model: Any,
+    pairs: Sequence[TokenizedPair],
+    name: str,
+    *,
+    pad_token_id: int,
+    shared_prompt: bool,
+    row_tokens: int | None = None,
 ) -> PairLogps:
     """Log-probs of both answers of each pair.
 
     Args:
         model: a causal model that ``attach_scoring`` has seen, or what wraps it.
         name: of the model, for the progress bar.
-        shared_prompt: one row a pair (``why_not_shared_prompt`` says None), or one an answer.
+        shared_prompt: the prompt once for both answers, or once for each.
+        row_tokens: budget of a row that holds several pairs; None packs none. ``layout_of`` names both.
     """
 
     def lay_out(part: Sequence[TokenizedPair]) -> Rows:
@@ -65,9 +72,10 @@ def pair_logps(
             [row.rejected_ids for row in part],
             pad_token_id=pad_token_id,
             shared_prompt=shared_prompt,
+            row_tokens=row_tokens,
         )
 
-    sizes = [len(row.chosen_ids) + len(row.rejected_ids) for row in pairs]
+    sizes = [len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids) for row in pairs]
     totals, lengths = answer_logps(model, pairs, sizes, lay_out, 2, f"scoring held-out pairs, {name}")
     return PairLogps(SequenceLogps(totals[0], lengths[0]), SequenceLogps(totals[1], lengths[1]))
 

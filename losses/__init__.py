@@ -14,7 +14,8 @@
   paper, its formula. Recipes, ``align recipes methods`` and the trainer read it.
 - ``laws``       what a loss may obey, and how each declares where it stands.
 - ``combine``    weighted sums of losses.
-- ``rows``       token ids of pairs as tensors: one row a pair with a shared prompt, or one row an answer.
+- ``rows``       token ids of pairs as tensors: prompts shared by their answers, several pairs packed into a row, or a
+  row an answer; ``layouts`` which of these a model takes, and the mask that it is given.
 - ``checks``     what is refused, by name: NaN, empty answers, settings out of range.
 - ``similarity`` CHES, its length-normalised form and their baselines: how alike a model sees the answers of a pair.
 - ``logprobs``   log-probs of completion tokens from hidden states and the head's weight, without the logits of every

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from align.data.splits import DataKind
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"]
 
 
 class LossTerm(Section):
@@ -57,7 +57,8 @@ class ModelSpec(Section):
     dtype: Dtype = "auto"
     """Type of the weights; auto: bfloat16 where the hardware computes in it, else float32."""
     attention: Attention = "auto"
-    """Attention back-end of transformers."""
+    """Attention back-end of transformers. flash_attention_2 takes separate rows, flex_attention (CUDA) long packed
+    ones."""
     lora: LoraSpec | None = None
     """Train a low-rank adapter; without it all weights are trained."""
     adapter: Text | None = None
@@ -117,6 +118,8 @@ class DataSpec(Section):
     """Stop when more than this fraction of the rows cannot be used."""
     shared_prompt: bool = True
     """Compute the prompt once for both answers, where the model's layers allow it."""
+    packing: bool = True
+    """Put several pairs into a row, where prompts are shared."""
     reference_cache: bool = True
     """Of losses on pairs: keep the reference's log-probs in Align's cache folder, and read what another run has put
     there, for the same rows and the same reference."""

@@ -102,7 +102,8 @@ def load_model(
     Args:
         name: packaged name, folder or hub id.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
-        attention: ``auto`` (the architecture's default), ``sdpa``, ``eager`` or ``flash_attention_2``.
+        attention: ``auto`` (the architecture's default), ``sdpa``, ``eager``, ``flash_attention_2`` or
+            ``flex_attention``.
 
     Raises:
         AlignError: the model cannot be found or loaded, or is not a causal language model.

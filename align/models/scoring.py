@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from align.losses.layouts import model_inputs
 from align.losses.logprobs import Head, TokenLogps, all_logps, token_logps
 from align.losses.rows import Rows, answer_rows
 from align.losses.types import SequenceLogps
-
-# Families whose attention takes a mask of ours and whose positions are ours to give, each in the tests.
-SHARED_PROMPT_FAMILIES = {"gemma", "llama", "mistral", "qwen2", "qwen3"}
 
 
 def head_of(model: PreTrainedModel) -> Head:
@@ -93,28 +91,13 @@ def _check_head(model: PreTrainedModel) -> None:
         )
 
 
-def why_not_shared_prompt(model: PreTrainedModel) -> str | None:
-    """Why this model cannot take a pair in one row; None when it can."""
-    config = model.config.get_text_config()
-    if config.model_type not in SHARED_PROMPT_FAMILIES:
-        return f"{config.model_type} models are not known to take a mask of ours"
-    if config._attn_implementation not in ("sdpa", "eager"):
-        return f"{config._attn_implementation} takes no dense mask"
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or (
-        getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-    ):
-        return "it has layers with a sliding window or without attention"
-    return None
-
-
 def score(model: Any, rows: Rows) -> TokenLogps:
     """Log-probs of every answer token of ``rows`` under a model that ``attach_scoring`` has seen.
 
     Args:
         model: the causal model, or what wraps it.
     """
-    out = model(**_inputs(model, rows), score_source=rows.source, score_target=rows.target)
+    out = model(**model_inputs(model, rows), score_source=rows.source, score_target=rows.target)
     return TokenLogps(*out)
 
 
@@ -124,20 +107,8 @@ def final_states(model: PreTrainedModel, rows: Rows) -> torch.Tensor:
     Args:
         model: the causal model itself, without a wrapper.
     """
-    states: torch.Tensor = model.base_model(**_inputs(model, rows), use_cache=False).last_hidden_state
+    states: torch.Tensor = model.base_model(**model_inputs(model, rows), use_cache=False).last_hidden_state
     return states.reshape(-1, states.shape[-1])
-
-
-def _inputs(model: Any, rows: Rows) -> dict[str, torch.Tensor]:
-    inner = getattr(model, "module", model)  # DistributedDataParallel hides the model's own attributes
-    mask = rows.attention_mask()
-    if mask.ndim == 4 and inner.config.get_text_config()._attn_implementation == "eager":
-        # Eager attention adds its mask to the scores instead of selecting by it.
-        lowest = torch.finfo(inner.dtype).min
-        mask = torch.zeros(mask.shape, dtype=inner.dtype, device=mask.device).masked_fill(~mask, lowest)
-    # Separate rows count their own positions, so that models without position ids need not know the argument.
-    positions = {"position_ids": rows.position_ids} if rows.shared_prompt else {}
-    return {"input_ids": rows.input_ids, "attention_mask": mask, **positions}
 
 
 def sequence_logps(
@@ -165,5 +136,5 @@ def first_token_logps(model: Any, prompts: Sequence[Sequence[int]], *, pad_token
     """
     rows = answer_rows(prompts, [[pad_token_id]] * len(prompts), pad_token_id=pad_token_id).to(model.device)
     with torch.no_grad():
-        logps: torch.Tensor = model(**_inputs(model, rows), score_source=rows.source)
+        logps: torch.Tensor = model(**model_inputs(model, rows), score_source=rows.source)
     return logps

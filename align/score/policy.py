@@ -17,11 +17,12 @@ from align.data.fields import FieldError
 from align.data.rows import CompletionRow, PairRow
 from align.data.tokenize import TokenizedPair, tokenize_completions, tokenize_pairs
 from align.errors import AlignError
+from align.losses.layouts import layout_of, why_not_shared_prompt
 from align.losses.logprobs import token_logps
 from align.losses.rows import Rows, answer_rows, pair_rows
 from align.losses.similarity import AnswerStates, ches, ches_ln, edit_similarity, last_inner
 from align.models.ends import end_tokens
-from align.models.scoring import attach_scoring, final_states, head_of, why_not_shared_prompt
+from align.models.scoring import attach_scoring, final_states, head_of
 
 from .rows import ONE_TOKEN, ScoreRow
 from .scorers import Columns, Policy, Scored, by_answer
@@ -60,7 +61,7 @@ class PolicyScorer:
         self.model = given.get_base_model() if hasattr(given, "get_base_model") else given
         self.ends = end_tokens(self.model, policy.loaded.tokenizer)
         reason = why_not_shared_prompt(self.model)
-        self.shared = reason is None
+        self.layout = layout_of(self.model)
         words = set(self.columns.values())
         if "logps" in words:
             attach_scoring(self.model)  # refuses a head that is more than a product, a bias, a scale and a cap
@@ -70,7 +71,7 @@ class PolicyScorer:
     @cached_property
     def identity(self) -> Mapping[str, Any]:
         """The model, its weights and limit, and the words."""
-        return {"columns": self.columns, "policy": self.policy.identity, "shared_prompt": self.shared}
+        return {"columns": self.columns, "policy": self.policy.identity, **self.layout}
 
     def score(self, rows: Sequence[ScoreRow]) -> Scored:
         """The columns of pairs and of other rows come of a pass each: a pair's do not depend on what is beside it."""
@@ -164,10 +165,10 @@ class PolicyScorer:
             _raise_fault(done.faults)
             prompts = [pair.prompt_ids for pair in done.rows]
             chosen, rejected = [p.chosen_ids for p in done.rows], [p.rejected_ids for p in done.rows]
-            layout = pair_rows(prompts, chosen, rejected, pad_token_id=self._pad, shared_prompt=self.shared)
+            laid = pair_rows(prompts, chosen, rejected, pad_token_id=self._pad, **self.layout)
             cut = done.counts["truncated_chosen"] + done.counts["truncated_rejected"]
             order = [place + half * len(rows) for place in range(len(rows)) for half in (0, 1)]
-            return _Laid(layout.to(self.model.device), order, done.rows, cut, done.counts["boundary_moved"])
+            return _Laid(laid.to(self.model.device), order, done.rows, cut, done.counts["boundary_moved"])
         for name, word in self.columns.items():
             if word in OF_PAIRS:
                 raise FieldError(name, f"{word} compares chosen with rejected, and this row has no pair")
@@ -179,9 +180,9 @@ class PolicyScorer:
         starts = [row.completion_mask.index(1) for row in single.rows]
         prompts = [row.input_ids[:start] for row, start in zip(single.rows, starts, strict=True)]
         answers = [row.input_ids[start:] for row, start in zip(single.rows, starts, strict=True)]
-        layout = answer_rows(prompts, answers, pad_token_id=self._pad).to(self.model.device)
-        counts = single.counts
-        return _Laid(layout, list(range(len(each))), [], counts["truncated_completion"], counts["boundary_moved"])
+        laid = answer_rows(prompts, answers, pad_token_id=self._pad, row_tokens=self.layout["row_tokens"])
+        laid, counts = laid.to(self.model.device), single.counts
+        return _Laid(laid, list(range(len(each))), [], counts["truncated_completion"], counts["boundary_moved"])
 
 
 class _Laid(NamedTuple):

@@ -31,8 +31,8 @@ from align.evals.result import compared_result
 from align.evals.statistics import bootstrap_interval, comparisons
 from align.heldout import first_tokens, pair_logps
 from align.losses import PairLogps
+from align.losses.layouts import layout_of
 from align.models.load import LoadedModel, load_run
-from align.models.scoring import why_not_shared_prompt
 
 from .asked import Asked, tell_faults
 from .models import computing_in, let_score, load_reference, name_of, precision, reference_of, steps_of
@@ -171,8 +171,7 @@ def _measure(loaded: LoadedModel, pairs: Sequence[TokenizedPair], name: str, com
     model, pad = loaded.model, int(loaded.tokenizer.pad_token_id)
     inner = let_score(model)
     with computing_in(compute, model):
-        shared = why_not_shared_prompt(inner) is None
-        logps = pair_logps(model, pairs, name, pad_token_id=pad, shared_prompt=shared)
+        logps = pair_logps(model, pairs, name, pad_token_id=pad, **layout_of(inner))
         return Measured(logps, first_tokens(model, pairs, pad_token_id=pad))
 
 

@@ -24,10 +24,10 @@ from align.errors import AlignError, ConfigError
 from align.heldout import pair_logps
 from align.losses import PairLogps, SequenceLogps, combine
 from align.losses.catalogue import Loss
+from align.losses.layouts import layout_of
 from align.models.load import LOAD_ERRORS, LoadedModel, Origin, load_run, origin_of
 from align.models.memory import release_freed
 from align.models.packaged import NAME as PACKAGED
-from align.models.scoring import why_not_shared_prompt
 from align.rewards.named import is_rule, load_reward, reward_folder
 from align.rewards.pal_model import ChoiceError, load_reward_model
 from align.rewards.scorers import RewardError, RuleReward
@@ -295,8 +295,7 @@ def places_of(rows: Sequence[PairRow], tokenized: Sequence[TokenizedPair]) -> li
 def _logps(loaded: LoadedModel, ids: Sequence[TokenizedPair], name: str, compute: torch.dtype) -> PairLogps:
     inner, pad = let_score(loaded.model), int(loaded.tokenizer.pad_token_id)
     with computing_in(compute, loaded.model):
-        shared = why_not_shared_prompt(inner) is None
-        return pair_logps(loaded.model, ids, name, pad_token_id=pad, shared_prompt=shared)
+        return pair_logps(loaded.model, ids, name, pad_token_id=pad, **layout_of(inner))
 
 
 def _ratio(after: SequenceLogps, before: SequenceLogps) -> Tensor:

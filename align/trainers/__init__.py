@@ -1,6 +1,6 @@
 """Trainers: thin subclasses of TRL's, and what a recipe needs to build one.
 
-- ``pair``       ``PairTrainer``: TRL's ``DPOTrainer`` with any loss of the table, shared-prompt rows, log-probs of
+- ``pair``       ``PairTrainer``: TRL's ``DPOTrainer`` with any loss of the table, packed rows, log-probs of
   completion tokens alone, loss-true metrics, and the check at the first step that policy and reference agree.
 - ``thumbs``     ``ThumbsTrainer``: TRL's ``KTOTrainer`` with BCO or KTO, their state and their metrics.
 - ``grpo``       ``GroupTrainer``: TRL's ``GRPOTrainer`` on any reward or combination; references made before.
@@ -10,7 +10,7 @@
 - ``references`` what answers have to beat, by the starting policy; ``align score`` makes its columns so, too.
 - ``reward``     ``RewardTrainer``: TRL's, with the heads of ``align.rewards.models`` and any reward loss.
 - ``pal``        PAL on embeddings that were made once; ``pal_backbone`` together with its backbone.
-- ``host``       what they do alike: the reference, its check, the clock, resuming.
+- ``host``       what they do alike: the layout of rows, the reference, its check, the clock, resuming.
 - ``given``      a data set from Python: what it may be, and what is said of rows that cannot be used.
 - ``matching``   BCO's weights of prompts; ``thumbs_collate`` the batches, and KTO's mismatched answers;
   ``thumbs_loss`` a loss with its state; ``thumbs_metrics`` what is logged of it.

@@ -139,7 +139,11 @@ def _pair_trainer(
     if common["args"].eval_strategy == "no" and not common["args"].eval_on_start:
         common = {**common, "eval_dataset": None}  # the suites read held-out rows themselves
     trainer = PairTrainer(
-        loss=losses, shared_prompt=recipe.data.shared_prompt, reference_cache=_reference_folder(recipe), **common
+        loss=losses,
+        shared_prompt=recipe.data.shared_prompt,
+        packing=recipe.data.packing,
+        reference_cache=_reference_folder(recipe),
+        **common,
     )
     if facts["reference"]["kind"] == "frozen-copy" and trainer.keeps_no_reference:
         facts["reference"]["kind"] = "log-probs"

@@ -23,11 +23,13 @@ class PairCollator:
 
     Args:
         pad_token_id: fills rows on the right.
-        shared_prompt: one row a pair, or one row an answer (``align.losses.rows``).
+        shared_prompt: the prompt once for both answers, or once for each (``align.losses.rows``).
+        row_tokens: budget of a row that holds several pairs; None is a row a pair, or a row an answer.
     """
 
     pad_token_id: int
     shared_prompt: bool = True
+    row_tokens: int | None = None
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """``prompt_ids, chosen_ids, rejected_ids`` and, where given, ``strength`` (1 otherwise) and ``preference``.
@@ -42,17 +44,11 @@ class PairCollator:
             [example["rejected_ids"] for example in examples],
             pad_token_id=self.pad_token_id,
             shared_prompt=self.shared_prompt,
+            row_tokens=self.row_tokens,
         )
-        # Rows come first: the Trainer reads the size of a batch off its first tensor.
-        batch = {
-            "input_ids": rows.input_ids,
-            "position_ids": rows.position_ids,
-            "segments": rows.segments,
-            "source": rows.source,
-            "target": rows.target,
-            "answer": rows.answer,
-            "strength": torch.tensor([float(example.get("strength", 1.0)) for example in examples]),
-        }
+        # Strengths come first: the Trainer reads the size of a batch off its first tensor, and there are other rows.
+        strength = torch.tensor([float(example.get("strength", 1.0)) for example in examples])
+        batch = {"strength": strength, **rows.tensors()}
         labels = [example.get("preference") for example in examples]
         if any(label is not None for label in labels):
             batch["preference"] = torch.tensor([1.0 if label is None else float(label) for label in labels])
@@ -86,12 +82,4 @@ def by_answer(answer: Tensor, values: Tensor) -> list[Tensor]:
 
 def rows_of(batch: Mapping[str, torch.Tensor]) -> Rows:
     """The rows of a collated batch."""
-    return Rows(
-        batch["input_ids"],
-        batch["position_ids"],
-        batch["segments"],
-        batch["source"],
-        batch["target"],
-        batch["answer"],
-        answers=2 * len(batch["strength"]),
-    )
+    return Rows.of(batch, 2 * len(batch["strength"]))

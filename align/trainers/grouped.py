@@ -36,7 +36,7 @@ from align.losses.catalogue import KINDS, LossFunction
 from align.losses.groups import all_pair_values, all_pairs
 from align.losses.logprobs import TokenLogps
 from align.losses.rows import PADDING, Rows, group_rows
-from align.models.scoring import score, why_not_shared_prompt
+from align.models.scoring import score
 
 from .host import Hosted
 from .moving import MovingReference
@@ -98,7 +98,8 @@ class GroupedTrainer(Hosted, Trainer):  # type: ignore[misc]
         reference: ``fixed``, the model before training; ``ema`` or ``previous``, see ``MovingReference``.
         decay: of ``ema``, per optimiser step.
         every: optimiser steps between copies of the policy, of ``previous``.
-        shared_prompt: one row a group where the architecture allows it.
+        shared_prompt: the prompt once for all its answers, where the architecture allows it.
+        packing: several groups in a row, where prompts are shared.
         kl_penalty: of ``mdpo``, in win rate per nat.
         kwargs: as in ``Trainer``.
 
@@ -125,6 +126,7 @@ class GroupedTrainer(Hosted, Trainer):  # type: ignore[misc]
         decay: float = 0.99,
         every: int = 1,
         shared_prompt: bool = True,
+        packing: bool = True,
         kl_penalty: float = 0.0,
         train_dataset: Dataset | None = None,
         **kwargs: Any,
@@ -157,10 +159,7 @@ class GroupedTrainer(Hosted, Trainer):  # type: ignore[misc]
         self._sums: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         self._total_train_tokens = 0
         self._attach_scoring()
-        reason = why_not_shared_prompt(self._inner())
-        if shared_prompt and reason:
-            logger.warning("separate rows for the answers to a prompt: %s", reason)
-        self.shared_prompt = shared_prompt and reason is None
+        self._choose_rows(self._inner(), shared_prompt, packing, "the answers to a prompt")
 
     def _inner(self) -> Any:
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
@@ -170,28 +169,30 @@ class GroupedTrainer(Hosted, Trainer):  # type: ignore[misc]
     def lay_out(self, groups: Sequence[Group]) -> dict[str, Tensor]:
         """The tensors of one forward pass."""
         kept = 1 if self._against else len(groups[0].answer_ids)  # the second answer is an opponent, and not learnt
-        rows = group_rows(
-            [group.prompt_ids for group in groups],
-            [group.answer_ids[:kept] for group in groups],
-            pad_token_id=int(self.tokenizer.pad_token_id),
-            shared_prompt=self.shared_prompt and kept > 1,
-        )
-        # Rows come first: the Trainer reads the size of a batch off its first tensor.
-        batch = {name: value for name, value in vars(rows).items() if name != "answers"}
         shares = torch.tensor([group.share if self._on_differences else 1.0 for group in groups])[:, None]
-        batch["scores"] = torch.stack([group.scores[:kept] for group in groups]).float() * shares
-        batch["win_rates"] = 0.5 + (torch.stack([group.win_rates[:kept] for group in groups]).float() - 0.5) * shares
+        scores = torch.stack([group.scores[:kept] for group in groups]).float()
+        win_rates = torch.stack([group.win_rates[:kept] for group in groups]).float()
+        # Win rates come first: the Trainer reads the size of a batch off its first tensor.
+        batch = {
+            "win_rates": 0.5 + (win_rates - 0.5) * shares,
+            "scores": scores * shares,
+            **self.rows([group.prompt_ids for group in groups], [g.answer_ids[:kept] for g in groups]).tensors(),
+        }
         if all(group.preference is not None for group in groups):
             batch["preference"] = torch.stack([group.preference for group in groups if group.preference is not None])
         if "advantage" in self.takes:
-            # As the rows' tokens: answer by answer within a shared row, else all first answers first.
+            # As the rows' tokens: answer by answer after a shared prompt, else all first answers first.
             in_order = (
                 [own for group in groups for own in group.behaviour or ()]
-                if rows.shared_prompt
+                if self.layout["shared_prompt"]
                 else [(group.behaviour or ())[k] for k in range(kept) for group in groups]
             )
             batch["behaviour"] = torch.tensor([logp for own in in_order for logp in own])
         return batch
+
+    def rows(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]) -> Rows:
+        """Prompts and their answers, laid out as this model takes them."""
+        return group_rows(prompts, answers, pad_token_id=int(self.tokenizer.pad_token_id), **self.layout)
 
     @property
     def _against(self) -> bool:
@@ -243,7 +244,7 @@ class GroupedTrainer(Hosted, Trainer):  # type: ignore[misc]
     ) -> Any:
         if return_outputs:
             raise ValueError("compute_metrics would need logits, and none are built")
-        rows = Rows(**{name: inputs[name] for name in _ROWS}, answers=inputs["win_rates"].numel())
+        rows = Rows.of(inputs, inputs["win_rates"].numel())
         tokens = score(model, rows)
         with self._as_reference() as reference_model:
             reference = score(reference_model, rows)
@@ -317,7 +318,7 @@ class GroupedTrainer(Hosted, Trainer):  # type: ignore[misc]
             self.count("rewards/accuracies", right.sum(), int(decided.sum()))
         for name, values in output.metrics.items() if output is not None else ():
             self.count(name, values.sum(), values.numel())
-        self.count(_TOKENS, (rows.segments != PADDING).sum(), 0)
+        self.count(_TOKENS, (rows.segments != PADDING).sum(), rows.segments.numel())
 
     def count(self, name: str, total: Tensor | float, of: int) -> None:
         """Add to a mean that is logged next."""
@@ -330,8 +331,10 @@ class GroupedTrainer(Hosted, Trainer):  # type: ignore[misc]
             names = sorted(self._sums)
             sums = torch.tensor([self._sums[name] for name in names], dtype=torch.float64, device=self.args.device)
             reduced = dict(zip(names, self.accelerator.reduce(sums, reduction="sum").tolist(), strict=True))
-            self._total_train_tokens += int(reduced.pop(_TOKENS, [0.0])[0])
+            seen, positions = reduced.pop(_TOKENS)
+            self._count_tokens(seen, positions)
             logs |= {name: total / of for name, (total, of) in reduced.items() if of}
+            logs["perf/padding"] = 1 - seen / positions
             logs["num_tokens"] = float(self._total_train_tokens)
             self._sums.clear()
         super().log(logs, start_time)
@@ -350,7 +353,6 @@ def _without_dropout(model: nn.Module) -> None:
 
 
 _TOKENS = "num_tokens"
-_ROWS = ("input_ids", "position_ids", "segments", "source", "target", "answer")
 
 
 def check_loss(loss: Loss) -> Loss:

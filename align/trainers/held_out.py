@@ -101,7 +101,9 @@ class HeldOut:
         trainer.model.eval()
         for at in range(0, len(prompts), size):
             ids = [answer.tokens for answer in answers[at : at + size]]
-            rows = answer_rows(prompts[at : at + size], ids, pad_token_id=pad).to(trainer.args.device)
+            packed = trainer.layout["row_tokens"]
+            rows = answer_rows(prompts[at : at + size], ids, pad_token_id=pad, row_tokens=packed)
+            rows = rows.to(trainer.args.device)
             with trainer.accelerator.autocast():
                 tokens = score(trainer.model, rows)
             policy.append((rows.totals(tokens.logps), rows.lengths()))

@@ -1,4 +1,4 @@
-"""What the trainers on pairs and on thumbs do alike on top of TRL's: the reference, its check, the clock, resuming."""
+"""What the trainers on pairs and on thumbs do alike on top of TRL's: rows, the reference, its check, resuming."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from trl.trainer.utils import use_adapter
 
 from align.errors import AlignError
 from align.losses import Loss
+from align.losses.layouts import SEPARATE, Layout, layout_of, why_not_shared_prompt
 from align.losses.logprobs import TokenLogps
 from align.models.scoring import attach_scoring
 from align.tracking.run_folder import peak_rss_gb
@@ -39,11 +40,17 @@ class Hosted(Trainer):  # type: ignore[misc]
         needs_reference: whether the policy is compared with a reference. Set before ``super().__init__``.
         starts_at_reference: whether both are the same model at the first step, which is then checked. Set likewise.
         samples: answers are drawn within a training step, which TRL does outside autocast.
+        layout: how rows are laid out.
+        rows_said: that in words, for the manifest; None where TRL lays rows out.
+        positions: how many positions of the rows trained on so far held a token, and how many there were.
     """
 
     needs_reference: bool
     starts_at_reference: bool
     samples = False
+    layout: Layout = SEPARATE
+    rows_said: str | None = None
+    positions: tuple[int, int] = (0, 0)
     # Set by TRL's trainer.
     _signature_columns: list[str] | None
     _total_train_tokens: int
@@ -81,6 +88,38 @@ class Hosted(Trainer):  # type: ignore[misc]
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         return dataset
+
+    # --- rows ---------------------------------------------------------------------------------------------------
+
+    def _choose_rows(self, model: nn.Module, shared_prompt: bool, packing: bool, answers: str) -> None:
+        """Shared prompts and packing where they are wanted and the architecture allows them.
+
+        Args:
+            answers: to a prompt, in words, for the log.
+        """
+        reason = why_not_shared_prompt(model)
+        if shared_prompt and reason:
+            logger.warning("separate rows for %s: %s", answers, reason)
+        self.layout = layout_of(model, shared_prompt=shared_prompt, packing=packing)
+        if self.layout["row_tokens"] is not None:
+            self.rows_said = "packed"
+        elif self.layout["shared_prompt"]:
+            self.rows_said = "shared prompt: packing is off"
+        else:
+            self.rows_said = f"separate: {reason if shared_prompt else 'shared_prompt is off'}"
+
+    def _count_tokens(self, seen: float, positions: float) -> None:
+        """Add the rows of a training batch, over all processes, to what is trained on."""
+        self._total_train_tokens += int(seen)
+        held, of = self.positions
+        self.positions = held + int(seen), of + int(positions)
+
+    @property
+    def speed_facts(self) -> dict[str, Any]:
+        """What section ``speed`` of the manifest says of the rows trained on."""
+        held, of = self.positions
+        facts: dict[str, Any] = {} if self.rows_said is None else {"rows": self.rows_said}
+        return facts | ({"padding": round(1 - held / of, 4)} if of else {})
 
     # --- reference ----------------------------------------------------------------------------------------------
 
@@ -158,11 +197,6 @@ class Hosted(Trainer):  # type: ignore[misc]
         if isinstance(inner, PeftModel) and "ref" in inner.peft_config:
             inner.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
             inner.set_adapter("default")
-
-    @property
-    def speed_facts(self) -> dict[str, Any]:
-        """Section ``speed`` of a run's manifest, as far as the trainer knows it."""
-        return {}
 
     # --- logging ------------------------------------------------------------------------------------------------
 

@@ -37,7 +37,6 @@ from align.data.tokenize import encode_prompt
 from align.errors import AlignError
 from align.evals.sampling import Mixture, Sample, sample
 from align.losses.groups import all_pair_values
-from align.losses.rows import group_rows
 from align.models.ends import end_tokens
 from align.models.memory import release_freed
 from align.models.scoring import score
@@ -265,12 +264,8 @@ class OnlineTrainer(GroupedTrainer):
     @torch.no_grad()
     def _with_behaviour(self, groups: list[Group]) -> list[Group]:
         """Log-probs of the answers' tokens under the policy as it is now, by the kernel that training uses."""
-        rows = group_rows(
-            [group.prompt_ids for group in groups],
-            [group.answer_ids for group in groups],
-            pad_token_id=int(self.tokenizer.pad_token_id),
-            shared_prompt=self.shared_prompt,
-        ).to(self.args.device)
+        rows = self.rows([group.prompt_ids for group in groups], [group.answer_ids for group in groups])
+        rows = rows.to(self.args.device)
         training = self.model.training
         self.model.eval()
         with self.accelerator.autocast():

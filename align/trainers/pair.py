@@ -1,9 +1,9 @@
 """Training on pairs with any loss of the library, in TRL's DPOTrainer.
 
-What is TRL's: arguments, PEFT, reference model, checkpoints, logging, the loop. What is ours: the rows (the prompt is
-computed once), the log-probs (completion tokens only), the loss, its metrics in its own units, and the check at the
-first step that policy and reference agree. ``tests/align/trainers/test_trl_contract.py`` names every private attribute
-of TRL that is used here.
+What is TRL's: arguments, PEFT, reference model, checkpoints, logging, the loop. What is ours: the rows (a prompt is
+computed once for its answers, and pairs are packed), the log-probs (completion tokens only), the loss, its metrics in
+its own units, and the check at the first step that policy and reference agree.
+``tests/align/trainers/test_trl_contract.py`` names every private attribute of TRL that is used here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from align.losses import Loss, LossOutput, PairLogps, SequenceLogps, combine
 from align.losses.catalogue import KINDS, LossFunction
 from align.losses.logprobs import TokenLogps
 from align.losses.rows import PADDING, Rows
-from align.models.scoring import score, why_not_shared_prompt
+from align.models.scoring import score
 
 from .collate import PairCollator, rows_of
 from .given import check_dataset, tokenized_dataset, untokenized_rows
@@ -47,7 +47,7 @@ _NOT_TAKEN: list[tuple[str, Any, str]] = [
     ("use_weighting", False, "WPO's weights are not available"),
     ("f_divergence_type", "reverse_kl", "only the reverse KL is available"),
     ("precompute_ref_log_probs", False, "PairTrainer(reference_cache=FOLDER) does it, for any loss, beta and rate"),
-    ("padding_free", False, "rows are padded"),
+    ("padding_free", False, "packing=True is what saves padding here"),
     ("pad_to_multiple_of", None, "rows are padded to the widest of their batch"),
     ("truncation_mode", "keep_start", "answers are cut at the end, both at the same length"),
 ]
@@ -66,7 +66,8 @@ class PairTrainer(ReadsReferences, DPOTrainer):  # type: ignore[misc]
             DPOConfig are refused, because they would be dropped.
         loss: a loss by name (``"ln_dpo"``), by function (``ln_dpo``), with settings (``Loss.of("ln_dpo", beta=5.0)``),
             or several of these to add up.
-        shared_prompt: one row a pair where the architecture allows it.
+        shared_prompt: the prompt once for both answers, where the architecture allows it.
+        packing: several pairs in a row, where prompts are shared.
         starts_at_reference: policy and reference are the same model at the first step, which is then checked. Say
             False when a reference other than the starting point is meant.
         reference_cache: folder that keeps the reference's log-probs, for any number of runs
@@ -91,6 +92,7 @@ class PairTrainer(ReadsReferences, DPOTrainer):  # type: ignore[misc]
         *,
         loss: str | LossFunction | Loss | Sequence[str | LossFunction | Loss] = "dpo",
         shared_prompt: bool = True,
+        packing: bool = True,
         starts_at_reference: bool = True,
         reference_cache: str | Path | None = None,
         **kwargs: Any,
@@ -112,11 +114,8 @@ class PairTrainer(ReadsReferences, DPOTrainer):  # type: ignore[misc]
         super().__init__(model=model, ref_model=ref_model, args=args, **kwargs)
         self.precompute_ref_logps = False  # TRL's own
         self._attach_scoring()
-        reason = why_not_shared_prompt(self.model)
-        if shared_prompt and reason:
-            logger.warning("separate rows for chosen and rejected answers: %s", reason)
-        self.shared_prompt = shared_prompt and reason is None
-        self.data_collator = PairCollator(self._tokenizer.pad_token_id, self.shared_prompt)
+        self._choose_rows(self.model, shared_prompt, packing, "chosen and rejected answers")
+        self.data_collator = PairCollator(self._tokenizer.pad_token_id, **self.layout)
         if not self.needs_reference:
             names = " + ".join(term.info.name for term in self.losses)
             logger.warning(
@@ -220,6 +219,7 @@ class PairTrainer(ReadsReferences, DPOTrainer):  # type: ignore[misc]
             "scored": tokens.logps.new_tensor(len(chosen_tokens), dtype=torch.float32),
             "chosen": chosen_tokens.float().sum(),
             "seen": (rows.segments != PADDING).float().sum(),
+            "positions": tokens.logps.new_tensor(rows.segments.numel(), dtype=torch.float32),
             "pairs": tokens.logps.new_tensor(rows.answers // 2, dtype=torch.float32),
         }
         reduced = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="sum").tolist()
@@ -231,8 +231,9 @@ class PairTrainer(ReadsReferences, DPOTrainer):  # type: ignore[misc]
             metrics["rewards/accuracies"].append(total["right"] / total["decided"])
         metrics["entropy"].append(total["entropy"] / total["scored"])
         metrics["mean_token_accuracy"].append(total["mean_token_accuracy"] / total["chosen"])
+        metrics["perf/padding"].append(1 - total["seen"] / total["positions"])
         if self.model.training:
-            self._total_train_tokens += int(total["seen"])
+            self._count_tokens(total["seen"], total["positions"])
         metrics["num_tokens"] = [self._total_train_tokens]
 
 

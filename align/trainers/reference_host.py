@@ -23,11 +23,9 @@ class ReadsReferences(Hosted):
 
     Attributes:
         references: what was read and computed; None without a cache, or where no loss needs a reference.
-        shared_prompt: of the rows that ``data_collator`` makes.
     """
 
     references: ReferenceCache | None = None
-    shared_prompt: bool
     # Set by TRL's trainer.
     train_dataset: Any
     eval_dataset: Any
@@ -70,7 +68,7 @@ class ReadsReferences(Hosted):
         context = context_of(
             model,
             adapters,
-            rows="shared prompt" if self.shared_prompt else "separate",
+            rows="shared prompt" if self.layout["shared_prompt"] else "separate",
             autocast=self.accelerator.mixed_precision,
         )
         batch_size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size

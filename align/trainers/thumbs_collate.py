@@ -14,8 +14,6 @@ from align.losses.rows import Rows, answer_rows
 
 logger = logging.getLogger(__name__)
 
-_TENSORS = ("input_ids", "position_ids", "segments", "source", "target", "answer")
-
 
 @dataclass(frozen=True)
 class ThumbsCollator:
@@ -44,13 +42,13 @@ class ThumbsCollator:
             [example[answers] for example in examples],
             pad_token_id=self.pad_token_id,
         )
-        return {f"{prefix}{name}": getattr(rows, name) for name in _TENSORS}
+        return {f"{prefix}{name}": value for name, value in rows.tensors().items()}
 
 
 def rows_of(batch: Mapping[str, torch.Tensor], prefix: str = "") -> Rows:
     """The rows of a collated batch; with prefix ``KL_`` those of the mismatched answers."""
-    tensors = {name: batch[f"{prefix}{name}"] for name in _TENSORS}
-    return Rows(**tensors, answers=len(batch["label"]))
+    tensors = {name.removeprefix(prefix): value for name, value in batch.items() if name.startswith(prefix)}
+    return Rows.of(tensors, len(batch["label"]))
 
 
 def with_mismatched(dataset: Dataset, batch_size: int, max_length: int | None) -> Dataset:

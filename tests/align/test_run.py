@@ -52,6 +52,8 @@ def test_a_run_leaves_everything_that_the_design_names(finished, tiny_model_dir)
     assert manifest["model"]["weights_sha256"] == sha
     assert manifest["model"]["trainable"] < manifest["model"]["parameters"]
     assert manifest["data"]["train"]["pairs"] == 24
+    assert manifest["speed"]["rows"] == "packed"
+    assert 0 <= manifest["speed"]["padding"] < 0.3
     assert manifest["wandb"]["sync"].startswith("wandb sync ")
 
     rows = metrics(folder)
@@ -113,10 +115,15 @@ def test_the_merged_model_is_base_plus_adapter(finished):
 
 
 def test_full_training_without_an_adapter(write_recipe):
-    folder = run(write_recipe(model={"lora": None}, method="dpo", loss={"beta": 0.1}, evals=["displacement"]))
+    folder = run(
+        write_recipe(
+            model={"lora": None}, method="dpo", loss={"beta": 0.1}, data={"packing": False}, evals=["displacement"]
+        )
+    )
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["reference"]["kind"] == "log-probs"
     assert manifest["reference"]["weights_sha256"] == manifest["model"]["weights_sha256"]
+    assert manifest["speed"]["rows"] == "shared prompt: packing is off"
     assert (folder / "model" / "model.safetensors").exists()
     assert not (folder / "merged").exists()
     assert "computed before the first step" in (folder / "README.md").read_text()
@@ -133,7 +140,7 @@ def test_full_training_keeps_a_copy_where_it_has_to(write_recipe, tmp_path):
         folders.append(run(path))
     manifests = [json.loads((folder / "manifest.json").read_text()) for folder in folders]
     assert [found["reference"]["kind"] for found in manifests] == ["log-probs", "frozen-copy", "frozen-copy"]
-    assert ["speed" in found for found in manifests] == [True, False, True]
+    assert ["reference" in found["speed"] for found in manifests] == [True, False, True]
     logs = [[row["loss"] for row in metrics(folder) if "loss" in row] for folder in folders]
     assert logs[0] == pytest.approx(logs[1], abs=1e-6)
     assert len(logs[2]) == 2
@@ -144,7 +151,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_left_out(write_recipe, tmp_p
     monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "file"))
     folder = run(write_recipe(evals=[]))
     assert "file/references cannot be written, so the reference is scored with each batch" in caplog.text
-    assert "speed" not in json.loads((folder / "manifest.json").read_text())
+    assert "reference" not in json.loads((folder / "manifest.json").read_text())["speed"]
 
 
 def test_a_trained_adapter_is_continued_against_a_copy_of_itself(finished, write_recipe):

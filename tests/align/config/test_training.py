@@ -32,7 +32,7 @@ from align.config.training import ELSEWHERE, RETIRED, check_training, training_f
         ("beta", 0.1, "set it as loss.beta"),
         ("output_dir", "x", "set output"),
         ("max_prompt_length", 64, "gone from TRL; data.max_length limits a prompt and its answer together"),
-        ("packing", True, "rows are not packed; remove it"),
+        ("packing", True, "set data.packing, for pairs; other rows are not packed"),
     ],
 )
 def test_a_value_that_does_not_fit(key: str, value: object, what: str) -> None:

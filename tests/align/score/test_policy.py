@@ -15,8 +15,8 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
+    GPTBigCodeConfig,
+    GPTBigCodeForCausalLM,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     T5Config,
@@ -101,8 +101,8 @@ def test_float32_is_within_1e_4_of_the_plain_loop_in_float64(policy: Policy) -> 
             assert columns[name] == value
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_nothing_beside_a_row_changes_it(policy: Policy, shared: bool) -> None:
+@pytest.mark.parametrize(("shared", "budget"), [(True, 0), (True, 400), (True, None), (False, None)])
+def test_nothing_beside_a_row_changes_it(policy: Policy, shared: bool, budget: int | None) -> None:
     """Alone, in batches of 2 and of 17, in another order, with a long neighbour that pads all others.
 
     Within 1e-5, as in ``plain_loop``.
@@ -113,7 +113,8 @@ def test_nothing_beside_a_row_changes_it(policy: Policy, shared: bool) -> None:
         vectors = products(pair, policy.loaded.model, policy.loaded.tokenizer).items()
         sizes[row.row_id] = {name: float(one.norm() * other.norm()) for name, (one, other) in vectors}
     of = scorer(policy)
-    of.shared = shared
+    assert of.layout == {"shared_prompt": True, "row_tokens": 0}
+    of.layout = {"shared_prompt": shared, "row_tokens": budget}
     alone = {row.row_id: of.score([row]).columns[0] for row in rows}
     long = read([{"prompt": "a" * 90, "chosen": "b" * 60, "rejected": "c"}])
     others = [rows, rows[::-1], rows + long, *(rows[start : start + 2] for start in range(0, 17, 2))]
@@ -127,13 +128,13 @@ def test_a_family_that_takes_separate_rows(
     tiny_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.manual_seed(0)
-    config = GPT2Config(
+    config = GPTBigCodeConfig(
         vocab_size=len(tiny_tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.3
     )
-    model = GPT2LMHeadModel(config).eval()
+    model = GPTBigCodeForCausalLM(config).eval()
     rows = pairs(9)
-    of = scorer(Policy("gpt2", LoadedModel(model, tiny_tokenizer, ""), 256, 4))
-    assert "separate rows for chosen and rejected answers: gpt2" in caplog.text
+    of = scorer(Policy("bigcode", LoadedModel(model, tiny_tokenizer, ""), 256, 4))
+    assert "separate rows for chosen and rejected answers: gpt_bigcode" in caplog.text
     for row, columns in zip(rows, of.score(read(rows)).columns, strict=True):
         for name, value in plain_loop(row, copy.deepcopy(model).double(), tiny_tokenizer).items():
             assert columns[name] == value

@@ -10,6 +10,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers.trainer_pt_utils import find_batch_size
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -643,3 +645,106 @@ def test_full_training_under_bf16_autocast(tmp_path, dataset, make_tiny_model, t
         model=make_tiny_model(), args=args, train_dataset=dataset, processing_class=tiny_tokenizer, loss="dpo"
     )
     assert trainer.train().training_loss == pytest.approx(0.6931, abs=0.02)
+
+
+# --- packing
+
+
+UNEQUAL = [
+    *ROWS,
+    {"prompt": "a", "chosen": " b", "rejected": " c"},
+    {"prompt": "the", "chosen": " cat", "rejected": " ant"},
+    {"prompt": "an inner thing is in the garden, then another", "chosen": " there", "rejected": " hint"},
+]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_packed_pairs_train_as_pairs_of_their_own_rows(tmp_path, tiny_tokenizer, make_tiny_model, lora):
+    """Losses, gradients and counts of real tokens are the same, in fewer rows with less padding."""
+
+    def run(**layout) -> tuple[PairTrainer, list[dict[str, float]]]:
+        torch.manual_seed(0)
+        trainer = PairTrainer(
+            model=make_tiny_model(),
+            args=arguments(tmp_path, per_device_train_batch_size=7),
+            train_dataset=Dataset.from_list(UNEQUAL),
+            processing_class=tiny_tokenizer,
+            peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
+            loss="dpo",
+            **layout,
+        )
+        return trainer, steps(trainer)
+
+    (packed, ours), (shared, theirs) = run(), run(packing=False)
+    assert packed.layout == {"shared_prompt": True, "row_tokens": 0}
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+        assert one["num_tokens"] == other["num_tokens"]
+        assert one["perf/padding"] < other["perf/padding"]
+    batch = next(iter(packed.get_train_dataloader()))
+    assert len(batch["input_ids"]) < find_batch_size(batch) == 7
+    held = sum(len(ids) for name in ("prompt", "chosen", "rejected") for ids in packed.train_dataset[f"{name}_ids"])
+    assert ours[-1]["num_tokens"] == 3 * held
+    facts = packed.speed_facts
+    assert facts["rows"] == "packed"
+    assert facts["padding"] == pytest.approx(1 - held / batch["input_ids"].numel(), abs=1e-4)
+    assert shared.speed_facts["rows"] == "shared prompt: packing is off"
+
+
+def test_evaluation_counts_pairs_and_not_rows(tmp_path, tiny_tokenizer, make_tiny_model):
+    """Seven pairs in batches of four: the mean over pairs, however many rows they are laid out in."""
+    data = Dataset.from_list(UNEQUAL)
+
+    def evaluated(**layout) -> tuple[float, list[float]]:
+        trainer = PairTrainer(
+            model=make_tiny_model(),
+            ref_model=make_tiny_model(seed=5),
+            args=arguments(tmp_path, per_device_eval_batch_size=4),
+            train_dataset=data,
+            eval_dataset=data,
+            processing_class=tiny_tokenizer,
+            loss=Loss.of("dpo", beta=1.0),
+            starts_at_reference=False,
+            **layout,
+        )
+        trainer.model.eval()
+        each = []
+        for row in trainer.eval_dataset:
+            with torch.no_grad():
+                each.append(trainer._compute_loss(trainer.model, trainer.data_collator([row]), False).item())
+        return trainer.evaluate()["eval_loss"], each
+
+    for layout in ({}, {"packing": False}, {"shared_prompt": False}):
+        loss, each = evaluated(**layout)
+        assert max(each) - min(each) > 0.01
+        assert loss == pytest.approx(sum(each) / 7, rel=1e-5), layout
+
+
+def test_windows_fall_back_to_separate_rows_in_one_line(tmp_path, tiny_tokenizer, dataset, caplog):
+    config = Gemma2Config(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=4,
+        pad_token_id=tiny_tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    with caplog.at_level(logging.WARNING, logger="align"):
+        trainer = PairTrainer(
+            model=Gemma2ForCausalLM(config),
+            args=arguments(tmp_path, max_steps=1),
+            train_dataset=dataset,
+            processing_class=tiny_tokenizer,
+            loss="dpo",
+        )
+    lines = [record.getMessage() for record in caplog.records if "separate rows" in record.getMessage()]
+    reason = "gemma2 models are not known to take a mask of ours"
+    assert lines == [f"separate rows for chosen and rejected answers: {reason}"]
+    assert steps(trainer)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert trainer.speed_facts["rows"] == f"separate: {reason}"
+    assert 0 < trainer.speed_facts["padding"] < 1
