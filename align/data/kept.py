@@ -77,7 +77,7 @@ def _key(encoder: Encoder, rows: Sequence[Question], ids: Sequence[str]) -> str 
         logger.info("the tokens of %d rows are not kept: nothing shows all that this tokenizer depends on", len(rows))
         return None
     decided = {
-        "rules": [hashlib.sha256(Path(part.__file__).read_bytes()).hexdigest() for part in (encode, encodings)],
+        "rules": [hashlib.sha256(Path(str(part.__file__)).read_bytes()).hexdigest() for part in (encode, encodings)],
         "versions": [version(name) for name in _LIBRARIES],
         "tokenizer": state,
         "ends": [encoder.eos, encoder.adds_bos, encoder.adds_eos],
@@ -146,5 +146,5 @@ def _write(path: Path, key: str, found: Encodings) -> None:
 def _digest(tokens: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any], rest: str) -> str:
     digest = hashlib.sha256(rest.encode())
     for part in (tokens, lengths):
-        digest.update(np.ascontiguousarray(part))
+        digest.update(np.ascontiguousarray(part).data)
     return digest.hexdigest()
