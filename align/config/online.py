@@ -38,6 +38,9 @@ class OnlineSpec(Section):
     """Optimiser steps between copies of the policy, of previous."""
     kl_penalty: float = Field(default=0.0, ge=0)
     """mdpo: weight of the log-ratio to the reference in the advantage, in win rate per nat."""
+    cut_penalty: float = Field(default=0.0, ge=0)
+    """Log-odds that an answer which max_new_tokens cut loses against one that has ended; the annotator reads its text
+    alone."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """What draws the policy's answers; a mixture is drawn by transformers."""
     annotator_seconds: float = Field(default=600.0, gt=0)

@@ -41,6 +41,7 @@ def online_trainer(recipe: Recipe, loss: Loss, common: dict[str, Any], facts: di
         drawing=Drawing(spec.answers, spec.mixture, spec.max_new_tokens),
         labels=spec.labels,
         inner_steps=spec.inner_steps,
+        cut_penalty=spec.cut_penalty,
         annotator_seconds=spec.annotator_seconds,
         reference=spec.reference,
         decay=spec.decay,

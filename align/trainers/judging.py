@@ -166,6 +166,20 @@ def _problem(verdicts: Any, prompts: int, answers: int) -> str:
     return ""
 
 
+def less_cut(verdicts: Verdicts, cut: Tensor, penalty: float) -> Verdicts:
+    """Verdicts in which an answer that was cut has ``penalty`` less in log-odds against one that has ended.
+
+    Of a sure verdict the log-odds are those of its scores.
+
+    Args:
+        cut: which answers ``max_new_tokens`` cut, (B, K).
+    """
+    off = penalty * (cut[:, None].double() - cut[:, :, None].double())
+    scores = verdicts.scores + off
+    preference = torch.where(off == 0, verdicts.preference, torch.sigmoid(scores))
+    return Verdicts(preference, scores, verdicts.problems)
+
+
 def labelled(preference: Tensor, labels: str, name: str) -> Tensor:
     """The table that the loss sees, (K, K).
 

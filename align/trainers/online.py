@@ -45,7 +45,7 @@ from align.tracking.files import finite, write_text
 
 from .grouped import Group, GroupedTrainer
 from .held_out import HeldOut
-from .judging import LABELS, Jury, labelled
+from .judging import LABELS, Jury, labelled, less_cut
 from .kept import SAMPLES, forget_after, read, step_of, written
 from .windows import Windows
 
@@ -89,6 +89,7 @@ class OnlineTrainer(GroupedTrainer):
         labels: what the loss learns from: ``soft``, the probabilities; ``drawn``, 0 or 1 by them, which adds variance;
             ``argmax``, the likelier one, which is another game.
         inner_steps: optimiser steps on the same answers.
+        cut_penalty: log-odds that an answer which ``max_new_tokens`` cut loses against one that has ended.
         annotator_seconds: how long the annotator may take for a step's answers.
         draw: draws the policy's answers in place of transformers, ``(prompts, seeds, max_new_tokens) -> samples``,
             once ``draw.push(model)`` has given it the weights; not for a mixture.
@@ -109,6 +110,7 @@ class OnlineTrainer(GroupedTrainer):
         drawing: Drawing,
         labels: str = "soft",
         inner_steps: int = 1,
+        cut_penalty: float = 0.0,
         annotator_seconds: float = SECONDS,
         draw: Any = None,
         **kwargs: Any,
@@ -118,7 +120,9 @@ class OnlineTrainer(GroupedTrainer):
         if inner_steps < 1:
             raise ValueError(f"inner_steps is {inner_steps}: it must be at least 1")
         self.annotator, self.drawing, self.labels, self.inner_steps = annotator, drawing, labels, inner_steps
-        self.annotator_seconds, self._draw_by = annotator_seconds, draw
+        if not 0 <= cut_penalty < torch.inf:
+            raise ValueError(f"cut_penalty is {cut_penalty}: it must be a number, 0 or more")
+        self.annotator_seconds, self.cut_penalty, self._draw_by = annotator_seconds, cut_penalty, draw
         self._window: tuple[int, list[list[Group]]] | None = None
         self._resumed_from: Path | None = None
         self.began = 0  # the step that training went on from
@@ -184,14 +188,15 @@ class OnlineTrainer(GroupedTrainer):
         verdicts = self.jury.of_step(rows, [[answer.text for answer in own] for own in answers])
         self._keep_samples(number, rows, answers, verdicts)
         release_freed()
+        cut = torch.tensor([[not answer.finished for answer in own] for own in answers])
+        learnt = less_cut(verdicts, cut, self.cut_penalty)
         groups = []
         for row, ids, own, preference, scores in zip(
-            rows, prompts, answers, verdicts.preference, verdicts.scores, strict=True
+            rows, prompts, answers, learnt.preference, learnt.scores, strict=True
         ):
             labels = labelled(preference, self.labels, f"{self.args.seed}:{number}:{row[ROW_ID]}")
             groups.append(Group.of(ids, [answer.tokens for answer in own], labels, scores))
-        cut = [not answer.finished for own in answers for answer in own]
-        self.count("length/truncated", sum(cut), len(cut))
+        self.count("length/truncated", cut.sum(), cut.numel())
         pairs = all_pair_values(verdicts.preference)
         known = pairs[~pairs.isnan()]
         self.count("preference/decided", (2 * known - 1).abs().sum(), len(known))

@@ -23,7 +23,8 @@ from transformers import (
 from align.data.prompts import ROW_ID
 from align.errors import AlignError
 from align.losses import Loss
-from align.trainers.judging import labelled
+from align.rewards.annotators import Verdicts
+from align.trainers.judging import labelled, less_cut
 from align.trainers.online import OnlineTrainer
 from align.trainers.windows import Windows
 
@@ -246,6 +247,39 @@ def test_labels() -> None:
     torch.testing.assert_close(labelled(table, "drawn", "row 3"), drawn[3], equal_nan=True)
 
 
+def test_an_answer_that_was_cut_is_worth_less() -> None:
+    """Two nats off against the ones that ended, also of 10 where it was sure; nothing between two that were cut."""
+    odds = torch.tensor([[[0, 1, 10, math.nan], [0, 0, 3, -1], [0, 0, 0, 4], [0, 0, 0, 0]]], dtype=torch.float64)
+    scores = odds.triu(1) - odds.triu(1).mT
+    scores[0, 3, 0] = math.nan
+    preference = torch.sigmoid(scores)
+    preference[0, 0, 2], preference[0, 2, 0] = 1.0, 0.0
+    found = less_cut(Verdicts(preference, scores, []), torch.tensor([[True, False, False, True]]), 2.0)
+    wanted = [-1, 8, math.nan, 3, 1, 6]
+    first, second = torch.triu_indices(4, 4, 1)
+    assert found.scores[0, first, second].tolist() == pytest.approx(wanted, nan_ok=True)
+    torch.testing.assert_close(found.scores, -found.scores.mT, equal_nan=True)
+    torch.testing.assert_close(found.preference, torch.sigmoid(found.scores), equal_nan=True)
+    none = less_cut(Verdicts(preference, scores, []), torch.ones(1, 4, dtype=torch.bool), 2.0)
+    torch.testing.assert_close(none.preference, preference, equal_nan=True)
+
+
+def test_a_cut_is_learnt_and_the_verdict_kept(trainer_of: TrainerOf, samples: Any) -> None:
+    """Labels have the penalty; ``samples.jsonl`` has what the annotator said."""
+    trainer = trainer_of(cut_penalty=2.0, arguments={"max_steps": 1}, drawing={"answers": 3, "max_new_tokens": 120})
+    trainer.train()
+    assert trainer._window is not None
+    seen = 0
+    for group, kept in zip(trainer._window[1][0], samples(trainer), strict=True):
+        for i, j in ((0, 1), (0, 2), (1, 2)):
+            off = 2.0 * (kept["finished"][i] - kept["finished"][j])
+            said = torch.tensor(kept["scores"][i][j], dtype=torch.float64)
+            assert kept["preference"][i][j] == pytest.approx(float(torch.sigmoid(said)))
+            assert float(group.preference[i, j]) == pytest.approx(float(torch.sigmoid(said + off)))
+            seen += off != 0
+    assert seen
+
+
 def test_windows() -> None:
     """Ten rows by three, twice each: three windows an epoch, one row left out, another order in the next epoch."""
     windows = Windows(10, 3, 2, seed=1)
@@ -268,6 +302,7 @@ def test_windows() -> None:
         ({"loss": "bco"}, "on groups of answers"),
         ({"labels": "hard"}, "soft, drawn, argmax"),
         ({"inner_steps": 0}, "at least 1"),
+        ({"cut_penalty": -1.0}, "0 or more"),
         ({"loss": "nash_md_pg", "drawing": {"answers": 3}}, "takes 2"),
         ({"drawing": {"answers": 1}}, "two or more"),
         ({"draw": object(), "drawing": {"mixture": 0.5}}, "draw: it has the policy"),
