@@ -13,14 +13,21 @@ from typing import Any
 import matplotlib
 import yaml
 from matplotlib.figure import Figure
+from scipy.special import expit
+
+from align.evals.statistics import Estimate, bootstrap_interval
 
 PANELS = (
     ("win rate against the model before training", "eval_win_rate"),
-    ("KL to the reference, nats an answer (held out)", "eval_kl"),
+    ("KL to the model before training, nats an answer (held out)", "eval_kl"),
     ("answer length, tokens (learnt from)", "length/tokens"),
     ("entropy, nats a token (learnt from)", "entropy"),
 )
 SMOOTHED = 5  # steps
+COLUMNS = (
+    *("run", "method", "win rate, %", "the same, soft, %", "score", "length, tokens", "cut off, %"),
+    *("KL, nats an answer", "training, s"),
+)
 
 
 def main() -> None:
@@ -29,8 +36,8 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--figure", type=Path)
     given = parser.parse_args()
-    print("| run | method | win rate, % | score | length, tokens | cut off, % | KL, nats an answer | training, s |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print(f"| {' | '.join(COLUMNS)} |")
+    print(f"|{' --- |' * len(COLUMNS)}")
     for run in given.runs:
         print(row(run))
     if given.figure:
@@ -39,20 +46,34 @@ def main() -> None:
 
 def row(run: Path) -> str:
     """One run."""
-    metrics = json.loads((run / "eval" / "generation.json").read_text(encoding="utf-8"))["metrics"]
+    generation = json.loads((run / "eval" / "generation.json").read_text(encoding="utf-8"))
+    metrics = generation["metrics"]
     recipe = yaml.safe_load((run / "config.resolved.yaml").read_text(encoding="utf-8"))
     seconds = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["timings"]["train_seconds"]
 
+    annotator = (recipe.get("online") or {}).get("annotator")
+    if isinstance(annotator, dict) and annotator.get("reward") == recipe["generation"]["reward"]:
+        metrics["soft"] = vars(soft_win_rate(generation["rows"], annotator.get("temperature", 1.0)))
+
     def interval(name: str, factor: float = 1.0, digits: int = 1) -> str:
+        if name not in metrics:
+            return ""
         value, low, high = (metrics[name][key] * factor for key in ("value", "low", "high"))
         return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
     def change(name: str, factor: float = 1.0, digits: int = 1) -> str:
         return " → ".join(f"{metrics[f'{name}_{side}']['value'] * factor:.{digits}f}" for side in ("before", "after"))
 
-    cells = [run.name, f"`{recipe['method']}`", interval("win_rate", 100), change("reward", 1, 2), change("length")]
-    cells += [change("unfinished", 100), interval("kl_to_reference", 1, 2), f"{seconds:.0f}"]
+    cells = [run.name, f"`{recipe['method']}`", interval("win_rate", 100), interval("soft", 100)]
+    cells += [change("reward", 1, 2), change("length"), change("unfinished", 100)]
+    cells += [interval("kl_to_reference", 1, 2), f"{seconds:.0f}"]
     return f"| {' | '.join(cells)} |"
+
+
+def soft_win_rate(rows: list[dict[str, Any]], temperature: float) -> Estimate:
+    """Mean of the annotator's probability that the answer after training is preferred."""
+    change = [row["after"]["reward"] - row["before"]["reward"] for row in rows]
+    return bootstrap_interval([float(expit(one / temperature)) for one in change])
 
 
 def draw(runs: list[Path], path: Path) -> None:
