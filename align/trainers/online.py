@@ -147,6 +147,11 @@ class OnlineTrainer(GroupedTrainer):
             raise ValueError(f"inner_steps is {inner_steps}: a policy gradient is of answers of the policy as it is")
         if "scores" in self.takes and labels != "soft":
             raise ValueError(f"labels is {labels!r}: {self.group_loss.info.name} learns from scores, which have none")
+        if self.accelerator.num_processes > 1 and annotator_seconds >= args.ddp_timeout:
+            raise ValueError(
+                f"annotator_seconds is {annotator_seconds:g}, and the other processes wait for {args.ddp_timeout:,} s "
+                "(ddp_timeout): make that longer"
+            )
         if args.eval_strategy != "no":
             self._held_out.check()
         if self._against and drawing.answers != 2:

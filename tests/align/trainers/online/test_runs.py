@@ -97,6 +97,29 @@ def test_two_processes_equal_one(
         assert len({str(answers) for step, _, answers in drawn[0] if step == 1}) == 4  # whatever the prompts are
 
 
+def test_a_fault_on_one_process_ends_all_of_them(
+    trainer_of: TrainerOf, tmp_path: Path, two_processes: Any, by_letters: Any
+) -> None:
+    """Each with a message, and one checkpoint; one may not take longer than the others would wait."""
+
+    def train() -> None:
+        arguments = {"per_device_train_batch_size": 2, "max_steps": 3, "save_strategy": "steps", "save_steps": 100}
+        trainer = trainer_of("two", arguments=arguments)
+        place = trainer.accelerator.process_index
+        if place == 1:
+            trainer.annotator = Faulty(by_letters(), _raise(ValueError("gone")), 2)
+        said = "ValueError: gone" if place == 1 else "it failed on another process"
+        with pytest.raises(AlignError, match=rf"at step 2: {said}\. Nothing is lost: .* goes on from step 1"):
+            trainer.train()
+        with pytest.raises(ValueError, match=r"annotator_seconds is 1800, and the other processes wait for 1,800 s"):
+            trainer_of("two", arguments=arguments, annotator_seconds=1800.0)
+        (tmp_path / f"ended-{place}").touch()
+
+    two_processes(train)
+    assert sorted(path.name for path in tmp_path.glob("ended-*")) == ["ended-0", "ended-1"]
+    trainer_of("two", arguments={"max_steps": 3}).train(resume_from_checkpoint=True)
+
+
 class Faulty:
     """Has a fault, once, when it is called the third time."""
 
