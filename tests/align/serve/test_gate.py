@@ -116,15 +116,18 @@ def test_draining_waits_for_what_is_under_way_and_not_longer_than_its_grace() ->
         drain = Drain()
         assert await drain.finish(0.0)  # nothing is under way
 
+        done = asyncio.Event()
+
         async def request() -> None:
             with drain.count():
-                await asyncio.sleep(0.05)
+                await done.wait()
 
         drain = Drain()
         tasks = [asyncio.create_task(request()) for _ in range(3)]
         await asyncio.sleep(0)
         assert drain.running == 3
         assert not await drain.finish(0.01)
+        done.set()
         assert await drain.finish(5)
         await asyncio.gather(*tasks)
         assert drain.running == 0
