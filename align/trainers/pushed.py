@@ -55,7 +55,8 @@ def start(model: str | Path, *, dtype: str, ends: Collection[int], **options: An
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from align.decoding.engines.vllm import VLLMEngine
 
-    shared = {"gpu_memory_utilization": SHARE} if torch.cuda.is_available() else {}
+    shared: dict[str, Any] = {"gpu_memory_utilization": SHARE} if torch.cuda.is_available() else {}
+    shared["threads"] = torch.get_num_threads()  # training's, too
     states = random.getstate(), np.random.get_state()  # vLLM seeds all that are in its process
     try:
         with torch.random.fork_rng():

