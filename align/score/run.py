@@ -297,7 +297,7 @@ def no_warning_of_batches() -> Iterator[None]:
     def refuse(_: logging.LogRecord) -> bool:
         return False
 
-    loggers = [logging.getLogger(name) for name in ("align.data.tokenize", "align.rewards.batches")]
+    loggers = [logging.getLogger(name) for name in ("align.data.encode", "align.rewards.batches")]
     for logger in loggers:
         logger.addFilter(refuse)
     try:

@@ -126,7 +126,7 @@ def test_boundary_moves_for_both_answers(
     "Say t" + "is" would agree up to the "t", but both answers must follow the same prompt ids.
     """
     rows = [pair("Say t", "he", "is"), pair("Say t", "is", "oe"), pair("Go th", "is", "e")]
-    with caplog.at_level(logging.WARNING, logger="align.data.tokenize"):
+    with caplog.at_level(logging.WARNING, logger="align.data.encode"):
         result = only(*rows, tokenizer=tiny_tokenizer)
     first, second, third = result.rows
     assert tokens(tiny_tokenizer, first.prompt_ids) == ["S", "a", "y"]

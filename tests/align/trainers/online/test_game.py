@@ -25,7 +25,7 @@ from align.losses.rows import Rows
 from align.losses.selfplay import mixture_logps
 from align.models.scoring import score
 from align.rewards.annotators import Verdicts
-from align.trainers.grouped import _ROWS, Group
+from align.trainers.grouped import Group
 from align.trainers.online import OnlineTrainer
 
 WORDS = ["a", "b", "c", "x", "<pad>", "<end>"]
@@ -195,7 +195,7 @@ def test_two_answers_are_enough_for_the_gradient_of_the_game(
         group = Group.of(prompt, [[i], [j]], preference, preference.logit())
         groups.append(replace(group, behaviour=[[known[i]], [known[j]]]))
     batch = trainer.lay_out(groups)
-    rows = Rows(**{name: batch[name] for name in _ROWS}, answers=batch["win_rates"].numel())
+    rows = Rows.of(batch, batch["win_rates"].numel())
     with torch.no_grad():
         reference = score(trainer.ref_model, rows)
     found = trainer._output(rows, score(trainer.model, rows), reference, batch)
