@@ -30,6 +30,7 @@ from align.losses.logprobs import TokenLogps
 from align.losses.rows import PADDING, Rows
 from align.models.scoring import score
 
+from .by_length import LengthGrouped, tokens_of
 from .collate import PairCollator, rows_of
 from .given import check_dataset, tokenized_dataset, untokenized_rows
 from .host import loss_with_beta, ranked_right, refuse_what_would_be_dropped
@@ -53,7 +54,7 @@ _NOT_TAKEN: list[tuple[str, Any, str]] = [
 ]
 
 
-class PairTrainer(ReadsReferences, DPOTrainer):  # type: ignore[misc]
+class PairTrainer(LengthGrouped, ReadsReferences, DPOTrainer):  # type: ignore[misc]
     """TRL's DPOTrainer with the library's losses; it stands where ``DPOTrainer(...)`` stood.
 
     Args:
@@ -63,7 +64,8 @@ class PairTrainer(ReadsReferences, DPOTrainer):  # type: ignore[misc]
             none.
         args: TRL's ``DPOConfig``. A ``beta`` that is not DPOConfig's own default counts for losses given by name or
             function; left at that default, each loss has its own (``align recipes methods``). Other loss settings of
-            DPOConfig are refused, because they would be dropped.
+            DPOConfig are refused, because they would be dropped. ``train_sampling_strategy="group_by_length"`` is our
+            own sampler (``by_length``): every row once an epoch, exact on resuming.
         loss: a loss by name (``"ln_dpo"``), by function (``ln_dpo``), with settings (``Loss.of("ln_dpo", beta=5.0)``),
             or several of these to add up.
         shared_prompt: the prompt once for both answers, where the architecture allows it.
@@ -153,6 +155,12 @@ class PairTrainer(ReadsReferences, DPOTrainer):  # type: ignore[misc]
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             self._signature_columns = ["prompt_ids", "chosen_ids", "rejected_ids", "strength", "preference", *COLUMNS]
+
+    def _row_lengths(self, dataset: Dataset) -> Sequence[int]:
+        if not self.layout["shared_prompt"]:
+            return super()._row_lengths(dataset)
+        found: list[int] = tokens_of(dataset, "prompt_ids", "chosen_ids", "rejected_ids").tolist()
+        return found
 
     # --- loss ---------------------------------------------------------------------------------------------------
 

@@ -40,6 +40,7 @@ from align.rewards.kinds import kind_trained_by
 from align.rewards.models import RewardModel, RewardOutput
 from align.tracking.progress import progress
 
+from .by_length import LengthGrouped
 from .given import check_dataset, tokenized_dataset, untokenized_rows
 from .host import Hosted, ranked_right, refuse_what_would_be_dropped
 
@@ -57,7 +58,7 @@ _NOT_TAKEN: list[tuple[str, Any, str]] = [
 ]
 
 
-class RewardTrainer(Hosted, TrlRewardTrainer):  # type: ignore[misc]
+class RewardTrainer(LengthGrouped, Hosted, TrlRewardTrainer):  # type: ignore[misc]
     """TRL's RewardTrainer for the library's reward models and losses.
 
     Rows are pairs, or rated answers for ``regression`` (``align.data.rewards``). Rows that are over the limit are cut

@@ -537,15 +537,27 @@ def test_only_completion_positions_meet_the_head(tmp_path, tiny_tokenizer, make_
     assert seen == [answers, answers]
 
 
-def test_resume_gives_the_weights_of_an_uninterrupted_run(tmp_path, tiny_tokenizer, make_tiny_model):
-    """Six steps at once, and three steps, another trainer, and three more: bitwise equal weights and metrics."""
+@pytest.mark.parametrize(
+    ("strategy", "stop"), [("random", 3), ("group_by_length", 3), ("random", 5), ("group_by_length", 5)]
+)
+def test_resume_gives_the_weights_of_an_uninterrupted_run(tmp_path, tiny_tokenizer, make_tiny_model, strategy, stop):
+    """Six steps at once, and some steps, another trainer, and the rest: bitwise equal weights and metrics.
+
+    An epoch has four steps: the run stops within the first, or within the second, whose order is another.
+    """
     rows = Dataset.from_list(ROWS * 2)
 
-    def trainer(folder: str, **changes) -> PairTrainer:
+    def trainer(folder: str) -> PairTrainer:
         torch.manual_seed(11)
         return PairTrainer(
             model=make_tiny_model(),
-            args=arguments(tmp_path / folder, save_strategy="steps", save_steps=3, max_steps=6, **changes),
+            args=arguments(
+                tmp_path / folder,
+                save_strategy="steps",
+                save_steps=stop,
+                max_steps=6,
+                train_sampling_strategy=strategy,
+            ),
             train_dataset=rows,
             processing_class=tiny_tokenizer,
             peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
@@ -555,7 +567,7 @@ def test_resume_gives_the_weights_of_an_uninterrupted_run(tmp_path, tiny_tokeniz
     whole = trainer("whole")
     log = steps(whole)
     resumed = trainer("resumed")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
     for (name, one), (_, other) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
         assert torch.equal(one, other), name
     for one, other in zip(log, [e for e in resumed.state.log_history if "loss" in e], strict=True):

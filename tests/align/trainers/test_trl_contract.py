@@ -8,6 +8,7 @@ from importlib.metadata import version
 import pytest
 from packaging.version import Version
 from transformers import Trainer
+from transformers.trainer_callback import CallbackHandler
 from trl import DPOConfig, DPOTrainer, GRPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 from trl.trainer import utils
 
@@ -21,6 +22,11 @@ OVERRIDDEN = {
     "create_model_card": ["self", "model_name", "dataset_name", "tags"],
     "log": ["self", "logs", "start_time"],
     "training_step": ["self", "args", "kwargs"],
+}
+# By trainers whose batches may have rows of like lengths.
+OVERRIDDEN_FOR_LENGTHS = {
+    "_get_train_sampler": ["self", "train_dataset"],
+    "_get_eval_sampler": ["self", "eval_dataset"],
 }
 # By the thumbs trainer alone, for BCO's shift and prompt weights.
 OVERRIDDEN_FOR_THUMBS = {
@@ -85,6 +91,20 @@ def test_version():
 @pytest.mark.parametrize("name", OVERRIDDEN)
 def test_overridden_methods_have_the_signature_that_we_override(host, name):
     assert list(inspect.signature(getattr(host, name)).parameters) == OVERRIDDEN[name]
+
+
+@pytest.mark.parametrize("host", [DPOTrainer, RewardTrainer])
+@pytest.mark.parametrize("name", OVERRIDDEN_FOR_LENGTHS)
+def test_methods_that_choose_the_sampler(host, name):
+    assert list(inspect.signature(getattr(host, name)).parameters) == OVERRIDDEN_FOR_LENGTHS[name]
+
+
+def test_an_epoch_begins_before_its_loader_is_asked_and_is_counted_by_steps():
+    """Where a run resumes, and what the callback that tells the sampler its epoch relies on."""
+    loop = inspect.getsource(Trainer._inner_training_loop)
+    assert loop.index("callback_handler.on_epoch_begin") < loop.index("self._run_epoch(")
+    assert "self.state.global_step // num_update_steps_per_epoch" in inspect.getsource(Trainer._init_training_state)
+    assert "train_dataloader=self.train_dataloader" in inspect.getsource(CallbackHandler.call_event)
 
 
 @pytest.mark.parametrize("name", [*OVERRIDDEN_FOR_THUMBS, *CALLED_FOR_THUMBS])
