@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from peft.helpers import rescale_adapter_scale
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from rich.text import Text
 
 from align.answering import Kept
@@ -33,6 +33,15 @@ from .steered import best_of_points, transfer_points, weighted_points
 
 Kind = Literal["checkpoints", "best-of-n", "transfer-q", "smc", "scaling"]
 Positive = Annotated[float, Field(gt=0)]
+Number = TypeVar("Number", int, float)
+
+
+def _once(given: list[Any]) -> list[Any]:
+    return list(dict.fromkeys(given))
+
+
+Once = Annotated[list[Number], AfterValidator(_once)]
+"""Each makes a point of its own; what is given twice makes one."""
 
 
 class Settings(Section):
@@ -48,19 +57,19 @@ class Settings(Section):
     """Longest answer, tokens."""
     seed: int = Field(default=0, ge=0)
     """Seed of the draws."""
-    best_of: list[Annotated[int, Field(ge=1)]] = Field(default=[1, 2, 4, 8, 16], min_length=1)
+    best_of: Once[Annotated[int, Field(ge=1)]] = Field(default=[1, 2, 4, 8, 16], min_length=1)
     """n of best-of-n; the largest is drawn from the reference to each prompt."""
-    strengths: list[Positive] = Field(default=[2.0, 8.0], min_length=1)
+    strengths: Once[Positive] = Field(default=[2.0, 8.0], min_length=1)
     """Nats a unit of reward, of smc."""
     particles: int = Field(default=8, ge=2)
     """Of smc, a prompt."""
-    alphas: list[Positive] = Field(default=[0.3, 0.1], min_length=1)
+    alphas: Once[Positive] = Field(default=[0.3, 0.1], min_length=1)
     """Units of reward a nat, of transfer-q; small for more reward."""
     candidates: int = Field(default=5, ge=2)
     """Likeliest tokens that transfer-q tries."""
     rollout_length: int = Field(default=12, ge=1)
     """Tokens that the aligned model goes on with from each."""
-    scales: list[Annotated[float, Field(ge=0)]] = Field(default=[0.25, 0.5, 0.75, 1.0, 1.25], min_length=1)
+    scales: Once[Annotated[float, Field(ge=0)]] = Field(default=[0.25, 0.5, 0.75, 1.0, 1.25], min_length=1)
     """Factors of an adapter's scale."""
 
 

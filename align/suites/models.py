@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,6 +20,8 @@ from align.tracking.run_folder import checkpoint_is_complete, checkpoint_step
 def steps_of(name: str) -> list[str]:
     """The checkpoints of a run and the run itself, which stands for its end; of anything else, itself.
 
+    A last checkpoint that holds the same weights as the end is left out: compared twice, it would count twice.
+
     Raises:
         AlignError: a run that has none of them yet.
     """
@@ -29,7 +32,15 @@ def steps_of(name: str) -> list[str]:
     ended = (folder / "adapter").is_dir() or (folder / "model").is_dir()
     if not checkpoints and not ended:
         raise AlignError(f"{name}: this run has neither a checkpoint nor trained weights yet; wait for the first one")
+    if checkpoints and any(_same_weights(checkpoints[-1], folder / end) for end in ("adapter", "model")):
+        checkpoints.pop()
     return [*map(str, checkpoints), *([name] if ended else [])]
+
+
+def _same_weights(one: Path, other: Path) -> bool:
+    """Whether two folders have the same weights, byte by byte."""
+    names, others = (sorted(path.name for path in folder.glob("*.safetensors")) for folder in (one, other))
+    return names == others != [] and filecmp.cmpfiles(one, other, names, shallow=False)[0] == names
 
 
 def reference_of(names: Sequence[str], given: str | None) -> Origin | str:
