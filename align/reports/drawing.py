@@ -28,6 +28,8 @@ COLOURS = ("#0a6a86", "#b5501b", "#4d7a1f", "#8545a5", "#c2316f", "#8a6d00")
 NAMES = ("first", "second", "third", "fourth", "fifth", "sixth")
 PAGE_COLOURS = {INK: "currentColor", **{c: f"var(--{n})" for c, n in zip(COLOURS, NAMES, strict=True)}}
 MARKERS = ("o", "s", "^", "D", "v", "P")
+FILLS: Any = ("full", "none", "left", "top", "right", "bottom")
+DOTS: Any = (0, (1, 1.5))
 DASHES: Any = (0, (4, 1.5))
 LONGEST = 28  # characters of a name beside a line, or in a legend
 MARKS = 6
@@ -70,7 +72,9 @@ class Picture:
         raw = io.BytesIO()
         with _style(self.title):
             FigureCanvasAgg(self.figure)
+            self.figure.patch.set_alpha(1)  # the SVG has the page behind it
             self.figure.savefig(raw, format="png", dpi=160, facecolor="white", metadata={"Software": None})
+            self.figure.patch.set_alpha(0)
         return raw.getvalue()
 
 
@@ -84,6 +88,8 @@ class Series:
         low, high, left, right: ends of the intervals of y and of x, where there are any.
         colour: number of its colour and its marker; its place among the series where it is not given.
         dashed: second kind of line of a colour; every second line where no colours are given.
+        dotted: third kind.
+        fill: number of the way in which its markers are filled, where several series have one colour and marker.
         legend: whether it stands there.
     """
 
@@ -96,11 +102,15 @@ class Series:
     right: Sequence[float | None] = ()
     colour: int | None = None
     dashed: bool | None = None
+    dotted: bool = False
+    fill: int = 0
     legend: bool = True
 
 
 def curve(title: str, label: str, caption: str, series: Sequence[Series], by: str = "step") -> Picture:
-    """Values by step. The second series is dashed as well as coloured; coloured ones have markers of their own."""
+    """Values by step, with a band where they have intervals. The second series is dashed as well as coloured; coloured
+    ones have markers of their own, a single place that is not filled a ring.
+    """
     with _style(title):
         figure, axes = _axes()
         for place, line in enumerate(series):
@@ -109,12 +119,15 @@ def curve(title: str, label: str, caption: str, series: Sequence[Series], by: st
             offset = 0 if line.colour is None else line.colour * every // 6
             marks = (min(offset, len(line.x) - 1), every)
             style = _line(line, place)
+            if len(line.low) and None not in (*line.low, *line.high):
+                axes.fill_between(line.x, line.low, line.high, color=style["color"], alpha=0.15, linewidth=0)  # type: ignore[arg-type]
             axes.plot(
                 *(line.x, line.y),
                 label=_legend(line),
                 linewidth=1.4,
-                marker=marker,
-                markersize=3.5,
+                marker="" if line.dotted else marker,
+                markersize=9 if line.fill else 3.5,
+                fillstyle=FILLS[line.fill],
                 markevery=marks,
                 **style,
             )
@@ -229,6 +242,7 @@ def points(
                 xerr=_reach(line.x, line.left, line.right),
                 marker=MARKERS[(place if line.colour is None else line.colour) % 6],
                 markersize=4.5,
+                fillstyle=FILLS[line.fill % len(FILLS)],
                 elinewidth=0.7,
                 linewidth=1.2 if joined and len(line.x) > 1 else 0,
                 label=_legend(line),
@@ -265,7 +279,7 @@ def _colour(series: Series, place: int) -> str:
 
 def _line(series: Series, place: int) -> dict[str, Any]:
     dashed = series.dashed if series.dashed is not None else series.colour is None and place % 2 == 1
-    return {"color": _colour(series, place), "linestyle": DASHES if dashed else "-"}
+    return {"color": _colour(series, place), "linestyle": DOTS if series.dotted else DASHES if dashed else "-"}
 
 
 def _legend(series: Series) -> str:

@@ -114,7 +114,7 @@ def _by_part(models: Models, title: str, caption: str) -> list[Picture]:
 
 
 def _frontier(models: Models, result: Mapping[str, Any]) -> list[Picture]:
-    """Reward against KL: a colour a kind of point, each kind of a model joined in its order."""
+    """Reward against KL: a colour and a marker a kind of point, filled by model; a kind of a model is one line."""
     several: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for name, one in models.items():
         for point in one["points"]:
@@ -125,11 +125,12 @@ def _frontier(models: Models, result: Mapping[str, Any]) -> list[Picture]:
     for (kind, name), own in several.items():
         alone = sum(other == kind for other, _ in several) == 1
         title, colour = kind if alone else f"{kind}, {name}", kinds.index(kind)
+        fill = [model for other, model in several if other == kind].index(name)
         reward, kl = ([point[field] for point in own] for field in ("reward", "kl"))
-        series.append(_points(title, reward, kl, colour))
+        series.append(_points(title, reward, kl, colour, fill))
         if any("kl_bound" in point for point in own):
             bound = [point.get("kl_bound") or point["kl"] for point in own]
-            series.append(_points(f"{title}, bound", reward, bound, colour, dashed=True))
+            series.append(_points(f"{title}, bound", reward, bound, colour, fill, dashed=True))
     caption = (
         f"{result['n']:,} prompts; mean reward of answers and KL to {result.get('reference')}, with 95 % intervals. "
         "Higher and further left is better. Dashed: the most that the KL can be."
@@ -138,15 +139,17 @@ def _frontier(models: Models, result: Mapping[str, Any]) -> list[Picture]:
     return [points("Frontier", ("KL, nats per answer", "reward"), caption, series)]
 
 
-def _points(name: str, reward: Sequence[Row], kl: Sequence[Row], colour: int, dashed: bool = False) -> Series:
+def _points(
+    name: str, reward: Sequence[Row], kl: Sequence[Row], colour: int, fill: int, dashed: bool = False
+) -> Series:
     def column(of: Sequence[Row], field: str) -> list[Any]:
         return [one.get(field) for one in of]
 
     y, x = column(reward, "value"), column(kl, "value")
     if dashed:
-        return Series(name, y, x, colour=colour, dashed=True)
+        return Series(name, y, x, colour=colour, dashed=True, fill=fill)
     low, high, left, right = (column(of, field) for of in (reward, kl) for field in ("low", "high"))
-    return Series(name, y, x, low, high, left, right, colour=colour, dashed=False)
+    return Series(name, y, x, low, high, left, right, colour=colour, dashed=False, fill=fill)
 
 
 def _pluralism(models: Models, result: Mapping[str, Any]) -> list[Picture]:
@@ -158,6 +161,12 @@ def _pluralism(models: Models, result: Mapping[str, Any]) -> list[Picture]:
     )
     caption = f"{result['n']:,} judgements ranked right; with 95 % intervals."
     found = estimates("Whom rewards serve", "%", caption, models, wanted, mark=50.0, scale=100)
+    series = [
+        Series(name, [100 * who["accuracy"] for who in one["annotators"]], colour=place, dashed=False)
+        for place, (name, one) in enumerate(list(models.items())[: len(COLOURS)])
+    ]
+    caption = "Annotators by the share of their own judgements that is ranked right, however few they are."
+    found.append(histogram("Annotators", "% of an annotator's judgements", caption, series))
     return found + _by_part(models, "Accuracy by group", "Judgements of each group ranked right; with 95 % intervals.")
 
 
@@ -172,7 +181,34 @@ def _judges(models: Models, result: Mapping[str, Any]) -> list[Picture]:
     found = estimates("Agreement with people", "% of pairs", caption, models, [("agreement", "agreement")], 50.0, 100)
     sides = (("the annotator's choice", "longer"), ("people's choice", "longer_people"))
     caption = "How often the longer answer is chosen; with 95 % intervals."
-    return found + estimates("Longer answers chosen", "% of pairs", caption, models, sides, 50.0, 100)
+    found += estimates("Longer answers chosen", "% of pairs", caption, models, sides, 50.0, 100)
+    sides = (("the first one chosen", "first_preferred"), ("the order decides", "inconsistent"))
+    caption = "Asked in both orders: 50 % and 0 % where position does not matter; with 95 % intervals."
+    return found + estimates("Position", "% of pairs", caption, models, sides, scale=100)
+
+
+def _constrained(models: Models, result: Mapping[str, Any]) -> list[Picture]:
+    caption = f"{result['n']:,} prompts: answers that meet the constraint; with 95 % intervals."
+    found = estimates("Valid answers", "% of prompts", caption, models, [("valid", "valid")], scale=100)
+    caption = "Log of the estimated probability of the constraint, mean over prompts, with 95 % intervals."
+    return found + estimates("Log-probability", "nats", caption, models, [("log Z", "log_normaliser")])
+
+
+def _lm_eval(models: Models, result: Mapping[str, Any]) -> list[Picture]:
+    """Tasks whose metrics are shares; perplexities and bits have scales of their own."""
+    several = {name: one["metrics"] for name, one in list(models.items())[: len(COLOURS)]}
+    keys = [
+        key
+        for key in next(iter(several.values()))
+        if all(of[key]["low"] is not None and of[key]["low"] >= 0 and of[key]["high"] <= 1 for of in several.values())
+    ]
+    if not keys:
+        return []
+    series = [
+        _estimated(name, [of[key] for key in keys], 100, place) for place, (name, of) in enumerate(several.items())
+    ]
+    caption = f"{result['n']:,} documents; with 95 % intervals."
+    return [dots("Tasks", "%", caption, keys, series)]
 
 
 def _calibration(models: Models, result: Mapping[str, Any]) -> list[Picture]:
@@ -203,30 +239,41 @@ def _calibration(models: Models, result: Mapping[str, Any]) -> list[Picture]:
 
 
 def _resampling(models: Models, result: Mapping[str, Any]) -> list[Picture]:
-    found = []
-    lines = (("correct", False), ("perfect", True))
-    series = [
-        Series(
-            f"{name}, {what}",
-            one["curves"][what]["value"],
-            one["curves"]["k"],
-            colour=place,
-            dashed=dashed,
-            legend=not dashed,
-        )
-        for place, (name, one) in enumerate(list(models.items())[: len(COLOURS)])
-        for what, dashed in lines
-    ]
-    caption = "Share of problems answered right, by samples allowed; dashed: with a verifier that knows the truth."
-    found.append(curve("Right answers by samples", "share of problems", caption, series, by="samples allowed"))
+    several = list(enumerate(list(models.items())[: len(COLOURS)]))
+    series = []
+    for place, (name, one) in several:
+        curves, ceiling = one["curves"], one["metrics"].get("ceiling")
+        series.append(_by_samples(name, curves["k"], curves["correct"], place))
+        series.append(_by_samples(f"{name}, perfect", curves["k"], curves["perfect"], place, dashed=True))
+        if ceiling is not None:
+            y = [ceiling["value"]] * len(curves["k"])
+            series.append(Series(f"{name}, ceiling", y, curves["k"], colour=place, dotted=True, legend=False))
+    caption = (
+        "Share of problems answered right, by samples allowed, with 95 % intervals. Dashed: with a verifier that "
+        "knows the truth. Dotted: the ceiling, of the problems of which some sample passed."
+    )
+    found = [curve("Right answers by samples", "share of problems", caption, series, by="samples allowed")]
     for cost in next(iter(models.values()))["best"]:
-        series = [
-            Series(name, one["curves"]["utility"][cost]["value"], one["curves"]["k"], colour=place, dashed=False)
-            for place, (name, one) in enumerate(list(models.items())[: len(COLOURS)])
-        ]
-        caption = f"Right answers less {cost} times the wrong ones; no answer counts 0."
+        series, words = [], []
+        for place, (name, one) in several:
+            k, utility = one["curves"]["k"], one["curves"]["utility"][cost]
+            best = one["best"][cost]["k"]
+            series.append(_by_samples(name, k, utility, place))
+            at = utility["value"][k.index(best["value"])]
+            series.append(Series(f"{name}, best", [at], [best["value"]], colour=place, fill=1, legend=False))
+            ends = "" if best["low"] is None else f" ({best['low']:.0f} to {best['high']:.0f})"
+            words.append(f"{name} {best['value']}{ends}")
+        caption = (
+            f"Right answers less {cost} times the wrong ones; no answer counts 0. Rings: the best number of samples, "
+            f"{', '.join(words)}. 95 % intervals."
+        )
         found.append(curve(f"Worth at cost {cost}", "utility", caption, series, by="samples allowed"))
     return found
+
+
+def _by_samples(name: str, k: Sequence[int], of: Row, colour: int, *, dashed: bool = False) -> Series:
+    low, high = of["low"] or (), of["high"] or ()
+    return Series(name, of["value"], k, low, high, colour=colour, dashed=dashed, legend=not dashed)
 
 
 def _pairs(result: Mapping[str, Any]) -> str:
@@ -245,4 +292,6 @@ SUITES: dict[str, Callable[[Models, Mapping[str, Any]], list[Picture]]] = {
     "cycles": _cycles,
     "judges": _judges,
     "resampling": _resampling,
+    "constrained": _constrained,
+    "lm-eval": _lm_eval,
 }

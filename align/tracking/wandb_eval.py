@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from align.evals.result import models_of
+from align.rewards.encoding import plain
 
 from .files import finite
 from .wandb import Mode, Place, start_wandb
@@ -27,6 +28,8 @@ from .wandb import Mode, Place, start_wandb
 logger = logging.getLogger(__name__)
 
 WANDB_DATA = "WANDB_DATA_DIR"
+PAIRS = "pairs"
+"""Of a result's data: the texts of its rows."""
 ROWS = 1000
 """Rows of a result in the table ``rows``, of all models together: the first ones. The artefact has all of them."""
 
@@ -92,11 +95,14 @@ def _send(result: Mapping[str, Any], files: Sequence[Path], images: Sequence[Ima
     suite, models = str(result["suite"]), models_of(result)
     identity = os.urandom(4).hex()
     config = {key: result[key] for key in ("suite", "schema", "data", "reference", "settings") if key in result}
+    data = result.get("data") or {}
+    if PAIRS in data:  # their texts are in the table of rows
+        config["data"] = {key: value for key, value in data.items() if key != PAIRS}
     run = start_wandb(place, id=identity, job_type="eval", config=finite(config))
     try:
         run.summary.update(finite(_summary(models)))
         logged: dict[str, Any] = {}
-        columns, lines = _rows(models)
+        columns, lines = _rows(models, data.get(PAIRS, ()))
         if lines:
             logged["rows"] = wandb.Table(columns=columns, data=lines, allow_mixed_types=True)
         if compared := result.get("comparisons"):
@@ -142,11 +148,20 @@ def _summary(models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _rows(models: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
-    """Columns and lines of the table of rows; a row's sections become columns such as ``before.text``."""
+def _rows(
+    models: Mapping[str, Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]]
+) -> tuple[list[str], list[list[Any]]]:
+    """Columns and lines of the table of rows; a row's sections become columns such as ``before.text``.
+
+    Args:
+        models: results.
+        pairs: prompt and answers of rows, by their ids.
+    """
     each = max(1, ROWS // len(models))
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    texts = {pair["row_id"]: {name: plain(pair[name], role) for name, role in roles.items()} for pair in pairs}
     flat = [
-        ({"model": model} if model else {}) | _flat(row)
+        ({"model": model} if model else {}) | _flat({**row, **texts.get(row.get("row_id"), {})})
         for model, found in models.items()
         for row in _rows_of(found)[:each]
     ]

@@ -81,6 +81,12 @@ addEventListener("load", () => {
   document.body.dataset.width = `${page.scrollWidth} of ${page.clientWidth}`;
   document.body.dataset.wide = JSON.stringify(wide);
 });</script>"""
+WIDE = """<body><iframe src="" width="1300" height="800"></iframe><script>
+addEventListener("load", () => {
+  const page = document.querySelector("iframe").contentDocument;
+  const widths = [...page.querySelectorAll("figure")].map((e) => Math.round(e.getBoundingClientRect().width));
+  document.body.dataset.widths = JSON.stringify(widths);
+});</script>"""
 WITHOUT_POLICY = r'<meta http-equiv="Content-Security-Policy"[^>]*>'
 
 
@@ -201,6 +207,21 @@ def test_answers_are_found_filtered_and_sorted(comparison, tmp_path):
     assert 0 < len(seen["won"]) < 40
     assert seen["best first"] == sorted(every, key=lambda place: -rows[place - 1]["after"]["reward"])
     assert seen["shortest first"] == sorted(every, key=lambda place: rows[place - 1]["after"]["tokens"])
+
+
+@needs_chromium
+def test_a_picture_alone_is_no_larger_than_others(comparison, tmp_path):
+    """On a wide page, where the pictures of a result stand in columns, a single one keeps the width of a column."""
+    text = re.sub(WITHOUT_POLICY, "", comparison.read_text(encoding="utf-8"))
+    alone = re.sub(r"(<figure.*?</figure>)(.*?</figure>)+", r"\1", text, count=1, flags=re.DOTALL)
+    widths = []
+    for page in (text, alone):
+        frame = tmp_path / "wide.html"
+        frame.write_text(WIDE.replace('src=""', f'srcdoc="{html.escape(page, quote=True)}"'), encoding="utf-8")
+        (found,) = re.findall(r'data-widths="([^"]*)"', visit(frame, tmp_path).dom)
+        widths.append(json.loads(found))
+    assert len(set(widths[0])) == 1
+    assert widths[1][0] == widths[0][0] < 700
 
 
 @needs_chromium

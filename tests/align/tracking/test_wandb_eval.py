@@ -31,7 +31,7 @@ def result() -> dict[str, Any]:
             "generation",
             {"length_after": bootstrap_interval(values)},
             [
-                {"prompt": f"p{i}", "after": {"text": "<b>\ud800", "tokens": v, "reward": v}}
+                {"row_id": f"r{i}", "after": {"text": "<b>\ud800", "tokens": v, "reward": v}}
                 for i, v in enumerate(values)
             ],
             {},
@@ -39,7 +39,9 @@ def result() -> dict[str, Any]:
         for name, values in lengths.items()
     }
     compared = comparisons({name: {"length": v} for name, v in lengths.items()}, against="runs/a")
-    return compared_result("generation", models, compared, {"source": "d.jsonl"}, "base", {"seed": 5})
+    question = [{"role": "system", "content": "s"}, {"role": "user", "content": "why?"}]
+    pairs = [{"row_id": "r1", "prompt": question, "chosen": "so", "rejected": "no"}]
+    return compared_result("generation", models, compared, {"source": "d.jsonl", "pairs": pairs}, "base", {"seed": 5})
 
 
 def found_in(folder: Path, records: Callable[[Path], list[Any]]) -> dict[str, Any]:
@@ -68,7 +70,10 @@ def found_in(folder: Path, records: Callable[[Path], list[Any]]) -> dict[str, An
 
 
 def test_what_the_offline_run_holds(tmp_path: Path, wandb_records: Callable[[Path], list[Any]]) -> None:
-    """Every metric with its interval, rows and comparisons as tables, pictures as images, the files as an artefact."""
+    """Every metric with its interval, rows and comparisons as tables, pictures as images, the files as an artefact.
+
+    The texts of pairs are in the table of rows, and not in the config.
+    """
     output = tmp_path / "compared.json"
     output.write_text(json.dumps(result()))
     place = place_of({"runs/a": {}, "runs/b": SECTIONS}, None, output)
@@ -87,9 +92,11 @@ def test_what_the_offline_run_holds(tmp_path: Path, wandb_records: Callable[[Pat
     assert summary["a/length_after"] == 4.5
 
     rows = json.loads((found["files"] / found["logged"]["rows"]["path"]).read_text())
-    assert rows["columns"] == ["model", "prompt", "after.text", "after.tokens", "after.reward"]
+    about = ["prompt", "chosen", "rejected"]
+    assert rows["columns"] == ["model", "row_id", "after.text", "after.tokens", "after.reward", *about]
     assert [line[0] for line in rows["data"]] == ["a"] * 4 + ["b"] * 4
-    assert rows["data"][5] == ["b", "p1", "<b>?", 6, 6]
+    assert rows["data"][5] == ["b", "r1", "<b>?", 6, 6, "why?", "so", "no"]
+    assert rows["data"][4][-3:] == [None] * 3
     compared = json.loads((found["files"] / found["logged"]["comparisons"]["path"]).read_text())
     assert dict(zip(compared["columns"], compared["data"][0], strict=True)) == result()["comparisons"][0]
 
