@@ -13,7 +13,7 @@ from .kl import LogRatios
 from .length_control import length_controlled
 from .result import suite_result
 from .sampling import Sample
-from .statistics import CLEAR, Estimate, bootstrap_interval, holm, paired_difference, paired_p
+from .statistics import CLEAR, Estimate, bootstrap_interval, holm, paired_difference, paired_p, share_interval
 
 EVEN = 0.5
 
@@ -59,11 +59,12 @@ def compare_answers(
         scores = None if rewards is None else np.asarray(rewards[name], dtype=np.float64)
         columns = _columns(own, scores)
         metrics = {metric: bootstrap_interval(column) for metric, column in columns.items()}
+        metrics["unfinished"] = share_interval(columns["unfinished"])
         for n in (1, 2, 3):
             metrics[f"distinct_{n}"] = Estimate(distinct([a.tokens for a in own], n), None, None, len(own))
         rows = [
             {"row_id": row_id, "prompt": prompt, "text": answer.text, "tokens": len(answer.tokens)}
-            | {"finished": answer.finished}
+            | {"finished": answer.finished, "repetition": repetition(answer.tokens)}
             for row_id, prompt, answer in zip(row_ids, prompts, own, strict=True)
         ]
         _enter(rows, "reward", None if scores is None else scores.tolist())
@@ -77,6 +78,7 @@ def compare_answers(
             _enter(rows, "preference", given)
             if scores is not None and rewards is not None:
                 metrics["reward_change"] = paired_difference(rewards[baseline], scores)
+                _enter(rows, "reward_change", (scores - np.asarray(rewards[baseline], dtype=np.float64)).tolist())
             ratios = (kl or {}).get(name)
             if ratios is not None:
                 metrics["kl_to_reference"] = bootstrap_interval(ratios.nats)
@@ -87,7 +89,12 @@ def compare_answers(
     pairs = [("win_rate", name, baseline, np.full_like(own, EVEN), own) for name, own in wins.items()]
     for name in wins:
         pairs += [(metric, name, baseline, values[baseline][metric], own) for metric, own in values[name].items()]
-    return models, paired(pairs)
+    compared = paired(pairs)
+    for entry in compared:
+        if entry["metric"] == "win_rate":  # which has an interval where all answers win, or none, too
+            own_rate = models[entry["model"]]["metrics"]["win_rate"]
+            entry |= {end: None if own_rate[end] is None else own_rate[end] - EVEN for end in ("low", "high")}
+    return models, compared
 
 
 def _columns(answers: Sequence[Sample], scores: NDArray[np.float64] | None) -> dict[str, NDArray[np.float64]]:
@@ -107,10 +114,10 @@ def _wins(
     aside = np.ones(len(own))
     aside[list(judged)] = 0
     return {
-        "win_rate": bootstrap_interval(preferences),
+        "win_rate": share_interval(preferences),
         **({} if controlled is None else {"length_controlled_win_rate": controlled}),
-        "ties": bootstrap_interval(preferences == EVEN),
-        "set_aside": bootstrap_interval(aside),
+        "ties": share_interval(preferences == EVEN),
+        "set_aside": share_interval(aside),
     }
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .preference import preferred
 from .result import suite_result
-from .statistics import LEVEL, Estimate, bootstrap_interval, finite_vector
+from .statistics import LEVEL, Estimate, bootstrap_interval, finite_vector, share_interval
 
 FloatArray = NDArray[np.float64]
 SIMULATED = 2000
@@ -84,13 +84,14 @@ def calibration_suite(
         "brier": bootstrap_interval(brier, groups=names),
         "log_loss": bootstrap_interval(nats, groups=names),
         "confidence": bootstrap_interval(confidence, groups=names),
-        "right": bootstrap_interval(right, groups=names),
+        "right": share_interval(right, groups=names),
     }
     rows = [
         {"row_id": row_id, "score": float(s), "preference": float(p)}
         for row_id, s, p in zip(row_ids, score, label, strict=True)
     ]
-    result = suite_result("calibration", metrics, rows, {**(settings or {}), "bins": bins, "simulated": SIMULATED})
+    about = {**(settings or {}), "bins": bins, "simulated": SIMULATED}
+    result = suite_result("calibration", metrics, rows, about, groups=groups)
     reliability = {"equal_width": width, "equal_mass": mass}
     return result | {"reliability": {k: _points(confidence, right, of, names) for k, of in reliability.items()}}
 

@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from .result import suite_result
-from .statistics import Estimate, bootstrap_interval, finite_vector
+from .statistics import Estimate, finite_vector, share_interval
 
 
 def pure_cycles(
@@ -99,10 +99,10 @@ def cycle_suite(
         every = np.concatenate(chosen)
         best = sum(len(values) * scalar_ceiling(len(values)) for values in chosen) / len(every)
         of = {
-            "accuracy": bootstrap_interval((every > 0) + 0.5 * (every == 0), groups=groups),
+            "accuracy": share_interval((every > 0) + 0.5 * (every == 0), groups=groups),
             "ceiling": Estimate(best, None, None, len(chosen)),
-            "whole": bootstrap_interval([bool((values > 0).all()) for values in chosen]),
-            "ties": bootstrap_interval(every == 0, groups=groups),
+            "whole": share_interval([bool((values > 0).all()) for values in chosen]),
+            "ties": share_interval(every == 0, groups=groups),
         }
         metrics |= of if length is None else {f"{name}_{length}": value for name, value in of.items()}
     rows = [{"row_ids": list(ids), "scores": values.tolist()} for ids, values in zip(row_ids, found, strict=True)]

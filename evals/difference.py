@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from .result import SCHEMA
+from .row_values import Column, column, row_key
 from .statistics import LEVEL, Estimate, paired_difference
 
 Row = Mapping[str, Any]
@@ -24,13 +24,15 @@ DIRECTIONS: dict[int, str] = {
     r"|log_normaliser|resamplings",
     -1: r"ece.*|brier|log_loss|rmse_.*|inconsistent|unjudged|frac_chosen_down|largest_fall|unfinished.*"
     r"|repetition.*|wrong_at_.*|false_positives|never_passed|missed|calls_per_token|masks|dead_ends",
-    1: r"accuracy.*|macro|gain|margin.*|(length_controlled_)?win_rate.*|reward.*|valid|ess|agreement|kappa|right|whole"
-    r"|worst_.*|completeness|ceiling|correct_at_.*|best_utility_.*|distinct_.*|chosen_delta.*|passed|.*_change|.*_after",
+    1: r"accuracy.*|auc|macro|gain|margin.*|(length_controlled_)?win_rate.*|reward.*|valid|ess|agreement|kappa|right"
+    r"|whole|worst_.*|completeness|ceiling|correct_at_.*|best_utility_.*|distinct_.*|chosen_delta.*|passed|.*_change|.*_after",
 }
 """Whether more of a metric is better (1), worse (-1) or neither (0): the first that its name before any slash fits.
 
 What comes after is a subset, an annotator or a model, of which names say nothing. ``higher_is_better`` of a result
 goes first; a metric that none fits is one of which it is not known."""
+NEAR_0 = ("overconfidence", "length_bias")
+"""Better where they are nearer to 0; where they go from one side of it to the other, neither way is."""
 _ANNOTATORS = re.compile(r"^(un)?seen/")
 """What metrics of ``align.evals.pal`` begin with: ``seen/gain/MODEL/OTHER`` is a ``gain``."""
 
@@ -70,10 +72,11 @@ class Change:
 def changes(first: Row, second: Row, *, level: float = LEVEL) -> list[Change]:
     """Every metric that both results have.
 
-    Paired where both have the same rows, the metric is the mean of something that the rows hold, and rows are
-    independent (n is their number); a percentile bootstrap then. Else from both intervals (MOVER, Zou and Donner,
-    doi:10.1002/sim.3095): each side's distances to its ends are added as squares, scaled from 95 % to ``level`` as
-    those of a normal. An interval is of one metric: of twenty that did not change one is outside on average.
+    Paired where both have the same rows, and the metric is the mean of something that the rows hold
+    (``row_values``); a percentile bootstrap then, in which rows of one prompt stay together. Else from both intervals
+    (MOVER, Zou and Donner, doi:10.1002/sim.3095): each side's distances to its ends are added as squares, scaled from
+    95 % to ``level`` as those of a normal. An interval is of one metric: of twenty that did not change one is outside
+    on average. Of a frontier every point is compared with the same one of the other.
 
     Raises:
         ValueError: the results do not go together, and why.
@@ -82,38 +85,37 @@ def changes(first: Row, second: Row, *, level: float = LEVEL) -> list[Change]:
         raise ValueError(f"level is a share between 0 and 1, not {level}")
     _check(first, second)
     told = {**first.get("higher_is_better", {}), **second.get("higher_is_better", {})}
-    found = []
-    for name, before, after in _models(first, second):
-        keys = [[_key(row) for row in side.get("rows", [])] for side in (before, after)]
+    suite, found = first["suite"], []
+    for name, before, after in _matched(first, second).both:
+        keys = [[row_key(row) for row in side.get("rows", [])] for side in (before, after)]
         same = bool(keys[0]) and keys[0] == keys[1] and None not in keys[0]
         for metric, old in before["metrics"].items():
             new = after["metrics"].get(metric)
             if new is None or old["value"] is None or new["value"] is None:
                 continue
-            pair = _by_row(metric, (before, after), (old, new)) if same else None
-            if pair is not None:
-                difference = paired_difference(*pair, level=level)
-            elif metric == "missed":  # a count of what cannot vary
-                by = new["value"] - old["value"]
+            values = old["value"], new["value"]
+            columns = [column(suite, metric, side) for side in (before, after)] if same else []
+            difference = _paired(columns, level)
+            paired = difference is not None
+            if difference is None and metric == "missed":  # a count of what cannot vary
+                by = values[1] - values[0]
                 difference = Estimate(by, by, by, min(old["n"], new["n"]))
-            else:
-                difference = _unpaired(old, new, level)
-            way = _direction(metric, told)
-            found.append(Change(name, metric, old["value"], new["value"], difference, pair is not None, way))
+            difference = difference or _unpaired(old, new, level)
+            found.append(Change(name, metric, *values, difference, paired, _direction(metric, told, values)))
     if not found:
         raise ValueError("they have no metric in common")
     return found
 
 
 def only_in_one(first: Row, second: Row) -> tuple[list[str], list[str]]:
-    """Models, and metrics with a value, that only the first has, and those that only the second has, in words."""
+    """Models, points of frontiers, and metrics with a value, that only the first has, and those that only the second
+    has, in words.
+    """
     lines: tuple[list[str], list[str]] = [], []
-    matched = list(_models(first, second))
-    for result, place in ((first, 0), (second, 1)):
-        other = ("second", "first")[place]
-        known = [id(pair[1 + place]) for pair in matched]
-        lines[place].extend(f"{name}: not in the {other}" for name, one in _of(result).items() if id(one) not in known)
-        for name, *sides in matched:
+    matched = _matched(first, second)
+    for place, other in enumerate(("second", "first")):
+        lines[place].extend(f"{name}: not in the {other}" for name in matched.alone[place])
+        for name, *sides in matched.both:
             here, there = (_valued(side) for side in (sides[place], sides[1 - place]))
             whose = "" if name is None else f"{name}: "
             lines[place].extend(f"{whose}{metric}: not in the {other}" for metric in here if metric not in there)
@@ -123,8 +125,8 @@ def only_in_one(first: Row, second: Row) -> tuple[list[str], list[str]]:
 def unshared_rows(first: Row, second: Row) -> list[str]:
     """Of models whose rows are not the same in both, in the same order, how many are; nothing is paired there."""
     lines = []
-    for name, *sides in _models(first, second):
-        keys = [[_key(row) for row in side.get("rows", [])] for side in sides]
+    for name, *sides in _matched(first, second).both:
+        keys = [[row_key(row) for row in side.get("rows", [])] for side in sides]
         if keys[0] != keys[1] and not any(None in own for own in keys):
             shared = (Counter(keys[0]) & Counter(keys[1])).total()
             order = ", in another order" if shared == len(keys[0]) == len(keys[1]) else ""
@@ -148,37 +150,72 @@ def _check(first: Row, second: Row) -> None:
         raise ValueError(f"they are of different data: {sources[0]} and {sources[1]} (sha256 differs)")
 
 
+@dataclass(frozen=True)
+class _Matched:
+    """What two results have in common.
+
+    Attributes:
+        both: its name, and what the first and the second say of it: metrics and rows.
+        alone: names of what only the first has, and only the second.
+    """
+
+    both: list[tuple[str | None, Row, Row]]
+    alone: tuple[list[str], list[str]]
+
+
+def _matched(first: Row, second: Row) -> _Matched:
+    """Models of the same name, and the ones that are left where each result has one; of a frontier their points."""
+    one, two = _of(first), _of(second)
+    pairs = [(name, name) for name in one if name in two]
+    left = [[name for name in mine if name not in others] for mine, others in ((one, two), (two, one))]
+    if len(left[0]) == len(left[1]) == 1:
+        pairs.append((left[0][0], left[1][0]))
+        left = [[], []]
+    both: list[tuple[str | None, Row, Row]] = []
+    alone: tuple[list[str], list[str]] = [str(name) for name in left[0]], [str(name) for name in left[1]]
+    for old, new in pairs:
+        before, after = one[old], two[new]
+        if "points" not in before or "points" not in after:
+            both.append((old if old == new else f"{old} → {new}", before, after))
+            continue
+        points = _points(str(old), before), _points(str(new), after)
+        for key, (label, point) in points[0].items():
+            if key in points[1]:
+                other, its = points[1][key]
+                both.append((label if label == other else f"{label} → {other}", point, its))
+        for place in (0, 1):
+            alone[place].extend(label for key, (label, _) in points[place].items() if key not in points[1 - place])
+    return _Matched(both, alone)
+
+
+def _points(model: str, result: Row) -> dict[str, tuple[str, Row]]:
+    """Label, metrics and rows of each point, by its label without the model's name."""
+    return {
+        one["label"].replace(model, ""): (
+            one["label"],
+            {"metrics": {"reward": one["reward"], "kl_to_reference": one["kl"]}, "rows": one["rows"]},
+        )
+        for one in result["points"]
+    }
+
+
 def _of(result: Row) -> dict[str | None, Row]:
     models: dict[str | None, Row] = dict(result["models"]) if "models" in result else {None: result}
     return models
-
-
-def _models(first: Row, second: Row) -> Iterator[tuple[str | None, Row, Row]]:
-    """Models of the same name; the ones that are left where each result has one."""
-    one, two = _of(first), _of(second)
-    for name in one:
-        if name in two:
-            yield name, one[name], two[name]
-    left = [[name for name in mine if name not in others] for mine, others in ((one, two), (two, one))]
-    if len(left[0]) == len(left[1]) == 1:
-        (old,), (new,) = left
-        yield f"{old} → {new}", one[old], two[new]
 
 
 def _valued(side: Row) -> list[str]:
     return [metric for metric, entry in side["metrics"].items() if entry["value"] is not None]
 
 
-def _key(row: Row) -> str | None:
-    key = row.get("row_id", row.get("prompt"))
-    return None if key is None else json.dumps(key)
-
-
-def _direction(metric: str, told: Mapping[str, bool | None]) -> int | None:
+def _direction(metric: str, told: Mapping[str, bool | None], values: tuple[float, float]) -> int | None:
     if metric in told:
         higher = told[metric]
         return None if higher is None else 1 if higher else -1
     own = _ANNOTATORS.sub("", metric, count=1).partition("/")[0]
+    if own in NEAR_0:
+        signs = {value > 0 for value in values if value}
+        return 0 if len(signs) != 1 else -1 if signs == {True} else 1
     return next((direction for direction, rule in DIRECTIONS.items() if re.fullmatch(rule, own)), None)
 
 
@@ -193,65 +230,8 @@ def _unpaired(old: Row, new: Row, level: float) -> Estimate:
     return Estimate(by, float(by - scale * down), float(by + scale * up), n)
 
 
-def _by_row(metric: str, sides: Sequence[Row], estimates: Sequence[Row]) -> tuple[list[float], list[float]] | None:
-    """The metric's values row by row in both, where the rows hold them and are independent."""
-    found = []
-    for side, estimate in zip(sides, estimates, strict=True):
-        try:
-            values = [_value(metric, row) for row in side["rows"]]
-        except (KeyError, TypeError):
-            return None
-        known = [value for value in values if value is not None]
-        if len(known) != estimate["n"] or not np.isclose(np.mean(known), estimate["value"], rtol=1e-6, atol=1e-9):
-            return None
-        found.append(values)
-    pairs = [(old, new) for old, new in zip(*found, strict=True) if old is not None and new is not None]
-    if not len(pairs) == estimates[0]["n"] == estimates[1]["n"]:
+def _paired(columns: Sequence[Column | None], level: float) -> Estimate | None:
+    """Of the same rows; None where there is nothing to pair, or rows go together in other ways."""
+    if not columns or columns[0] is None or columns[1] is None or columns[0].units != columns[1].units:
         return None
-    return [old for old, _ in pairs], [new for _, new in pairs]
-
-
-def _margin(row: Row) -> float | None:
-    """Of a pair; None where its label prefers neither answer."""
-    label = row.get("preference", 1.0)
-    by: float = row["chosen_reward"] - row["rejected_reward"]
-    return None if label == 0.5 else by if label > 0.5 else -by
-
-
-def _accuracy(row: Row) -> float | None:
-    if "samples" in row:
-        return float(row["correct"] / row["samples"])
-    margin = _margin(row)
-    return None if margin is None else (margin > 0) + 0.5 * (margin == 0)
-
-
-_VALUES: dict[str, Callable[[Row], float | None]] = {
-    "accuracy": _accuracy,
-    "margin": _margin,
-    "chosen_delta_per_token": lambda row: row["chosen_delta"] / row["chosen_tokens"],
-    "rejected_delta_per_token": lambda row: row["rejected_delta"] / row["rejected_tokens"],
-    "frac_chosen_down": lambda row: float(row["chosen_delta"] < 0),
-    "reward_before": lambda row: row["before"]["reward"],
-    "reward_after": lambda row: row["after"]["reward"],
-    "reward_change": lambda row: row["after"]["reward"] - row["before"]["reward"],
-    "win_rate": lambda row: (
-        float(row["after"]["reward"] > row["before"]["reward"])
-        + 0.5 * (row["after"]["reward"] == row["before"]["reward"])
-    ),
-    "length_before": lambda row: row["before"]["tokens"],
-    "length_after": lambda row: row["after"]["tokens"],
-    "unfinished_before": lambda row: float(not row["before"]["finished"]),
-    "unfinished_after": lambda row: float(not row["after"]["finished"]),
-}
-"""Metrics that rows hold in another form than under the metric's own name."""
-
-
-def _value(metric: str, row: Row) -> float | None:
-    if metric in row:
-        value = row[metric]
-        return None if value is None else float(value)
-    if metric in _VALUES:
-        return _VALUES[metric](row)
-    if "." in metric:  # of a task that is not the row's
-        return None
-    raise KeyError(metric)
+    return paired_difference(columns[0].values, columns[1].values, groups=columns[0].units, level=level)

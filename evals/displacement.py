@@ -17,7 +17,7 @@ from torch import Tensor
 from align.losses.types import PairLogps, SequenceLogps
 
 from .result import suite_result
-from .statistics import Estimate, bootstrap_interval
+from .statistics import Estimate, bootstrap_interval, share_interval
 
 MEANS = (
     "chosen_delta",
@@ -64,6 +64,7 @@ def displacement_suite(
     if len(row_ids) != len(chosen):
         raise ValueError(f"{len(chosen)} pairs and {len(row_ids)} row ids")
     metrics = {name: bootstrap_interval(columns[name], groups=groups) for name in MEANS}
+    metrics["frac_chosen_down"] = share_interval(columns["frac_chosen_down"], groups=groups)
     metrics["largest_fall"] = Estimate(max(0.0, -float(chosen.min())), None, None, len(chosen))
     lengths = (side.length.tolist() for side in (policy.chosen, policy.rejected))
     rows = [
@@ -76,7 +77,7 @@ def displacement_suite(
         }
         for row_id, up, down, long, short in zip(row_ids, chosen, rejected, *lengths, strict=True)
     ]
-    result = suite_result("displacement", metrics, rows, settings)
+    result = suite_result("displacement", metrics, rows, settings, groups=groups)
     return result if gained is None else {**result, "gained": [dict(token) for token in gained]}
 
 

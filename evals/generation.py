@@ -14,7 +14,7 @@ from align.rewards.scorers import RuleReward
 from .kl import LogRatios
 from .result import suite_result
 from .sampling import Sample
-from .statistics import Estimate, bootstrap_interval, finite_vector, win_rate
+from .statistics import Estimate, bootstrap_interval, finite_vector, share_interval, win_rate
 
 
 def compare(
@@ -45,8 +45,9 @@ def compare(
         over all answers together: low when the answers are alike; it also falls as text gets longer, so compare at
         similar length; no interval). With ``kl``: ``kl_to_reference`` (nats per answer) and
         ``kl_to_reference_per_token`` (all nats over all tokens).
-        Rows ``{prompt, before, after, kl}``, answers as ``{text, reward, tokens, finished}``; ``kl`` in nats is of the
-        answer drawn for the KL and not of the one shown, unless they are the same; None where there is none.
+        Rows ``{prompt, before, after, kl}``, answers as ``{text, reward, tokens, finished, repetition}``; ``kl`` in
+        nats is of the answer drawn for the KL and not of the one shown, unless they are the same; None where there is
+        none.
 
     Raises:
         ValueError: counts that differ, or a reward that is not one finite number per answer.
@@ -60,7 +61,7 @@ def compare(
     old, new = _scores(reward, prompts, before), _scores(reward, prompts, after)
     metrics = {
         "win_rate": win_rate(old, new),
-        "ties": bootstrap_interval(old == new),
+        "ties": share_interval(old == new),
         "reward_change": bootstrap_interval(new - old),
         **_side(before, old, "before"),
         **_side(after, new, "after"),
@@ -112,11 +113,12 @@ def _side(answers: Sequence[Sample], scores: NDArray[np.float64], when: str) -> 
     return {
         f"reward_{when}": bootstrap_interval(scores),
         f"length_{when}": bootstrap_interval([len(answer.tokens) for answer in answers]),
-        f"unfinished_{when}": bootstrap_interval([not answer.finished for answer in answers]),
+        f"unfinished_{when}": share_interval([not answer.finished for answer in answers]),
         f"repetition_{when}": bootstrap_interval([repetition(answer.tokens) for answer in answers]),
         f"distinct_{when}": Estimate(diversity, None, None, len(answers)),
     }
 
 
 def _answer(answer: Sample, score: float) -> dict[str, Any]:
-    return {"text": answer.text, "reward": float(score), "tokens": len(answer.tokens), "finished": answer.finished}
+    about = {"tokens": len(answer.tokens), "finished": answer.finished, "repetition": repetition(answer.tokens)}
+    return {"text": answer.text, "reward": float(score), **about}

@@ -11,11 +11,13 @@ from numpy.typing import ArrayLike, NDArray
 from .kl import LogRatios
 from .result import suite_result
 from .sampling import Sample
-from .statistics import Estimate, bootstrap_interval
+from .statistics import Estimate, bootstrap_interval, share_interval
 
 FloatArray = NDArray[np.float64]
 Sides = tuple[ArrayLike, ArrayLike]
 """Before and after, one value a prompt each."""
+GOOD = "good_"
+"""What metrics of shares of answers begin with."""
 
 
 def goals_suite(
@@ -54,9 +56,9 @@ def goals_suite(
             f"{len(prompts)} prompts, {len(before)} answers before, {len(after)} after: one each per prompt"
         )
     scored = {name: _arrays(name, sides, len(prompts)) for name, sides in rewards.items()}
-    judged = {name: _arrays(f"good_{name}", sides, len(prompts)) for name, sides in good.items()}
+    judged = {name: _arrays(GOOD + name, sides, len(prompts)) for name, sides in good.items()}
     metrics: dict[str, Estimate] = {}
-    for name, values in [*((f"good_{name}", values) for name, values in judged.items()), *scored.items()]:
+    for name, values in [*((GOOD + name, values) for name, values in judged.items()), *scored.items()]:
         metrics |= _sides(name, values)
     metrics["length_before"], metrics["length_after"] = (
         bootstrap_interval([len(answer.tokens) for answer in answers]) for answers in (before, after)
@@ -101,4 +103,8 @@ def _sides(name: str, values: FloatArray) -> dict[str, Estimate]:
     before, after = values
     found = {"before": before, "after": after, "change": after - before}
     there = {key: values[~np.isnan(values)] for key, values in found.items()}
-    return {f"{name}_{key}": bootstrap_interval(values) for key, values in there.items() if len(values)}
+    return {
+        f"{name}_{key}": (share_interval if key != "change" and name.startswith(GOOD) else bootstrap_interval)(values)
+        for key, values in there.items()
+        if len(values)
+    }

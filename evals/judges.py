@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .result import suite_result
-from .statistics import LEVEL, Estimate, bootstrap_draws, bootstrap_interval, finite_vector
+from .statistics import LEVEL, Estimate, bootstrap_draws, bootstrap_interval, finite_vector, share_interval
 
 FloatArray = NDArray[np.float64]
 BY_CONSTRUCTION = "none by construction"
@@ -82,18 +82,18 @@ def judge_suite(
     if not decided.any():
         raise ValueError(f"all {len(people)} labels are ties: there is nothing to agree with")
     metrics = {
-        "agreement": _mean(right, decided, names),
+        "agreement": _share(right, decided, names),
         "kappa": kappa(said, people, names),
-        "ties": bootstrap_interval(said == 0.5, groups=names),
+        "ties": share_interval(said == 0.5, groups=names),
         "unjudged": _unjudged(len(said), len(unjudged), None if groups is None else [*groups, *unjudged]),
     }
     differ = sizes[:, 0] != sizes[:, 1]
     if differ.any():
         sign = np.sign(sizes[:, 0] - sizes[:, 1])
         longer, of_people = (0.5 + sign * (values - 0.5) for values in (_verdict(said), people))
-        metrics["longer"] = _mean(longer, differ, names)
-        metrics["longer_people"] = _mean(of_people, differ, names)
-        metrics["length_bias"] = _mean(longer - of_people, differ, names)
+        metrics["longer"] = _share(longer, differ, names)
+        metrics["longer_people"] = _share(of_people, differ, names)
+        metrics["length_bias"] = bootstrap_interval((longer - of_people)[differ], groups=_of(names, differ))
     rows: list[dict[str, Any]] = [
         {"row_id": row_id, "preference": float(p), "label": float(y)}
         for row_id, p, y in zip(row_ids, said, people, strict=True)
@@ -102,11 +102,11 @@ def judge_suite(
     if judged.chosen_first is not None and judged.rejected_first is not None:
         position = MEASURED
         there, back = (_shares(one, "order") for one in (judged.chosen_first, judged.rejected_first))
-        metrics["inconsistent"] = bootstrap_interval(_verdict(there) != _verdict(back), groups=names)
-        metrics["first_preferred"] = bootstrap_interval((_verdict(there) + 1 - _verdict(back)) / 2, groups=names)
+        metrics["inconsistent"] = share_interval(_verdict(there) != _verdict(back), groups=names)
+        metrics["first_preferred"] = share_interval((_verdict(there) + 1 - _verdict(back)) / 2, groups=names)
         for row, one, other in zip(rows, there, back, strict=True):
             row |= {"chosen_first": float(one), "rejected_first": float(other)}
-    return suite_result("judges", metrics, rows, settings) | {"position": position}
+    return suite_result("judges", metrics, rows, settings, groups=groups) | {"position": position}
 
 
 def agreement(said: FloatArray, people: FloatArray) -> tuple[FloatArray, NDArray[np.bool_]]:
@@ -150,11 +150,11 @@ def people_agree(votes: Sequence[Sequence[float]], groups: Sequence[Hashable]) -
             same = sum(count * (count - 1) for count in (own.count(v) for v in set(own)))
             shares.append(same / (n * (n - 1)))
             names.append(name)
-    return bootstrap_interval(shares, groups=names) if shares else None
+    return share_interval(shares, groups=names) if shares else None
 
 
 def _unjudged(judged: int, lacking: int, groups: Sequence[Hashable] | None) -> Estimate:
-    return bootstrap_interval(np.repeat([0.0, 1.0], [judged, lacking]), groups=groups)
+    return share_interval(np.repeat([0.0, 1.0], [judged, lacking]), groups=groups)
 
 
 def _verdict(p: FloatArray) -> FloatArray:
@@ -162,8 +162,12 @@ def _verdict(p: FloatArray) -> FloatArray:
     return (np.sign(p - 0.5) + 1) / 2
 
 
-def _mean(values: FloatArray, kept: NDArray[np.bool_], groups: Sequence[Hashable]) -> Estimate:
-    return bootstrap_interval(values[kept], groups=[groups[row] for row in np.flatnonzero(kept)])
+def _share(values: FloatArray, kept: NDArray[np.bool_], groups: Sequence[Hashable]) -> Estimate:
+    return share_interval(values[kept], groups=_of(groups, kept))
+
+
+def _of(groups: Sequence[Hashable], kept: NDArray[np.bool_]) -> list[Hashable]:
+    return [groups[row] for row in np.flatnonzero(kept)]
 
 
 def _shares(values: ArrayLike, name: str) -> FloatArray:

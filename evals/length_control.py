@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .statistics import LEVEL, RESAMPLES, Estimate, finite_vector
+from .statistics import LEVEL, RESAMPLES, Estimate, at_the_end, finite_vector
 
 SPREAD = 10.0
 _STEPS = 60
@@ -37,7 +37,7 @@ def length_controlled(
     """The length-controlled win rate with its percentile bootstrap over prompts; ``sd(d)`` stays that of the data.
 
     It is the plain win rate where all answers are as long as the baseline's. Where all preferences of a resample are 1
-    (0), it is 1 (0), as the limit is.
+    (0), it is 1 (0), as the limit is; where all of the data are, the interval is ``share_interval``'s.
 
     Args:
         preferences: probability that the model's answer is preferred, (N,).
@@ -80,7 +80,7 @@ def length_controlled(
         counts = np.stack([np.bincount(row, minlength=n) for row in drawn]).astype(np.float64)
         found.append(_at_zero(p, x, counts))
     low, high = np.quantile(np.concatenate(found), [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(float(value), float(low), float(high), n)
+    return at_the_end(Estimate(float(value), float(low), float(high), n), level)
 
 
 def _at_zero(p: NDArray[np.float64], x: NDArray[np.float64], counts: NDArray[np.float64]) -> NDArray[np.float64]:

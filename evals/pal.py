@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .result import suite_result
-from .statistics import Estimate, bootstrap_interval, finite_vector
+from .statistics import Estimate, bootstrap_interval, finite_vector, share_interval
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def pal_suite(
         of = {name: np.flatnonzero([user == name for user in who]) for name in names}
         shares = {model: [float(values[of[name]].mean()) for name in names] for model, values in right.items()}
         for model, values in right.items():
-            metrics[f"{part}/accuracy/{model}"] = bootstrap_interval(values, groups=who)
-            metrics[f"{part}/macro/{model}"] = bootstrap_interval(shares[model])
+            metrics[f"{part}/accuracy/{model}"] = share_interval(values, groups=who)
+            metrics[f"{part}/macro/{model}"] = share_interval(shares[model])
         for model, values in right.items():
             for other in (*against, *([start] if start in right else [])):
                 if model not in (*against, other):

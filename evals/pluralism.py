@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from scipy.stats import beta, t
 
 from .result import suite_result
-from .statistics import LEVEL, Estimate, bootstrap_interval, finite_vector
+from .statistics import LEVEL, Estimate, finite_vector, share_interval
 
 LEAST = 5
 """Judgements that an annotator has to have to be the worst."""
@@ -53,7 +53,8 @@ def pluralism_suite(
         ``worst_annotator`` and ``worst_group`` (with the intervals above; n is the number of their judgements),
         ``accuracy/GROUP``, and ``accuracy/known``, ``accuracy/new``. Annotators are resampled whole, but in
         ``accuracy/GROUP`` of one annotator. ``worst`` names them; ``annotators`` has ``{annotator, n, accuracy, low,
-        high}`` each, worst first, with 95 % intervals of each alone. Rows ``{row_id, annotator, right}``.
+        high}`` each, worst first, with 95 % intervals of each alone. Rows ``{row_id, annotator, right}``, and the
+        annotator's group as ``part``.
 
     Raises:
         ValueError: counts that differ, a value outside [0, 1], or no judgements.
@@ -71,8 +72,8 @@ def pluralism_suite(
     own = {name: values[rows] for name, rows in rows_of.items()}
     of_prompt = {name: [asked[row] for row in rows] for name, rows in rows_of.items()}
     metrics = {
-        "accuracy": bootstrap_interval(values, groups=annotators),
-        "macro": bootstrap_interval([float(one.mean()) for one in own.values()]),
+        "accuracy": share_interval(values, groups=annotators),
+        "macro": share_interval([float(one.mean()) for one in own.values()]),
     }
     worst: dict[str, str] = {}
     name, estimate = smallest(own, of_prompt, least)
@@ -83,14 +84,14 @@ def pluralism_suite(
         people_of = {group: [annotators[row] for row in np.flatnonzero(of[group])] for group in shares}
         for group, share in shares.items():
             people = people_of[group]
-            metrics[f"accuracy/{group}"] = bootstrap_interval(share, groups=people if len(set(people)) > 1 else None)
+            metrics[f"accuracy/{group}"] = share_interval(share, groups=people if len(set(people)) > 1 else None)
         worst["group"], metrics["worst_group"] = smallest(shares, people_of, least)
     if known is not None:
         told = np.isin(who, list(known))
         for part, rows in (("known", told), ("new", ~told)):
             if rows.any():
                 people = [annotators[row] for row in np.flatnonzero(rows)]
-                metrics[f"accuracy/{part}"] = bootstrap_interval(values[rows], groups=people)
+                metrics[f"accuracy/{part}"] = share_interval(values[rows], groups=people)
     people_found = []
     for one, said in own.items():
         low, high = clustered_interval(said, of_prompt[one], LEVEL)
@@ -101,6 +102,9 @@ def pluralism_suite(
         {"row_id": row_id, "annotator": one, "right": float(value)}
         for row_id, one, value in zip(row_ids, annotators, values, strict=True)
     ]
+    if groups is not None:
+        for row in rows_found:
+            row["part"] = groups[str(row["annotator"])]
     result = suite_result("pluralism", metrics, rows_found, {**(settings or {}), "least": least})
     return result | {"worst": worst, "annotators": sorted(people_found, key=lambda one: float(str(one["accuracy"])))}
 

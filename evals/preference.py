@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .result import suite_result
-from .statistics import Estimate, bootstrap_interval, finite_vector
+from .statistics import Estimate, bootstrap_interval, finite_vector, share_interval
 
 
 def preference_suite(
@@ -55,10 +55,10 @@ def preference_suite(
         for row_id, won, lost in zip(row_ids, chosen, rejected, strict=True)
     ]
     if preference is not None and any(p is not None for p in preference):
-        metrics["label_ties"] = bootstrap_interval(~decided, groups=names)
+        metrics["label_ties"] = share_interval(~decided, groups=names)
         for row, p in zip(rows, label, strict=True):
             row["preference"] = float(p)
-    return suite_result("preference", metrics, rows, settings)
+    return suite_result("preference", metrics, rows, settings, groups=groups)
 
 
 def ranking_metrics(
@@ -69,9 +69,9 @@ def ranking_metrics(
     kept = [name for name, one in zip(groups, decided, strict=True) if one]
     margin = np.where(label > 0.5, score, -score)[decided]
     return {
-        "accuracy": bootstrap_interval((margin > 0) + 0.5 * (margin == 0), groups=kept),
+        "accuracy": share_interval((margin > 0) + 0.5 * (margin == 0), groups=kept),
         "margin": bootstrap_interval(margin, groups=kept),
-        "ties": bootstrap_interval(score == 0, groups=groups),
+        "ties": share_interval(score == 0, groups=groups),
     }
 
 
@@ -146,7 +146,7 @@ def compared_preferences(
             row["preference"] = float(label[number])
         if subsets is not None:
             row["subset"] = subsets[number]
-    return suite_result("preference", metrics, rows, settings)
+    return suite_result("preference", metrics, rows, settings, groups=groups)
 
 
 def right_of(score: NDArray[np.float64], label: NDArray[np.float64]) -> NDArray[np.float64]:

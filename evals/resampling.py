@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .statistics import LEVEL, RESAMPLES, Estimate, bootstrap_interval, finite_vector
+from .statistics import LEVEL, RESAMPLES, Estimate, finite_vector, share_interval
 
 Vector = NDArray[np.float64]
 ENDS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
@@ -221,16 +221,16 @@ def verifier_metrics(n: ArrayLike, correct: ArrayLike, right: ArrayLike, wrong: 
     """
     total, good, passed_right, passed_wrong = (np.asarray(v, np.float64) for v in (n, correct, right, wrong))
     passed = passed_right + passed_wrong
-    found = {"accuracy": bootstrap_interval(good / total)}
+    found = {"accuracy": share_interval(good / total)}
     for name, part, whole in (
         ("completeness", passed_right, good),
         ("false_positives", passed_wrong, total - good),
     ):
         if whole.any():
-            found[name] = bootstrap_interval(part[whole > 0], per=whole[whole > 0])
+            found[name] = share_interval(part[whole > 0], per=whole[whole > 0])
     if passed.any():
-        found["ceiling"] = bootstrap_interval((passed_right[passed > 0]) / passed[passed > 0])
-    return {**found, "never_passed": bootstrap_interval(passed == 0)}
+        found["ceiling"] = share_interval((passed_right[passed > 0]) / passed[passed > 0])
+    return {**found, "never_passed": share_interval(passed == 0)}
 
 
 def _passing(p: ArrayLike, t: ArrayLike, f: ArrayLike) -> tuple[Vector, Vector]:

@@ -3,22 +3,45 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+from .row_values import GROUP
 from .statistics import CLEAR, LEVEL, RESAMPLES, Estimate
 
 SCHEMA = 1
 PARTS = re.compile(r"/|^[\w.]+:(?=\w+$)")
 """Where the parts of a model's name meet."""
-INTERVAL = {"kind": "percentile bootstrap", "level": LEVEL, "resamples": RESAMPLES, "seed": 0}
+INTERVAL = {
+    "kind": "percentile bootstrap",
+    "of shares that are 0 or 1": "Clopper-Pearson",
+    "level": LEVEL,
+    "resamples": RESAMPLES,
+    "seed": 0,
+}
 TEST = {"kind": "sign flips", "resamples": RESAMPLES, "seed": 0, "correction": "Holm", "clear_below": CLEAR}
 
 
 def suite_result(
-    suite: str, metrics: Mapping[str, Estimate], rows: Sequence[dict[str, Any]], settings: Mapping[str, Any] | None
+    suite: str,
+    metrics: Mapping[str, Estimate],
+    rows: Sequence[dict[str, Any]],
+    settings: Mapping[str, Any] | None,
+    *,
+    groups: Sequence[Hashable] | None = None,
 ) -> dict[str, Any]:
-    """``{suite, schema, n, metrics, rows, settings}``, JSON-able; the settings say how the intervals were made."""
+    """``{suite, schema, n, metrics, rows, settings}``, JSON-able; the settings say how the intervals were made.
+
+    Args:
+        suite, metrics, settings: what they say.
+        rows: what the metrics were computed from.
+        groups: of each row what it was resampled with; where several rows have one, each gets its number
+            (``group``), so that two results can be compared row by row.
+    """
+    if groups is not None and len(set(groups)) < len(rows):
+        numbers: dict[Hashable, int] = {}
+        for row, group in zip(rows, groups, strict=True):
+            row[GROUP] = numbers.setdefault(group, len(numbers))
     return {
         "suite": suite,
         "schema": SCHEMA,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .preference import preferred, ranking_metrics
 from .result import suite_result
-from .statistics import Estimate, bootstrap_interval, finite_vector
+from .statistics import Estimate, bootstrap_interval, finite_vector, share_interval
 
 
 def reward_suite(
@@ -56,7 +56,7 @@ def reward_suite(
         "log_loss": bootstrap_interval(
             label * np.logaddexp(0, -score) + (1 - label) * np.logaddexp(0, score), groups=names
         ),
-        "label_ties": bootstrap_interval(~decided, groups=names),
+        "label_ties": share_interval(~decided, groups=names),
     }
     rows = [
         {"row_id": row_id, "score": float(s), "preference": float(p)}
@@ -65,7 +65,7 @@ def reward_suite(
     if rewards is not None:
         for row, (chosen, rejected) in zip(rows, rewards.tolist(), strict=True):
             row |= {"chosen_reward": chosen, "rejected_reward": rejected}
-    return suite_result("reward", metrics, rows, settings)
+    return suite_result("reward", metrics, rows, settings, groups=groups)
 
 
 def ratings_suite(
@@ -115,8 +115,8 @@ def ratings_suite(
         metrics[f"spread_{name}"] = _root(bootstrap_interval((truth - truth.mean()) ** 2, groups=groups))
     right, pair_prompts = _ranked(said, people, np.array(ranking), prompts)
     if len(right):
-        metrics["accuracy"] = bootstrap_interval(right, groups=pair_prompts)
-        metrics["ties"] = bootstrap_interval(right == 0.5, groups=pair_prompts)
+        metrics["accuracy"] = share_interval(right, groups=pair_prompts)
+        metrics["ties"] = share_interval(right == 0.5, groups=pair_prompts)
     rows = [
         {"row_id": row_id, "value": value, "rating": list(rating)}
         for row_id, value, rating in zip(row_ids, said.tolist(), ratings, strict=True)

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .statistics import LEVEL, RESAMPLES, Estimate, corrected, finite_vector, paired_p
+from .statistics import LEVEL, RESAMPLES, Estimate, at_the_end, corrected, finite_vector, paired_p
 
 SECTIONS: dict[str, dict[str, int]] = {
     "Chat": {
@@ -69,7 +70,8 @@ def rewardbench_scores(right: ArrayLike, subsets: Sequence[str]) -> dict[str, Es
 
     Returns:
         ``SUBSET``, then ``Chat`` and the like, weighted over the subsets that are there, then ``mean``. Intervals are
-        of the stratified bootstrap: pairs are drawn anew within each subset, independently.
+        of the stratified bootstrap: pairs are drawn anew within each subset, independently; where all pairs are right,
+        or none, of ``statistics.share_interval``.
 
     Raises:
         ValueError: counts that differ, a value other than 0 and 1, or no pair of the benchmark.
@@ -78,11 +80,13 @@ def rewardbench_scores(right: ArrayLike, subsets: Sequence[str]) -> dict[str, Es
     rng = np.random.default_rng(0)
     # Of 0 and 1, the mean of n that are drawn with replacement is a binomial count over n.
     drawn = {name: rng.binomial(len(own), own.mean(), RESAMPLES) / len(own) for name, own in of.items()}
-    found = {name: _estimate(float(own.mean()), drawn[name], len(own)) for name, own in of.items()}
+    found = {name: _share(float(own.mean()), drawn[name], len(own), len(own)) for name, own in of.items()}
     for name, weights in _scores(of).items():
         value = sum(weight * float(of[subset].mean()) for subset, weight in weights.items())
         draws = sum(weight * drawn[subset] for subset, weight in weights.items())
-        found[name] = _estimate(value, np.asarray(draws), sum(len(of[subset]) for subset in weights))
+        # A mean with these weights varies as much as one of so many pairs of equal weight.
+        effective = 1 / sum(weight**2 / len(of[subset]) for subset, weight in weights.items())
+        found[name] = _share(value, np.asarray(draws), sum(len(of[subset]) for subset in weights), effective)
     return found
 
 
@@ -184,3 +188,12 @@ def _estimate(value: float, draws: NDArray[np.float64], n: int) -> Estimate:
         return Estimate(value, None, None, 1)
     low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(value, float(low), float(high), n)
+
+
+def _share(value: float, draws: NDArray[np.float64], n: int, effective: float) -> Estimate:
+    """Of a score; where all pairs are right, or none, as far as ``effective`` pairs can be so by chance."""
+    found = _estimate(value, draws, n)
+    if found.low is None or 1e-12 < value < 1 - 1e-12:
+        return found
+    end = float(round(value))
+    return replace(at_the_end(Estimate(end, end, end, max(1, int(effective)))), n=n)

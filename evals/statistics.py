@@ -1,9 +1,12 @@
-"""Estimates with intervals (the percentile bootstrap) and paired comparisons (sign-flip tests, Holm), in numpy."""
+"""Estimates with intervals (the percentile bootstrap) and paired comparisons (sign-flip tests, Holm), in numpy.
+
+``bootstrap_interval`` is of means of any numbers, ``share_interval`` of numbers in [0, 1].
+"""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -50,7 +53,8 @@ def bootstrap_interval(
     The same rows and seed give the same interval, bit for bit and in any order of the rows (they are sorted before
     they are resampled). Coverage is the nominal level as n grows; for the mean of n normal values it is
     ``P(|t| <= z sqrt((n-1)/n))`` with n - 1 degrees of freedom: 94.2 % instead of 95 % at n = 50, 90.4 % at n = 10.
-    Where all rows are equal the interval is a point: the bootstrap cannot know of the rows that it did not see.
+    Where all rows are equal the interval is a point: the bootstrap cannot know of the rows that it did not see. Of
+    shares that is told by ``share_interval``.
 
     Args:
         values: shape (N,).
@@ -83,6 +87,43 @@ def bootstrap_interval(
         ratios.append(drawn[:, 0] / drawn[:, 1])
     low, high = np.quantile(np.concatenate(ratios), [(1 - level) / 2, (1 + level) / 2])
     return Estimate(value, float(low), float(high), n)
+
+
+def share_interval(
+    values: ArrayLike,
+    *,
+    per: ArrayLike | None = None,
+    groups: Sequence[Hashable] | None = None,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """``bootstrap_interval`` of values in [0, 1], which are not all there are where all rows are 0, or all 1.
+
+    With all 20 rows right the bootstrap gives the point 1: a true share of 0.95 is missed in 36 % of samples for that.
+    Where all rows are 1 (0), the interval here goes on to where n independent rows, or groups, are all so with
+    probability ``(1 - level) / 2``, as Clopper and Pearson's does: to ``((1 - level) / 2)^(1/n)`` (1 less that).
+
+    Args:
+        values, per, groups, level, resamples, seed: as of ``bootstrap_interval``; ``values / per`` is in [0, 1].
+
+    Raises:
+        ValueError: as ``bootstrap_interval``, or a value outside [0, 1].
+    """
+    shares, most = finite_vector(values, "values"), 1.0 if per is None else finite_vector(per, "per")
+    outside = (shares < 0) | (shares > most)
+    if outside.any():
+        raise ValueError(f"values[{int(np.argmax(outside))}] is no share: it is outside [0, 1]")
+    found = bootstrap_interval(values, per=per, groups=groups, level=level, resamples=resamples, seed=seed)
+    return at_the_end(found, level) if found.n > 1 else found
+
+
+def at_the_end(found: Estimate, level: float = LEVEL) -> Estimate:
+    """A share that is 0 or 1 of all that was seen, with how far the true one may be; any other as it is."""
+    if found.value not in (0, 1):
+        return found
+    least = ((1 - level) / 2) ** (1 / found.n)
+    return replace(found, low=least) if found.value else replace(found, high=1 - least)
 
 
 def bootstrap_draws(
@@ -135,7 +176,7 @@ def win_rate(before: ArrayLike, after: ArrayLike, *, level: float = LEVEL, seed:
 
     Args:
         before, after: one score per prompt, the same prompts in the same order, shape (N,).
-        level, seed: as in :func:`bootstrap_interval`; prompts are resampled, so the pairing is kept.
+        level, seed: as in :func:`share_interval`; prompts are resampled, so the pairing is kept.
 
     Raises:
         ValueError: shapes that differ, no rows, or a score that is not finite.
@@ -143,7 +184,7 @@ def win_rate(before: ArrayLike, after: ArrayLike, *, level: float = LEVEL, seed:
     old, new = finite_vector(before, "before"), finite_vector(after, "after")
     if old.shape != new.shape:
         raise ValueError(f"{len(old)} scores before and {len(new)} after: a win rate is paired by prompt")
-    return bootstrap_interval((new > old) + 0.5 * (new == old), level=level, seed=seed)
+    return share_interval((new > old) + 0.5 * (new == old), level=level, seed=seed)
 
 
 def paired_difference(

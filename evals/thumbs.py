@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from .result import suite_result
-from .statistics import LEVEL, RESAMPLES, Estimate, bootstrap_interval, finite_vector
+from .statistics import LEVEL, RESAMPLES, Estimate, at_the_end, bootstrap_interval, finite_vector, share_interval
 
 _BLOCK = 2**21  # counts held at once: bounds memory, whatever n is
 
@@ -54,7 +55,7 @@ def thumbs_suite(
     right = np.where(up, values > threshold, values < threshold) + 0.5 * (values == threshold)
     metrics = {
         "auc": auc_interval(values, up, groups=groups),
-        "accuracy": bootstrap_interval(right, groups=groups),
+        "accuracy": share_interval(right, groups=groups),
         **{
             f"reward_{thumb}": bootstrap_interval(
                 values[which], groups=[name for name, kept in zip(names, which, strict=True) if kept]
@@ -66,7 +67,7 @@ def thumbs_suite(
         {"row_id": row_id, "up": bool(label), "reward": float(value)}
         for row_id, label, value in zip(row_ids, up, values, strict=True)
     ]
-    return suite_result("thumbs", metrics, rows, {**(settings or {}), "threshold": threshold})
+    return suite_result("thumbs", metrics, rows, {**(settings or {}), "threshold": threshold}, groups=groups)
 
 
 def auc_interval(
@@ -90,7 +91,8 @@ def auc_interval(
         level, resamples, seed: as in :func:`bootstrap_interval`.
 
     Returns:
-        The estimate; n counts groups, or rows without groups. Without an interval when no draw has both classes.
+        The estimate; n counts groups, or rows without groups. Without an interval when no draw has both classes. Of an
+        area of 0 or 1 the interval is that of a share, of as many pairs as can be had from different groups.
 
     Raises:
         ValueError: no rows, shapes that differ, a score that is not finite, or a class without rows.
@@ -123,6 +125,11 @@ def auc_interval(
     if not len(every) or len(found) == 1:
         return Estimate(value, None, None, len(found))
     low, high = np.quantile(every, [(1 - level) / 2, (1 + level) / 2])
+    if value in (0, 1):  # as many pairs as share no group are independent, and all of them are so
+        sides = [{label for label, one in zip(labels, up, strict=True) if one == side} for side in (True, False)]
+        apart = min(*map(len, sides), len(found) // 2)
+        end = at_the_end(Estimate(value, value, value, max(1, apart)), level)
+        return replace(end, n=len(found))
     return Estimate(value, float(low), float(high), len(found))
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from align.evals.result import short_names
+from align.evals.row_values import GROUP, row_key
 from align.evals.statistics import CLEAR, holm, paired_difference, paired_p
 
 from .facts import data_rows
@@ -108,8 +109,7 @@ def paired_differences(records: Sequence[RunRecord], names: Sequence[str]) -> li
     """Every run against the first one that has such rows, on the rows that both have; Holm over all of them.
 
     Returns:
-        ``{label, run, against, value, interval, n, p, clear, grouped}`` each, ready to print; ``grouped`` where rows
-        of one prompt were counted as independent.
+        ``{label, run, against, value, interval, n, p, clear}`` each, ready to print; rows of one prompt go together.
     """
     found: list[dict[str, Any]] = []
     for paired in PAIRED:
@@ -123,9 +123,9 @@ def paired_differences(records: Sequence[RunRecord], names: Sequence[str]) -> li
             same = [record.evals.get(paired.suite, {}).get("settings", {}).get(paired.same) for record in records]
             if len(shared) < 2 or (paired.same and same[base] != same[place]):
                 continue
-            values = [one[key] for key in shared], [other[key] for key in shared]
-            estimate = paired_difference(*values)
-            content = records[place].evals[paired.suite]
+            values = [one[key].value for key in shared], [other[key].value for key in shared]
+            groups = [one[key].unit for key in shared]
+            estimate = paired_difference(*values, groups=groups)
             found.append(
                 {
                     "label": paired.label,
@@ -134,8 +134,7 @@ def paired_differences(records: Sequence[RunRecord], names: Sequence[str]) -> li
                     "value": signed(estimate.value, paired.kind) + unit(paired.kind),
                     "interval": ends(estimate.as_dict(), paired.kind),
                     "n": estimate.n,
-                    "p": paired_p(*values),
-                    "grouped": any(m["n"] < len(content["rows"]) for m in content["metrics"].values()),
+                    "p": paired_p(*values, groups=groups),
                 }
             )
     for entry, p in zip(found, holm([entry["p"] for entry in found]), strict=True):
@@ -210,12 +209,20 @@ def _gain(own: Row, before: Row | None) -> float | None:
     return float(own["reward"] - before["reward"])
 
 
-def _column(record: RunRecord, paired: Paired) -> dict[str, float]:
+@dataclass(frozen=True)
+class _Value:
+    """Of a row, and what the row goes together with."""
+
+    value: float
+    unit: Hashable
+
+
+def _column(record: RunRecord, paired: Paired) -> dict[Hashable, _Value]:
     rows = record.evals.get(paired.suite, {}).get("rows", [])
     if paired.suite == "reward" and rows and "score" not in rows[0]:
         return {}  # ratings
-    values = {row.get("row_id") or row["prompt"]: paired.value(row) for row in rows}
-    return {key: float(value) for key, value in values.items() if value is not None}
+    values = {row_key(row): (paired.value(row), row.get(GROUP, row_key(row))) for row in rows}
+    return {key: _Value(float(value), unit) for key, (value, unit) in values.items() if value is not None}
 
 
 def ends(entry: Row, kind: str) -> str:

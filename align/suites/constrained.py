@@ -18,7 +18,7 @@ from align.errors import AlignError, ConfigError
 from align.evals.answers import paired
 from align.evals.frontier import common
 from align.evals.result import compared_result, suite_result
-from align.evals.statistics import bootstrap_interval
+from align.evals.statistics import bootstrap_interval, share_interval
 from align.generate import Answerer
 from align.generate import Settings as Answering
 from align.models.load import load_run
@@ -186,7 +186,7 @@ def _rows(prompts: Prompts, answers: Sequence[Mapping[str, Any]], rewards: Rewar
 def _metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     values = {name: [row[name] for row in rows if row.get(name) is not None] for name in ("reward", *NUMBERS)}
     return {
-        "valid": bootstrap_interval([row["valid"] for row in rows]),
+        "valid": share_interval([row["valid"] for row in rows]),
         "tokens": bootstrap_interval([row["tokens"] for row in rows]),
         **{name: bootstrap_interval(column) for name, column in values.items() if column},
     }

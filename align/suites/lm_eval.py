@@ -23,7 +23,7 @@ from align.config.section import Section
 from align.config.section import Text as Name
 from align.errors import AlignError, ConfigError
 from align.evals.result import compared_result, suite_result
-from align.evals.statistics import Estimate, bootstrap_interval, comparisons
+from align.evals.statistics import Estimate, bootstrap_interval, comparisons, share_interval
 from align.models.load import load_run
 from align.models.memory import release_freed
 
@@ -208,7 +208,10 @@ def _asked(loaded: Any, tasks: Any, compute: Any, max_length: int | None, settin
 def _result(
     result: Mapping[str, Any], values: Mapping[str, list[float]], rows: list[dict[str, Any]], settings: Settings
 ) -> dict[str, Any]:
-    metrics = {name: bootstrap_interval(several) for name, several in values.items()}
+    metrics = {
+        name: (share_interval if set(several) <= {0.0, 1.0} else bootstrap_interval)(several)
+        for name, several in values.items()
+    }
     for task in result["samples"]:
         for key, value in _metrics(result["results"][task]).items():
             name, metric = _metric(task, key), key.partition(",")[0]

@@ -34,7 +34,7 @@ from align.evals.resampling import (
     verifier_metrics,
 )
 from align.evals.result import compared_result, suite_result
-from align.evals.statistics import bootstrap_interval, comparisons
+from align.evals.statistics import bootstrap_interval, comparisons, share_interval
 
 from .asked import Asked, tell_faults
 from .shown import estimate, printer
@@ -129,9 +129,7 @@ def _measured(
     )
     outcomes = sampled_outcomes(n, right, wrong, np.arange(most + 1))
     metrics = verifier_metrics(n, good, right, wrong)
-    metrics |= {
-        f"{name}_at_{most}": bootstrap_interval(getattr(outcomes, name)[:, -1]) for name in ("correct", "wrong")
-    }
+    metrics |= {f"{name}_at_{most}": share_interval(getattr(outcomes, name)[:, -1]) for name in ("correct", "wrong")}
     drawn = resampled(outcomes)
     curves: dict[str, Any] = {"k": outcomes.k.tolist(), "utility": {}}
     for name in ("answered", "correct", "wrong", "samples"):

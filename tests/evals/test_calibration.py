@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from align.evals.calibration import binned_error, calibration_suite, equal_mass, equal_width, if_calibrated, wilson
+from align.evals.calibration import (
+    binned_error,
+    calibration_suite,
+    confidences,
+    equal_mass,
+    equal_width,
+    if_calibrated,
+    wilson,
+)
+from align.evals.statistics import bootstrap_interval
 
 
 def suite(probabilities: Any, **more: Any) -> dict[str, Any]:
@@ -74,6 +83,22 @@ def test_a_calibrated_model_is_inside_and_another_is_above(n: int):
     metrics = suite(p, preference=(rng.random(n) < 0.5).astype(float).tolist())["metrics"]
     assert metrics["ece"]["value"] > metrics["ece_if_calibrated"]["high"]
     assert 0 < metrics["overconfidence"]["low"] < 0.25 < metrics["overconfidence"]["high"]
+
+
+@pytest.mark.parametrize(("n", "boost"), [(60, 1.0), (200, 2.0)])
+def test_coverage_of_overconfidence(n: int, boost: float):
+    """Log-odds N(0, 1.5^2) that are stated ``boost`` times too large: 95 % of 300 intervals, a little less at 60."""
+    rng = np.random.default_rng(3)
+    odds = rng.normal(0, 1.5, 400_000)
+    truth = float(np.mean(1 / (1 + np.exp(-boost * abs(odds))) - 1 / (1 + np.exp(-abs(odds)))))
+    covered = 0
+    for _ in range(300):
+        z = rng.normal(0, 1.5, n)
+        confidence, right = confidences(boost * z, (rng.random(n) < 1 / (1 + np.exp(-z))).astype(float))
+        found = bootstrap_interval(confidence - right, resamples=1000)
+        covered += found.low <= truth <= found.high  # type: ignore[operator]
+    assert (truth > 0.05) == (boost > 1)
+    assert covered / 300 == pytest.approx(0.945, abs=4 * math.sqrt(0.945 * 0.055 / 300))
 
 
 def test_neither_the_side_nor_the_order_of_pairs_counts():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from align.evals.difference import Change, changes, only_in_one, unshared_rows
+from align.evals.frontier import point
 from align.evals.preference import preference_suite
 from align.evals.result import compared_result, suite_result
 from align.evals.statistics import Estimate, bootstrap_interval
@@ -67,10 +68,31 @@ def test_coverage_of_unpaired_differences() -> None:
 
 
 def test_rows_of_one_prompt_are_not_independent() -> None:
-    """Four pairs of two prompts: n is 2, which the rows do not tell apart, so the intervals decide."""
+    """Pairs of 40 prompts, three of which are alike each: what differs is paired, and as wide as one pair a prompt."""
+    reward = torch.tensor(np.random.default_rng(0).normal(0.2, 1, 40))
+    moved = reward + torch.tensor(np.random.default_rng(1).normal(0.3, 1, 40))
+
+    def of_prompts(rewards: torch.Tensor, times: int) -> dict[str, Any]:
+        repeated, prompts = rewards.repeat_interleave(times), np.repeat(np.arange(40), times)
+        ids = [str(n) for n in range(len(repeated))]
+        return preference_suite(repeated, torch.zeros(len(repeated)), ids, groups=prompts.tolist())
+
+    single, threefold = (
+        {change.metric: change for change in changes(of_prompts(reward, times), of_prompts(moved, times))}
+        for times in (1, 3)
+    )
+    for metric, change in threefold.items():
+        assert (change.paired, change.difference.n) == (True, 40)
+        for end in ("value", "low", "high"):
+            assert getattr(change.difference, end) == pytest.approx(getattr(single[metric].difference, end))
+    assert "group" not in of_prompts(reward, 1)["rows"][0]
+
+
+def test_rows_that_go_together_in_other_ways() -> None:
     reward, ids = torch.tensor([1.0, 2.0, -1.0, 3.0]), list("abcd")
-    first = preference_suite(reward, torch.zeros(4), ids, groups="xxyy")
-    assert not any(change.paired for change in changes(first, first))
+    one, other = (preference_suite(reward, torch.zeros(4), ids, groups=groups) for groups in ("xxyy", "xyxy"))
+    assert all(change.paired for change in changes(one, one))
+    assert not any(change.paired for change in changes(one, other))
 
 
 @pytest.mark.parametrize(
@@ -91,13 +113,14 @@ def test_rows_of_one_prompt_are_not_independent() -> None:
         ("correct_at_24", 1),
         ("reward_after", 1),
         ("length_controlled_win_rate", 1),
-        ("length_bias", 0),
+        ("auc", 1),
         ("valid", 1),
         ("calls_per_token", -1),
         ("chosen_delta_per_token", 1),
         ("repetition_after", -1),
         ("unfinished_after", -1),
-        ("ece_debiased", -1),
+        ("ece", -1),
+        ("ece_mass", -1),
         ("frac_chosen_down", -1),
         ("wrong_at_24", -1),
         ("missed", -1),
@@ -118,6 +141,16 @@ def test_directions(metric: str, direction: int | None) -> None:
     change = one(of({metric: Estimate(0.1, 0.1, 0.1, 5)}), of({metric: Estimate(0.3, 0.3, 0.3, 5)}))
     assert change.direction == direction
     assert change.status == {1: "better", -1: "worse", 0: "told", None: "told"}[direction]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "status"),
+    [(0.1, 0.3, "worse"), (0.3, 0.1, "better"), (-0.1, -0.3, "worse"), (-0.3, -0.1, "better"), (-0.1, 0.3, "told")],
+)
+@pytest.mark.parametrize("metric", ["overconfidence", "length_bias"])
+def test_what_is_best_at_0(metric: str, before: float, after: float, status: str) -> None:
+    sides = [of({metric: Estimate(value, value, value, 5)}) for value in (before, after)]
+    assert one(*sides).status == status
 
 
 def test_a_result_that_says_its_directions() -> None:
@@ -174,11 +207,30 @@ def test_rows_that_are_not_shared() -> None:
         assert changes(first, second)[0].paired is False
 
 
-def test_models_without_rows() -> None:
-    """A frontier's rows are of its points: the intervals decide."""
-    model = {"n": 5, "metrics": {"reward": {"value": 1.0, "low": 0.9, "high": 1.1, "n": 5}}, "points": []}
-    first = compared_result("frontier", {"a": model}, [], {}, None, None)
-    assert [(change.paired, change.status) for change in changes(first, first)] == [(False, "same")]
+def test_points_of_frontiers() -> None:
+    """Each is compared with the same one of the other run, prompt by prompt; one that is gone is told."""
+
+    def frontier(run: str, by: float, *labels: str) -> dict[str, Any]:
+        def at(label: str, less: float) -> dict[str, Any]:
+            rows = [{"row_id": f"{n}", "reward": 5.0 * n - less, "kl": 0.1 * n, "tokens": 9} for n in range(8)]
+            return point("model", label, rows, "k1")
+
+        points = {"base": [at("base", 0), at("best of 2", by)], run: [at(label, by) for label in labels]}
+        models = {name: {"n": 8, "metrics": {}, "points": own} for name, own in points.items()}
+        return compared_result("frontier", models, [], {}, "base", None)
+
+    first = frontier("runs/a", 0, "runs/a/checkpoint-2", "runs/a", "runs/a times 0.5")
+    second = frontier("runs/b", 0.1, "runs/b/checkpoint-2", "runs/b")
+    found = changes(first, second)
+    said = {change.model: (change.paired, change.status) for change in found if change.metric == "reward"}
+    assert said == {
+        "base": (True, "same"),
+        "best of 2": (True, "worse"),
+        "runs/a/checkpoint-2 → runs/b/checkpoint-2": (True, "worse"),
+        "runs/a → runs/b": (True, "worse"),
+    }
+    assert {change.status for change in found if change.metric == "kl_to_reference"} == {"told"}
+    assert only_in_one(first, second) == (["runs/a times 0.5: not in the second"], [])
 
 
 def test_what_does_not_go_together() -> None:

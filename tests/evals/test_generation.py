@@ -59,8 +59,9 @@ def test_by_hand():
     assert result["metrics"]["kl_to_reference"]["n"] == 2
     assert result["rows"][0] == {
         "prompt": "Name a fruit.",
-        "before": {"text": "well well", "reward": -9.0, "tokens": 5, "finished": False},
-        "after": {"text": "fig", "reward": -3.0, "tokens": 2, "finished": True},
+        "before": {"text": "well well", "reward": -9.0, "tokens": 5, "finished": False}
+        | {"repetition": pytest.approx(1 / 3)},
+        "after": {"text": "fig", "reward": -3.0, "tokens": 2, "finished": True, "repetition": 0},
         "kl": 2.0,
     }
     assert [row["kl"] for row in result["rows"]] == [2.0, 4.0, None]

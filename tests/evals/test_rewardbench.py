@@ -79,6 +79,14 @@ def test_all_four_sections_have_a_mean():
     assert found["mean"].n == 5
 
 
+def test_all_right_by_hand():
+    """10 and 5 pairs, weights 5/7 and 2/7: as many of equal weight are 1 / ((5/7)^2 / 10 + (2/7)^2 / 5) = 14.8."""
+    found = rewardbench_scores([1] * 15, ["alpacaeval-easy"] * 10 + ["mt-bench-med"] * 5)
+    assert found["alpacaeval-easy"].low == pytest.approx(0.025**0.1)
+    assert (found["Chat"].value, found["Chat"].low, found["Chat"].high) == (1, pytest.approx(0.025 ** (1 / 14)), 1)
+    assert found["Chat"].n == 15
+
+
 def test_intervals_cover():
     """Two subsets of 60 and 40 pairs with rates 0.8 and 0.5, weights 100 and 40: the truth is 100/140."""
     rng = np.random.default_rng(0)

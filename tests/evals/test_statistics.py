@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
+from scipy.stats import binom
 
 from align.evals.result import compared_result, suite_result
 from align.evals.statistics import (
@@ -14,6 +17,7 @@ from align.evals.statistics import (
     holm,
     paired_difference,
     paired_p,
+    share_interval,
     win_rate,
 )
 
@@ -104,15 +108,45 @@ def test_equal_rows_are_a_point():
     assert estimate.n == 7
 
 
+def test_shares_at_the_ends_by_hand():
+    """All 20 right: 0.025^(1/20) = 0.83157. Of 3 prompts: 0.025^(1/3) = 0.29240. In between it is the bootstrap."""
+    right = share_interval(np.ones(20))
+    assert (right.value, right.low, right.high, right.n) == (1, pytest.approx(0.831567, abs=1e-6), 1, 20)
+    wrong = share_interval([0, 0, 0, 0], groups="aabc")
+    assert (wrong.low, wrong.high, wrong.n) == (0, pytest.approx(1 - 0.292402, abs=1e-6), 3)
+    assert share_interval([1.0, 2.0], per=[1.0, 2.0]).low == pytest.approx(0.025**0.5)
+    mixed = [1, 0, 0.5, 1, 1]
+    assert share_interval(mixed, seed=3) == bootstrap_interval(mixed, seed=3)
+    assert share_interval([1.0]).low is None
+    assert share_interval([1.0, 1.0], level=0.9).low == pytest.approx(0.05**0.5)
+    for values, per in (([1.2, 0], None), ([-0.1, 0], None), ([2, 1], [1, 1])):
+        with pytest.raises(ValueError, match=r"values\[0\] is no share"):
+            share_interval(values, per=per)
+
+
+@pytest.mark.parametrize(("n", "p", "alone"), [(20, 0.95, 0.639), (20, 0.99, 0.182), (60, 0.99, 0.450)])
+def test_coverage_of_shares_near_one(n: int, p: float, alone: float):
+    """Over all counts of rows that are right, by their chance; the bootstrap by itself covers what ``alone`` says."""
+
+    def coverage(interval: Callable[..., Estimate]) -> float:
+        counts = [right for right in range(n + 1) if binom.pmf(right, n, p) > 1e-5]
+        found = {right: interval(np.arange(n) < right, resamples=2000) for right in counts}
+        return float(sum(binom.pmf(k, n, p) for k, one in found.items() if one.low <= p <= one.high))
+
+    assert coverage(bootstrap_interval) == pytest.approx(alone, abs=0.01)
+    assert coverage(share_interval) > 0.97
+
+
 def test_win_rate_counts_ties_as_half():
     """Two wins, one tie, one loss of four: 2.5 / 4."""
     assert win_rate([0.0, 0.0, 0.5, 1.0], [1.0, 0.2, 0.5, 0.0]).value == 0.625
 
 
 def test_win_rate_is_paired():
-    """After is above before on every prompt although the scores overlap: paired, the rate is 1 and certain."""
+    """After is above before on every prompt although the scores overlap: paired, the rate is 1, and 0.025^(1/20)."""
     before = np.arange(20.0)
-    assert win_rate(before, before + 0.1) == Estimate(1.0, 1.0, 1.0, 20)
+    found = win_rate(before, before + 0.1)
+    assert (found.value, found.low, found.high) == (1, pytest.approx(0.025 ** (1 / 20)), 1)
 
 
 @pytest.mark.parametrize(

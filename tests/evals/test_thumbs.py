@@ -47,6 +47,16 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
     assert held >= 190 - 4 * np.sqrt(200 * 0.95 * 0.05)
 
 
+def test_an_area_of_one_by_hand() -> None:
+    """Of 8 up and 4 down 4 pairs are apart: 0.025^(1/4) = 0.39764. Of 4 prompts with both, 2 pairs: 0.025^(1/2)."""
+    scores, up = np.arange(12.0), np.arange(12) >= 4
+    found = auc_interval(scores, up)
+    assert (found.value, found.low, found.high, found.n) == (1, pytest.approx(0.397635, abs=1e-6), 1, 12)
+    assert auc_interval(-scores, up).high == pytest.approx(1 - 0.397635, abs=1e-6)
+    both = auc_interval([0, 5, 1, 6, 2, 7, 3, 8], [False, True] * 4, groups="aabbccdd")
+    assert (both.low, both.n) == (pytest.approx(0.025**0.5), 4)
+
+
 def test_rows_of_one_prompt_are_drawn_together() -> None:
     """Each answer ten times over: rows alone would give an interval that is too narrow by sqrt 10."""
     rng = np.random.default_rng(3)

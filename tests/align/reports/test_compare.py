@@ -115,6 +115,20 @@ def test_what_differs(compared: Callable[..., Page]) -> None:
     assert "other, held-out:" in loss
 
 
+def test_pairs_of_one_prompt_count_once(finished_run: Path, other_run: Path, tmp_path: Path) -> None:
+    """Held-out pairs of which four have one prompt each: 10 are compared, not 40."""
+    for run in (finished_run, other_run):
+        path = run / "eval" / "displacement.json"
+        found = json.loads(path.read_text())
+        for number, row in enumerate(found["rows"]):
+            row["group"] = number // 4
+        path.write_text(json.dumps(found))
+    page = Page(render_comparison([finished_run, other_run], [], tmp_path / "compare.html"))
+    counts = {row[0]: row[5] for row in page.rows if len(row) == 8}
+    assert counts["Log-prob change of chosen answers, per token"] == "10"
+    assert counts["Preference accuracy on held-out pairs"] == "40"
+
+
 def test_answers_side_by_side(compared: Callable[..., Page], finished_run: Path) -> None:
     page = compared()
     assert page.count("article") == 40
@@ -173,21 +187,6 @@ def frontier() -> dict[str, Any]:
     }
     models = {name: {"n": 3, "metrics": {}, "points": own} for name, own in points.items()}
     return compared_result("frontier", models, [], {"source": "d"}, "base", {}, notes=[])
-
-
-def pluralism() -> dict[str, Any]:
-    names = ("accuracy", "macro", "worst_annotator", "worst_group", "accuracy/a", "accuracy/b")
-    metrics = {name: bootstrap_interval([1.0, 0.0, 1.0]) for name in names}
-    one = suite_result("pluralism", metrics, [{"row_id": str(i)} for i in range(3)], {})
-    return compared_result("pluralism", {"pal": one, "pal@mean": one}, [], {"source": "d"}, None, {})
-
-
-def resampling() -> dict[str, Any]:
-    """One problem, of which up to two samples are drawn."""
-    curve = {"value": [0.0, 0.5, 0.75], "low": None, "high": None}
-    curves = {"k": [0, 1, 2], "correct": curve, "perfect": curve, "utility": {"1": curve}}
-    one = suite_result("resampling", {"accuracy": bootstrap_interval([1.0, 0.0])}, [{}], {})
-    return compared_result("resampling", {"m": {**one, "curves": curves, "best": {"1": {}}}}, [], {}, None, {})
 
 
 def test_a_frontier(compared: Callable[..., Page]) -> None:
@@ -282,7 +281,7 @@ def test_the_command(finished_run: Path, other_run: Path, tmp_path: Path, monkey
 
 
 def test_images_are_those_of_the_page() -> None:
-    for result in (generation(), calibration(), preference(), frontier(), pluralism(), resampling()):
+    for result in (generation(), calibration(), preference(), frontier()):
         images = result_images(result)
         assert [image.title for image in images] == [picture.title for picture in result_pictures(result)] != []
         assert all(image.png.startswith(b"\x89PNG") for image in images)

@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from align.cli import app
+from align.evals.difference import changes
 from align.reports.results import read_result, shown_result
 from align.rewards.models import RewardModel
 
@@ -24,7 +25,10 @@ def align() -> Callable[..., Result]:
 
 @pytest.fixture
 def evaluated(align: Callable[..., Result], tmp_path: Path) -> Callable[..., tuple[dict[str, Any], str]]:
-    """``evaluated(MODEL, "--suite", "preference")``: the result, which a page can show, and what was printed."""
+    """``evaluated(MODEL, "--suite", "preference")``: the result and what was printed.
+
+    A page can show every one, and none is worse than itself.
+    """
 
     def run(*words: Any) -> tuple[dict[str, Any], str]:
         output = tmp_path / "result.json"
@@ -32,6 +36,7 @@ def evaluated(align: Callable[..., Result], tmp_path: Path) -> Callable[..., tup
         assert result.exit_code == 0, result.output
         found = read_result(output)
         assert shown_result(found)["metrics"].lines
+        assert {change.status for change in changes(found, found)} <= {"same", "told"}
         return found, result.stdout
 
     return run
