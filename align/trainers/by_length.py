@@ -91,7 +91,7 @@ class LengthGrouped(Trainer):  # type: ignore[misc]
         """Tokens of each row as it is laid out: where each answer has a row of its own, the longest of them."""
         answers = [name for name in ("chosen_ids", "rejected_ids", "completion_ids") if name in dataset.column_names]
         longest = np.max([tokens_of(dataset, name) for name in answers], axis=0)
-        return (tokens_of(dataset, "prompt_ids") + longest).tolist()
+        return list((tokens_of(dataset, "prompt_ids") + longest).tolist())
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -115,4 +115,5 @@ def tokens_of(dataset: Dataset, *columns: str) -> np.ndarray[Any, np.dtype[np.in
     """How many tokens each row has in columns of token ids together."""
     arrow = dataset.with_format("arrow")
     counts = [pc.list_value_length(arrow[column][:]).to_numpy(zero_copy_only=False) for column in columns]
-    return np.sum(counts, axis=0, dtype=np.int64)
+    total: np.ndarray[Any, np.dtype[np.int64]] = np.sum(counts, axis=0, dtype=np.int64)
+    return total
