@@ -210,8 +210,15 @@ _PAIRS: dict[str, Rule] = {
     "log_loss": _log_loss,
     "rewardbench": lambda row: row["score"] > 0,
 }
+
+
+def _at(when: str, of: Rule) -> Rule:
+    """Of a row the one of its two sides."""
+    return lambda row: of(row[when])
+
+
 _SIDES: dict[str, Rule] = {
-    f"{name}_{when}": (lambda row, when=when, of=of: of(row[when]))
+    f"{name}_{when}": _at(when, of)
     for when in ("before", "after")
     for name, of in {
         "reward": lambda side: side["reward"],
