@@ -58,8 +58,8 @@ class Checker:
         self.lanes = [Lane(limit, most, predicates) for limit, most in zip(limits, WAITING, strict=True)]
         self._known: OrderedDict[bytes, _Known] = OrderedDict()
 
-    async def check(self, spec: Mapping[str, Any]) -> None:
-        """Look at a constraint.
+    async def check(self, spec: Mapping[str, Any] | list[Any]) -> None:
+        """Look at a constraint; a list is a structured output of vLLM's, see ``structured.problem``.
 
         Raises:
             ConstraintError: it is none.
@@ -246,7 +246,8 @@ def main() -> None:
     seconds, predicates = json.loads(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what is printed must not get among the answers
-    import align.decoding.constraints.wire  # noqa: F401  what is forked need not import it
+    import align.decoding.constraints.wire
+    import align.serve.structured  # noqa: F401  what is forked need not import them
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     print(json.dumps("ready"), file=answers, flush=True)
@@ -278,8 +279,13 @@ def _forked(text: str, seconds: float, predicates: Collection[str]) -> tuple[Out
 def _problem(text: str, predicates: Collection[str]) -> str:
     from align.decoding.constraints.wire import check
 
+    from .structured import problem
+
     try:
-        check(json.loads(text), predicates=predicates)
+        spec = json.loads(text)
+        if isinstance(spec, list):
+            return problem(*spec)[:LONGEST]
+        check(spec, predicates=predicates)
     except ConstraintError as error:
         return str(error)[:LONGEST]
     except RecursionError:

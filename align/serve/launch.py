@@ -23,6 +23,7 @@ from align.rewards.scorers import Scorer, load_scorer
 
 from .models import Served, served
 from .options import Options
+from .structured import BACKEND
 
 KEY_VARIABLE = "ALIGN_API_KEY"
 ALLOWANCE = (2.0, 0.05)
@@ -173,6 +174,7 @@ def arguments(asked: Serve, machine: Machine, what: Served) -> list[str]:
         "worker_extension_cls": WORKER,
         "scheduler_cls": SCHEDULER,
         "logprobs_mode": "processed_logits",
+        "structured_outputs_config": json.dumps({"backend": BACKEND}),
         "additional_config": json.dumps({"align": ours}),
         "allowed_origins": "[]",  # other sites' pages have no business here; ours is served from the same place
         "disable_uvicorn_access_log": True,

@@ -25,6 +25,7 @@ from .options import Options
 from .plain import Plain
 from .rewards import Rewards
 from .routes import attach
+from .structured import read_no_more
 from .wire import KEY
 from .work import Service
 
@@ -78,6 +79,7 @@ class AlignEndpoints:
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Load rewards and the vocabulary; a reward that cannot be loaded ends the start."""
         options = _options(args)
+        read_no_more()
         admission = Admission(options.max_running, options.max_waiting)
         state.align = Service(
             engine_client,

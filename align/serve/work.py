@@ -29,6 +29,7 @@ from .metrics import OUTCOMES, Metrics
 from .options import Options
 from .replies import Json, answer_json, as_asked
 from .rewards import Rewards
+from .structured import checked
 from .wire import KEY, LONGEST, Settings
 
 KEPT = 64
@@ -118,7 +119,7 @@ class Service:
     ) -> None:
         self.client, self.vocabulary, self.options = client, vocabulary, options
         self.admission, self.metrics, self.checker, self.rewards = admission, metrics, checker, rewards
-        self._generate = only_ours(client)
+        self._generate = guard(client, checker)
         self._built: OrderedDict[bytes, Built] = OrderedDict()
 
     async def admit(
@@ -241,8 +242,9 @@ class Service:
         return built
 
 
-def only_ours(client: Any) -> Callable[..., AsyncIterator[Any]]:
-    """Let nobody else send our settings to the engine: routes of vLLM's take them too, unchecked.
+def guard(client: Any, checker: Checker) -> Callable[..., AsyncIterator[Any]]:
+    """Let nobody else send our settings to the engine, which routes of vLLM's take too, unchecked; nor grammars that
+    were not looked at.
 
     Returns:
         The client's own ``generate``.
@@ -255,7 +257,9 @@ def only_ours(client: Any) -> Callable[..., AsyncIterator[Any]]:
                 f"{KEY}: settings of ours go to /v1/chat/completions and /v1/completions, as vllm_xargs.{KEY}, or to "
                 "/v1/align/smc"
             )
-        return inner(prompt, sampling_params, *args, **kwargs)
+        outputs = inner(prompt, sampling_params, *args, **kwargs)
+        asked = getattr(sampling_params, "structured_outputs", None)
+        return outputs if asked is None else checked(outputs, asked, checker)
 
     client.generate = generate
     return inner

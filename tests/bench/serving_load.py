@@ -199,6 +199,9 @@ class Client:
                 return "" if reply.status_code in (200, 400, 422) else f"{kind}: {reply.status_code}"
             case "heavy schema":
                 reply = await self.chat("hi", {**regex, "constraint": {"json": {**HEAVY, "title": str(number)}}})
+            case "heavy structured output":
+                spec = {"json": {**HEAVY, "title": str(number)}}
+                reply = await self.chat("hi", None, structured_outputs=spec, max_tokens=24)
             case "deep schema":
                 reply = await self.chat("hi", {**regex, "constraint": {"json": DEEP}}, max_tokens=24)
             case "impossible":
@@ -220,6 +223,7 @@ BAD = {
     "hostile regex": (200, 400, 422),
     "backtracking regex": (),
     "heavy schema": (400,),
+    "heavy structured output": (400,),
     "deep schema": (400, 422),
     "impossible": (422,),
     "no room": (422,),

@@ -249,6 +249,7 @@ def test_vllm_takes_the_arguments(tiny_model_dir: Path) -> None:
     assert args.enable_chunked_prefill is False
     assert args.trust_remote_code is False
     assert args.additional_config["align"]["server"]["max_particles"] == 64
+    assert args.structured_outputs_config.backend == "guidance"
 
 
 @pytest.mark.parametrize("given", [["nice"], ["=x"], ["nice="], ["a=m:f", "a=m:g"]])

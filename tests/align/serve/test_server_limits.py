@@ -68,6 +68,8 @@ BAD: list[tuple[str, dict[str, Any], int, str]] = [
     ("/v1/completions", {"prompt": "a", "stop": ["b"], **ours(constraint=ENDLESS)}, 400, "stop: it does not go with"),
     ("/v1/completions", {"prompt": "a", "max_tokens": 4, **ours(constraint=ENDLESS)}, 422, "no valid answer"),
     ("/v1/completions", {"prompt": "a", "logprobs": 2}, 400, "processed_logits"),
+    ("/v1/completions", {"prompt": "a", "structured_outputs": HOSTILE}, 400, "takes over 2 s to compile"),
+    ("/v1/completions", {"prompt": "a", "structured_outputs": {"regex": "("}}, 400, "unclosed group"),
     ("/v1/completions", {"prompt": ["a", "b"], "n": 9}, 400, "18 answers are over this server's limit of 16"),
     ("/v1/align/smc", smc(reward="same"), 400, "asks for column solution"),
     ("/v1/align/score", {"reward": "picky", "rows": [{"prompt": "a", "completion": "b"}]}, 400, "no such prompt"),
@@ -204,6 +206,31 @@ def test_an_endless_request_without_our_settings_is_stopped_too(server: Any, str
     assert error["message"].startswith(f"the request took over {server.seconds:g} s and was stopped")
 
 
+HEAVY = {f"p{number}": {"type": "string", "pattern": "(.{0,200}a.{0,200}){9}"} for number in range(60)}
+
+
+def test_vllms_own_structured_outputs_do_not_hold_up_the_server(server: Any) -> None:
+    """With xgrammar it read this one in its loop for half a minute; now nobody waits for that and the hostile one."""
+    asked = [{"json": {"type": "object", "properties": HEAVY}}, {"json": {**HOSTILE["json"], "title": "another"}}]
+    with ThreadPoolExecutor(2) as pool:
+        running = [
+            pool.submit(server.post, "/v1/completions", {"prompt": "a", "max_tokens": 8, "structured_outputs": one})
+            for one in asked
+        ]
+        longest = 0.0
+        while not all(reply.done() for reply in running):
+            began = time.monotonic()
+            assert httpx.get(f"{server.url}/health", timeout=60).status_code == 200
+            longest = max(longest, time.monotonic() - began)
+            time.sleep(0.02)
+    assert [reply.result().status_code for reply in running] == [200, 400]
+    assert longest < 1.5
+    body = {"prompt": "a", "max_tokens": 8, "structured_outputs": {"regex": "[ab]{3}"}}
+    text = server.post("/v1/completions", body).json()["choices"][0]["text"]
+    assert len(text) == 3
+    assert set(text) <= {"a", "b"}
+
+
 def test_so_many_requests_without_our_settings_are_under_way_and_no_more(server: Any) -> None:
     with server.http() as client, ExitStack() as running:
         for _ in range(server.plain):
@@ -224,7 +251,7 @@ def test_so_many_requests_without_our_settings_are_under_way_and_no_more(server:
 def test_under_load_good_requests_are_answered_right_and_nothing_is_left(
     server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Twelve clients of the serving bench, each with ten requests: nine good ones, and another kind of a bad one."""
+    """Clients of the serving bench, each with ten requests: nine good ones, and another kind of a bad one."""
     monkeypatch.syspath_prepend(str(BENCH))
     import serving_load
 

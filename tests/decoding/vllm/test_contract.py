@@ -24,7 +24,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.utils import api_utils
-from vllm.exceptions import VLLMClientError, VLLMValidationError
+from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMValidationError
 from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
@@ -37,6 +37,9 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.sample import sampler
 from vllm.v1.sample.logits_processor import interface as first
+from vllm.v1.structured_output import backend_guidance
+from vllm.v1.structured_output.backend_types import StructuredOutputOptions
+from vllm.v1.structured_output.request import get_structured_output_key
 from vllm.v1.worker.gpu.sample.logits_processor import interface as second
 from vllm.v1.worker.worker_base import WorkerBase
 
@@ -186,3 +189,15 @@ def test_the_server_and_its_handlers() -> None:
     assert 'message["type"] == "http.disconnect"' in source
     assert {"make_arg_parser", "validate_parsed_serve_args"} <= set(dir(cli_args))
     assert {"cli_env_setup", "validate_json_request"} <= set(dir(api_utils))
+
+
+def test_where_structured_outputs_are_read() -> None:
+    """They are compiled elsewhere first, so that the loop needs not: by the name that is looked up at each request."""
+    assert names(backend_guidance.validate_guidance_grammar) == ["sampling_params", "tokenizer"]
+    source = inspect.getsource(SamplingParams._validate_structured_outputs)
+    assert "from vllm.v1.structured_output.backend_guidance import (" in source
+    assert names(get_structured_output_key) == ["params"]
+    kinds = {"JSON", "JSON_OBJECT", "REGEX", "GRAMMAR", "CHOICE", "STRUCTURAL_TAG"}
+    assert {kind.name for kind in StructuredOutputOptions} == kinds
+    assert names(GracefulHTTPError) == ["message", "http_status"]
+    assert not issubclass(GracefulHTTPError, VLLMClientError)
