@@ -52,7 +52,7 @@ bench-ches: $(VENV)/.installed-run  ## time CHES against a plain loop: pairs a s
 
 # BENCH_ARGS=--quick for minutes instead of an hour, '--peer-python <a Python that has genlm-control>' for the comparison.
 bench-serve: $(VENV)/.installed-vllm  ## time decoding inside vLLM and its server: tokens a second, waits, memory, load
-	$(BIN)/python tests/bench/serving.py --output docs/results/serving.md $(BENCH_ARGS)
+	$(BIN)/python tests/bench/serving.py $(BENCH_ARGS)
 
 # `losses/` is `align.losses` only once installed: mypy and import-linter look at the wheel, not at the checkout.
 types: installed-tree

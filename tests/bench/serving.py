@@ -2,8 +2,8 @@
 
 Run it with ``make bench-serve``. Every part is a process of its own with one engine of SmolLM2, in which the ways take
 turns, so that what else the machine does meets them alike; ratios are medians over the rounds. Rows are kept in
-``--kept``, and a part that is run again replaces its own; the tables at the end of ``--output`` are written anew from
-all of them.
+``--kept``, and a part that is run again replaces its own. At the end of ``--output`` the tables of the parts that were
+run are written anew, and those of others stay. A quick run writes none, unless it is told where.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from serving_tables import MARK, tables
+from serving_tables import page, tables
 
 PARTS = {
     "offline": "ways at 1, 8 and 32 requests at a time",
@@ -29,6 +29,7 @@ PARTS = {
     "server": "over HTTP",
     "load": "32 clients, one request in ten bad",
 }
+PAGE = Path("docs/results/serving.md")
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -71,22 +72,25 @@ def main() -> None:
     parser.add_argument("--load-minutes", type=float, default=5.0)
     parser.add_argument("--peer-python", type=Path, help="a Python that has genlm-control 0.4.1; without it no peer")
     parser.add_argument("--kept", type=Path, default=Path("runs/bench-serve/rows.jsonl"))
-    parser.add_argument("--output", type=Path, help="a Markdown file whose tables are replaced; else they are printed")
+    parser.add_argument("--output", type=Path, help=f"a Markdown file whose tables are replaced; {PAGE} by default")
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.kept = 1, options.kept.with_name("quick.jsonl")
+    elif options.output is None:
+        options.output = PAGE
     options.kept.parent.mkdir(parents=True, exist_ok=True)
+    fresh = set()
     for part in options.only:
         if (part == "peer" and options.peer_python is None) or (part in ("load", "memory", "exact") and options.quick):
             continue
         print(f"{part}: {PARTS[part]}", flush=True)
         run(part, options, options.kept)
-    rows = [json.loads(line) for line in options.kept.read_text().splitlines()]
-    lines = tables(rows)
-    print("\n".join(lines))
-    if options.output is not None:
-        prose = options.output.read_text(encoding="utf-8").split(MARK)[0] if options.output.exists() else ""
-        options.output.write_text(prose + MARK + "\n\n" + "\n".join(lines), encoding="utf-8")
+        made = tables([json.loads(line) for line in options.kept.read_text().splitlines()])
+        fresh.add(part)
+        print("\n".join(made[part]))
+        if options.output is not None:  # now, and not in the end: parts take long, and the next may fail
+            before = options.output.read_text(encoding="utf-8") if options.output.exists() else ""
+            options.output.write_text(page(before, made, fresh), encoding="utf-8")
 
 
 if __name__ == "__main__":

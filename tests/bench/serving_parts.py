@@ -25,8 +25,11 @@ from serving_transfer import BEST, SETTINGS, against_naive, ours
 from serving_ways import ANYTHING, FREE, GREEDY, LONGEST, RECORD, ROWS, WAYS, Bench, Made, person
 
 from align.decoding.constraints import Vocabulary
+from align.decoding.vllm.machine import vllm_version
 from align.decoding.vllm.rows import Rows
 from align.decoding.vllm.settings import read
+from align.models.hardware import has_bf16_cpu
+from align.tracking.manifest import hardware
 
 COUNTS = {1: 2, 8: 16, 32: 64}
 """Requests of a round, by how many are under way at a time; of requests with particles as many as that."""
@@ -69,9 +72,7 @@ def turns(bench: Bench, options: argparse.Namespace, names: Sequence[str], say: 
 
 def offline(options: argparse.Namespace, say: Say) -> None:
     """All ways."""
-    bench = Bench()
-    say({"about": about(bench)})
-    turns(bench, options, [*WAYS, TRANSFER], say)
+    turns(Bench(), options, [*WAYS, TRANSFER], say)
 
 
 def threads(options: argparse.Namespace, say: Say) -> None:
@@ -91,19 +92,19 @@ def memory(options: argparse.Namespace, say: Say) -> None:
     names = [FREE, *(name for name in WAYS if "record" in name), TRANSFER]
     for name in names:
         command = [sys.executable, __file__, f"memory of {name}", "--output", str(options.output)]
-        subprocess.run(command, check=True)
+        subprocess.run([*command, *(["--quick"] if options.quick else [])], check=True)
 
 
-def memory_of(name: str, say: Say) -> None:
+def memory_of(name: str, options: argparse.Namespace, say: Say) -> None:
     """In this process: resident with the engine started and nothing asked, and the most from there on."""
     bench, mine = Bench(), psutil.Process()
     (before,) = resident(mine)
-    for at in COUNTS:
+    for at in counts(options):
         Path("/proc/self/clear_refs").write_text("5")
         if name == TRANSFER:
-            ours(bench, SETTINGS[BEST], at, 8)
+            ours(bench, SETTINGS[BEST], at, 2 if options.quick else 8)
         else:
-            bench.run(WAYS[name], at, at, 1)
+            bench.run(WAYS[name], at, at, 1, 12 if options.quick else LONGEST)
         lines = Path("/proc/self/status").read_text().splitlines()
         most = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
         say({"way": name, "at": at, "before": before, "peak": most})
@@ -220,15 +221,14 @@ def under_load(options: argparse.Namespace, say: Say) -> None:
         say(asyncio.run(load(url, process, options.load_minutes, print)))
 
 
-def about(bench: Bench) -> str:
+def about() -> str:
     """What it was measured on."""
-    import vllm
-
-    cores = len(os.sched_getaffinity(0))
+    name, version = vllm_version()
+    threads = torch.get_num_threads()
+    processor = f"{hardware()['cpu']}, bfloat16 {'in hardware' if has_bf16_cpu() else 'without hardware for it'}"
     return (
-        f"vLLM {vllm.__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
-        f"{bench.columns if hasattr(bench, 'columns') else bench.engine.columns:,} tokens, {cores} cores shared with "
-        f"others, {torch.get_num_threads()} thread"
+        f"{name} {version}, torch {torch.__version__}, Python {platform.python_version()}; {processor}, "
+        f"{len(os.sched_getaffinity(0))} cores shared with others, {threads} thread{'s' if threads > 1 else ''}"
     )
 
 
@@ -251,7 +251,7 @@ def main() -> None:
         print({k: v for k, v in short.items() if not isinstance(v, list | dict)}, flush=True)
 
     if part == "memory" and part != options.part:
-        memory_of(options.part.partition(" of ")[2], say)
+        memory_of(options.part.partition(" of ")[2], options, say)
         return
     work: dict[str, Callable[[argparse.Namespace, Say], None]] = {
         "offline": offline,
@@ -265,6 +265,7 @@ def main() -> None:
         "server": over_http,
         "load": under_load,
     }
+    say({"about": about()})
     work[part](options, say)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 MARK = "<!-- What follows is written by make bench-serve. -->"
@@ -12,27 +13,39 @@ Row = dict[str, Any]
 FREE, GREEDY = "unconstrained, temperature 1", "unconstrained, greedy"
 
 
-def tables(rows: Sequence[Row]) -> list[str]:
-    """All of them."""
+def tables(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """The section of each part that has rows."""
     of: dict[str, list[Row]] = {}
+    about: dict[str, str] = {}
     for row in rows:
-        of.setdefault(row["of"], []).append(row)
-    lines: list[str] = []
-    for part, make in (
-        ("offline", offline),
-        ("threads", lambda found: ["## Two threads", "", *speeds(found)]),
-        ("guidance", lambda found: ["## Structured outputs by llguidance", "", *speeds(found)]),
-        ("peer", peer),
-        ("transfer", lambda found: transfer(found, "bfloat16")),
-        ("exact", lambda found: transfer(found, "float32")),
-        ("rows", alone),
-        ("memory", memory),
-        ("server", http),
-        ("load", load),
-    ):
+        if "about" in row:
+            about[row["of"]] = row["about"]
+        else:
+            of.setdefault(row["of"], []).append(row)
+    found = {}
+    for part, (heading, make) in SECTIONS.items():
         if part in of:
-            lines += [*make(of[part]), ""]
-    return lines
+            told = [about[part], ""] if part in about else []
+            found[part] = [f"## {heading}", "", *told, *make(of[part])]
+    return found
+
+
+def page(before: str, made: Mapping[str, Sequence[str]], fresh: Collection[str]) -> str:
+    """A page with the sections of the parts that were run now; those of the others stay as they are.
+
+    Args:
+        before: the page as it is.
+        made: sections by part.
+        fresh: parts that were run now. What else is made is for a page that lacks it.
+    """
+    prose, _, written = before.partition(MARK)
+    sections = {text.partition("\n")[0]: text.strip() for text in re.split(r"^(?=## )", written, flags=re.M)[1:]}
+    for part, lines in made.items():
+        if part in fresh or lines[0] not in sections:
+            sections[lines[0]] = "\n".join(lines).strip()
+    order = [f"## {heading}" for heading, _ in SECTIONS.values()]
+    known = [sections.pop(heading) for heading in order if heading in sections]
+    return "\n\n".join([prose + MARK, *known, *sections.values()]) + "\n"
 
 
 def spread(values: Iterable[float], form: str = ".2f") -> str:
@@ -66,12 +79,6 @@ def by(rows: Iterable[Row], *names: str) -> dict[tuple[Any, ...], dict[int, Row]
     for row in rows:
         found.setdefault(tuple(row[name] for name in names), {})[row["round"]] = row
     return found
-
-
-def offline(rows: Sequence[Row]) -> list[str]:
-    """The engine in one process."""
-    about = next((row["about"] for row in rows if "about" in row), "")
-    return ["## One process", "", about, "", *speeds([row for row in rows if "way" in row])]
 
 
 def speeds(rows: Sequence[Row]) -> list[str]:
@@ -141,7 +148,7 @@ def peer(rows: Sequence[Row]) -> list[str]:
         )
     head = ["particles", "way", "tokens/s", "tokens per CPU second", "against genlm-control, CPU", "by the clock"]
     head += ["of unconstrained, CPU", "questions a token", "log-evidence of a run", "log of the mean"]
-    return ["## AWRS-SMC against genlm-control 0.4.1", "", *table(head, lines)]
+    return table(head, lines)
 
 
 def mean_of_logs(values: Sequence[float]) -> float:
@@ -150,7 +157,7 @@ def mean_of_logs(values: Sequence[float]) -> float:
     return most + math.log(sum(math.exp(value - most) for value in values) / len(values))
 
 
-def transfer(rows: Sequence[Row], dtype: str) -> list[str]:
+def transfer(rows: Sequence[Row]) -> list[str]:
     """Transfer-Q* and its naive loop."""
     found = by(rows, "way")
     slow = found[("naive",)]
@@ -175,7 +182,7 @@ def transfer(rows: Sequence[Row], dtype: str) -> list[str]:
     tokens = next(iter(slow.values()))["begun"]["tokens"]
     head = ["way", f"CPU ms a token, first {tokens}", "times as fast as naive", f"the same first {tokens} tokens"]
     head += ["CPU ms a token, whole answer", "rollout tokens a token", "rewards a token", "reward"]
-    return [f"## Transfer-Q* against its naive loop, {dtype}", "", *table(head, lines)]
+    return table(head, lines)
 
 
 def alone(rows: Sequence[Row]) -> list[str]:
@@ -190,7 +197,7 @@ def alone(rows: Sequence[Row]) -> list[str]:
         for row in rows
     ]
     head = ["vocabulary", "constraint", "rows", "CPU ms a row: median, 10th to 90th percentile"]
-    return ["## The sampler alone", "", *table(head, lines)]
+    return table(head, lines)
 
 
 def memory(rows: Sequence[Row]) -> list[str]:
@@ -204,7 +211,7 @@ def memory(rows: Sequence[Row]) -> list[str]:
         for way, made in found.items()
     ]
     head = ["way", "engine started", *(f"most at {at}" for at in ats)]
-    return ["## Memory, MiB resident", "", *table(head, lines)]
+    return table(head, lines)
 
 
 def http(rows: Sequence[Row]) -> list[str]:
@@ -228,7 +235,7 @@ def http(rows: Sequence[Row]) -> list[str]:
             ]
         )
     head = ["clients", "way", "tokens/s", "tokens per CPU second", "of unconstrained", "seconds a request: p50, p99"]
-    return ["## Over HTTP", "", *table([*head, "wrong answers"], lines)]
+    return table([*head, "wrong answers"], lines)
 
 
 def load(rows: Sequence[Row]) -> list[str]:
@@ -253,4 +260,19 @@ def load(rows: Sequence[Row]) -> list[str]:
             ),
         ],
     ]
-    return ["## Load", "", *table(["", ""], lines)]
+    return table(["", ""], lines)
+
+
+SECTIONS: dict[str, tuple[str, Callable[[Sequence[Row]], list[str]]]] = {
+    "offline": ("One process", speeds),
+    "threads": ("Two threads", speeds),
+    "guidance": ("Structured outputs by llguidance", speeds),
+    "peer": ("AWRS-SMC against genlm-control 0.4.1", peer),
+    "transfer": ("Transfer-Q* against its naive loop, bfloat16", transfer),
+    "exact": ("Transfer-Q* against its naive loop, float32", transfer),
+    "rows": ("The sampler alone", alone),
+    "memory": ("Memory, MiB resident", memory),
+    "server": ("Over HTTP", http),
+    "load": ("Load", load),
+}
+"""The heading of each part, and what makes its table; in the order of the page."""
