@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .generation import distinct, repetition
+from .generation import distinct_estimate, repetition
 from .kl import LogRatios
 from .length_control import length_controlled
 from .result import suite_result
@@ -42,7 +42,7 @@ def compare_answers(
         By model ``suite_result`` of ``generation``. Metrics, intervals by prompt: ``win_rate`` (mean probability),
         ``ties`` (share of prompts at 1/2), ``length_controlled_win_rate`` (``length_control``; characters),
         ``set_aside`` (share of prompts), ``reward``, ``reward_change``, ``kl_to_reference`` and
-        ``kl_to_reference_per_token``, ``length`` (tokens), ``unfinished``, ``repetition``, and without interval
+        ``kl_to_reference_per_token``, ``length`` (tokens), ``unfinished``, ``repetition`` and
         ``distinct_1`` to ``distinct_3``. The baseline has those that are not of a comparison. And every model against
         the baseline in reward, length, unfinished, repetition and win rate (against 1/2), as
         ``statistics.comparisons`` has them.
@@ -61,7 +61,7 @@ def compare_answers(
         metrics = {metric: bootstrap_interval(column) for metric, column in columns.items()}
         metrics["unfinished"] = share_interval(columns["unfinished"])
         for n in (1, 2, 3):
-            metrics[f"distinct_{n}"] = Estimate(distinct([a.tokens for a in own], n), None, None, len(own))
+            metrics[f"distinct_{n}"] = distinct_estimate([answer.tokens for answer in own], n)
         rows = [
             {"row_id": row_id, "prompt": prompt, "text": answer.text, "tokens": len(answer.tokens)}
             | {"finished": answer.finished, "repetition": repetition(answer.tokens)}

@@ -24,12 +24,10 @@ from torch import Tensor
 
 from .preference import preferred
 from .result import suite_result
-from .statistics import LEVEL, Estimate, bootstrap_interval, finite_vector, share_interval
+from .statistics import LEVEL, Estimate, Z, bootstrap_interval, finite_vector, share_interval
 
 FloatArray = NDArray[np.float64]
 SIMULATED = 2000
-Z = 1.959963984540054
-"""Of a 95 % interval."""
 
 
 def calibration_suite(

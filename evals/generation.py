@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +16,7 @@ from align.rewards.scorers import RuleReward
 from .kl import LogRatios
 from .result import suite_result
 from .sampling import Sample
-from .statistics import Estimate, bootstrap_interval, finite_vector, share_interval, win_rate
+from .statistics import Estimate, Z, bootstrap_interval, finite_vector, share_interval, win_rate
 
 
 def compare(
@@ -43,8 +45,8 @@ def compare(
         ``unfinished_*`` (share that ``max_new_tokens`` cut); ``repetition_*`` (share of an answer's 3-grams of tokens
         that it has said before, mean over answers); ``distinct_*`` (different 2-grams of tokens as a share of all,
         over all answers together: low when the answers are alike; it also falls as text gets longer, so compare at
-        similar length; no interval). With ``kl``: ``kl_to_reference`` (nats per answer) and
-        ``kl_to_reference_per_token`` (all nats over all tokens).
+        similar length; its interval is ``distinct_estimate``'s). With ``kl``: ``kl_to_reference`` (nats per answer)
+        and ``kl_to_reference_per_token`` (all nats over all tokens).
         Rows ``{prompt, before, after, kl}``, answers as ``{text, reward, tokens, finished, repetition}``; ``kl`` in
         nats is of the answer drawn for the KL and not of the one shown, unless they are the same; None where there is
         none.
@@ -96,6 +98,30 @@ def distinct(answers: Sequence[Sequence[int]], n: int = 2) -> float:
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
+def distinct_estimate(answers: Sequence[Sequence[int]], n: int = 2) -> Estimate:
+    """``distinct`` with an interval, for as many answers as there are.
+
+    The bootstrap would draw answers twice, whose n-grams are not different. So each answer is left out in turn (the
+    jackknife): ``v = (N - 1)/N sum (d_i - mean d)^2``, which is too large rather than too small in the mean (Efron and
+    Stein, Annals of Statistics 9, 1981), and the interval is ``d -+ 1.96 sqrt(v)``, within [0, 1].
+    """
+    value, count = distinct(answers, n), len(answers)
+    several = [Counter(_ngrams(tokens, n)) for tokens in answers]
+    every = sum(several, Counter[tuple[int, ...]]())
+    total = every.total()
+    if count == 1 or total == 0:
+        return Estimate(value, None, None, count)
+    left_out = [
+        (len(every) - sum(every[gram] == times for gram, times in own.items())) / (total - own.total())
+        for own in several
+        if own.total() < total
+    ]
+    if len(left_out) < count:  # all n-grams are of one answer
+        return Estimate(value, None, None, count)
+    reach = Z * math.sqrt((count - 1) * float(np.var(left_out)))
+    return Estimate(value, max(0.0, value - reach), min(1.0, value + reach), count)
+
+
 def _ngrams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
     return [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
 
@@ -109,13 +135,12 @@ def _scores(reward: Reward, prompts: Sequence[str], answers: Sequence[Sample]) -
 
 
 def _side(answers: Sequence[Sample], scores: NDArray[np.float64], when: str) -> dict[str, Estimate]:
-    diversity = distinct([answer.tokens for answer in answers])
     return {
         f"reward_{when}": bootstrap_interval(scores),
         f"length_{when}": bootstrap_interval([len(answer.tokens) for answer in answers]),
         f"unfinished_{when}": share_interval([not answer.finished for answer in answers]),
         f"repetition_{when}": bootstrap_interval([repetition(answer.tokens) for answer in answers]),
-        f"distinct_{when}": Estimate(diversity, None, None, len(answers)),
+        f"distinct_{when}": distinct_estimate([answer.tokens for answer in answers]),
     }
 
 

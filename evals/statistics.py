@@ -14,6 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 
 LEVEL = 0.95
 RESAMPLES = 10_000
+Z = 1.959963984540054
+"""Of a 95 % interval."""
 CLEAR = 0.05
 """A comparison is clear where its adjusted p-value is below this."""
 _BLOCK = 2**20  # drawn indices held at once: bounds memory, whatever n is

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 
-from align.evals.generation import compare, distinct, repetition
+from align.evals.generation import compare, distinct, distinct_estimate, repetition
 from align.evals.kl import LogRatios
 from align.evals.sampling import Sample
+from align.evals.statistics import Estimate, Z
 
 PROMPTS = ["Name a fruit.", "Name a tree.", "Name a pet."]
 BEFORE = [Sample([1, 2, 1, 2, 1], "well well", False), Sample([3, 4, 9], "oak", True), Sample([5], "cats", False)]
@@ -82,6 +84,30 @@ def test_answers_at_another_temperature_are_said_to_be_biased():
     result = compare(PROMPTS, BEFORE, AFTER, brevity, kl=LogRatios([2.0], [2], 0.7))
     assert result["settings"]["kl_temperature"] == 0.7
     assert result["settings"]["kl_unbiased"] is False
+
+
+def test_interval_of_distinct_by_hand():
+    """Answers 12, 34 and 12: 2 of 3 differ. Without one of the same two: 2/2; without 34: 1/2. Mean 5/6, v = 1/9."""
+    found = distinct_estimate([[1, 2], [3, 4], [1, 2]])
+    assert (found.value, found.low, found.n) == (pytest.approx(2 / 3), pytest.approx(2 / 3 - Z / 3), 3)
+    assert found.high == 1
+    assert distinct_estimate([[1, 2]]).low is None
+    assert distinct_estimate([[1, 2], [3]]).low is None, "all 2-grams are of one answer"
+    assert distinct_estimate([[], []]) == Estimate(1.0, None, None, 2)
+
+
+def test_interval_of_distinct_covers():
+    """Tokens by Zipf's law: the share of different ones among those of as many answers, in the mean over many."""
+    rng = np.random.default_rng(0)
+    law = 1 / np.arange(1, 101)
+    law /= law.sum()
+
+    def draw() -> list[list[int]]:
+        return [rng.choice(100, rng.integers(3, 20), p=law).tolist() for _ in range(24)]
+
+    truth = np.mean([distinct(draw(), 1) for _ in range(300)])
+    covered = sum(found.low <= truth <= found.high for found in (distinct_estimate(draw(), 1) for _ in range(200)))
+    assert covered / 200 > 0.93
 
 
 def test_short_answers_repeat_nothing():
