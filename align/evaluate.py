@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from align.answering import BATCH, Answers, Kept
 from align.config.schema import Recipe
 from align.data.prompts import unpacked
+from align.data.rows import PairRow
 from align.data.splits import Split
 from align.data.tokenize import encode_prompt
 from align.errors import AlignError
@@ -42,6 +43,7 @@ from align.models.scoring import sequence_logps
 from align.rewards.encoding import as_answer, plain
 from align.rewards.models import RewardOutput
 from align.rewards.named import load_reward
+from align.suites.pairs import texts_of
 from align.tracking.files import write_json, write_text
 from align.tracking.progress import progress
 from align.trainers.build import Built, losses_of
@@ -52,6 +54,8 @@ from align.trainers.thumbs_loss import thumbs_rewards
 SAMPLES_SHOWN = 20
 TRAINED, UNTRAINED = "trained", "untrained"
 """Whose answers they are, of the generation suite."""
+WITH_PROMPTS = ("generation", "goals")
+"""Suites whose rows have prompts and answers."""
 ANSWERS = ("chosen_ids", "rejected_ids", "completion_ids")
 
 
@@ -82,9 +86,17 @@ def evaluate(
             results[name] = json.loads(path.read_text(encoding="utf-8"))
             continue
         with built.trainer.accelerator.autocast():
-            results[name] = suites[name]()
+            results[name] = suites[name]() | _about(name, held_out)
         write_json(path, results[name])
     return results
+
+
+def _about(suite: str, held_out: Split) -> dict[str, Any]:
+    """The data of a suite whose rows do not have their texts: source, digest, counts, and prompts and answers."""
+    if suite in WITH_PROMPTS:
+        return {}
+    rows: list[Any] = held_out.used
+    return {"data": {**held_out.facts, **({"pairs": texts_of(rows)} if isinstance(rows[0], PairRow) else {})}}
 
 
 def check_testable(recipe: Recipe, splits: dict[str, Split]) -> None:

@@ -60,6 +60,8 @@ def test_checkpoints_of_a_run(align: Align, run: Path, heldout_file: Path, tmp_p
     assert found["settings"]["test"]["correction"] == "Holm"
     assert len(found["data"]["pairs"]) == 24
     assert found["data"]["pairs"][0].keys() == {"row_id", "prompt", "chosen", "rejected"}
+    for key in ("source", "sha256", "pairs"):
+        assert own["data"][key] == found["data"][key]
     assert "paired; * clear among all 6 comparisons (Holm)" in shown
     decrease = found["decreases"][str(run)]
     assert decrease["steps"] == 4
