@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import AlignError
-from align.evals.result import models_of, short_names
+from align.evals.result import SCHEMA, models_of, short_names
 
 from .compared import Row, Table, ends, p_words
 from .eval_figures import result_pictures
@@ -27,8 +27,12 @@ def read_result(path: Path) -> dict[str, Any]:
         raise AlignError(f"{path}: cannot be read ({error.strerror}); name a file that align eval wrote") from error
     except ValueError as error:
         raise AlignError(f"{path}: not JSON ({error}); name a file that align eval wrote") from None
-    if not isinstance(found, dict) or not {"suite", "schema", "n"} <= found.keys():
+    if not isinstance(found, dict) or not {"suite", "schema", "n"} <= found.keys() or not models_of(found):
         raise AlignError(f"{path}: no result of an evaluation; name a file that align eval wrote")
+    if found["schema"] != SCHEMA:
+        raise AlignError(f"{path}: of schema {found['schema']}, and this reads {SCHEMA}; make it again")
+    if not all("metrics" in one for one in models_of(found).values()):
+        raise AlignError(f"{path}: it has no metrics; name a file that align eval wrote")
     return found
 
 
@@ -66,9 +70,11 @@ def _points_table(points: Sequence[Row]) -> Table:
         bound = point.get("kl_bound")  # known, and no estimate
         most = None if bound is None else Measure("", number(bound["value"], POINTS), "", n)
         tokens = Measure("", f"{point['cost']['tokens']:.0f}", "", n)
-        return [_entry(point["reward"]), _entry(point["kl"]), most, tokens]
+        judged = [_entry(point["judge"])] if judge else []
+        return [_entry(point["reward"]), *judged, _entry(point["kl"]), most, tokens]
 
-    columns = ("reward", "KL, nats", "KL at most", "tokens a prompt")
+    judge = all("judge" in point for point in points)
+    columns = ("reward", *(["by the judge"] if judge else []), "KL, nats", "KL at most", "tokens a prompt")
     return Table(columns, [(point["label"], cells(point)) for point in points])
 
 

@@ -19,6 +19,7 @@ from align.config.section import Section
 from align.data.report import fault_report, write_rejected
 from align.data.rows import Fault
 from align.errors import AlignError, ConfigError
+from align.rewards.named import is_rule, reward_folder
 
 RESOLVED = "config.resolved.yaml"
 S = TypeVar("S", bound=Section)
@@ -63,6 +64,19 @@ class Asked:
         """
         if not self.models:
             raise ConfigError("align eval", [("MODEL", f"is missing: --suite {suite} asks models")])
+
+    def require_policies(self, suite: str) -> None:
+        """Stop where a suite whose models write answers is given none, or one that only scores them.
+
+        Raises:
+            ConfigError: which.
+        """
+        self.require_models(suite)
+        scores = {name: "is a rule" for name in self.models if is_rule(name)}
+        scores |= {name: "is a reward model" for name in self.models if name not in scores and is_reward_folder(name)}
+        if scores:
+            what = f", and --suite {suite} asks models that write answers"
+            raise ConfigError("align eval", [(name, kind + what) for name, kind in scores.items()])
 
     def refuse_models(self, suite: str, reads: str) -> None:
         """Stop where a suite that asks no model is given one.
@@ -155,6 +169,14 @@ def tell_faults(faults: Sequence[Fault], rows: int, rejected: Path) -> None:
     if faults:
         write_rejected(rejected, faults)
         print(fault_report(faults, rows, rejected))
+
+
+def is_reward_folder(name: str) -> bool:
+    """Whether a model is a folder that holds a reward or preference model."""
+    try:
+        return Path((reward_folder(name) or "").partition("@")[0]).is_dir()
+    except ValueError:
+        return False
 
 
 def _set(tree: DictConfig, text: str) -> None:

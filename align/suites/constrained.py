@@ -65,7 +65,8 @@ def run(asked: Asked, settings: Settings) -> dict[str, Any]:
         settings: the constraint and the methods.
 
     Returns:
-        ``compared_result``; its models are ``MODEL · METHOD``, each compared with the first. Metrics, by prompt:
+        ``compared_result``; its models are ``MODEL · METHOD``, each compared with the first, or the first that
+        has such a number. Metrics, by prompt:
         ``valid`` (share), ``tokens``, ``reward`` (of valid answers), and, of the prompts that have them,
         ``log_normaliser`` (log of the estimated probability that the model by itself answers within the constraint),
         ``ess``, ``calls_per_token``, ``masks``, ``dead_ends``, ``resamplings``. Rows have ``log_weights`` too.
@@ -74,7 +75,7 @@ def run(asked: Asked, settings: Settings) -> dict[str, Any]:
         ConfigError: there is no constraint, or it cannot be read.
         AlignError: a model or the data cannot be used.
     """
-    asked.require_models("constrained")
+    asked.require_policies("constrained")
     controls = {method: _control(settings, method) for method in settings.methods}
     rewards = Rewards(settings.reward) if settings.reward else None
     field = settings.constraint_field
@@ -94,7 +95,7 @@ def run(asked: Asked, settings: Settings) -> dict[str, Any]:
     results = {name: suite_result("constrained", _metrics(rows), rows, None) for name, rows in found.items()}
     first = next(iter(found))
     about = {**settings.model_dump(), "prompts": len(prompts.rows), "temperature": 1.0}
-    return compared_result("constrained", results, _compared(found, first), prompts.facts, first, about)
+    return compared_result("constrained", results, _compared(found), prompts.facts, first, about)
 
 
 def show(result: Mapping[str, Any]) -> None:
@@ -192,16 +193,17 @@ def _metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _compared(found: Mapping[str, Sequence[Mapping[str, Any]]], first: str) -> list[dict[str, Any]]:
-    """On the prompts that both have a number for."""
+def _compared(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """With the first that has such a number, on the prompts that both have one for."""
     pairs = []
-    for name, rows in found.items():
-        for metric in ("valid", "tokens", "log_normaliser", "reward"):
-            before, after = (
-                {row["row_id"]: float(row[metric]) for row in side if row.get(metric) is not None}
-                for side in (found[first], rows)
-            )
-            one, other = common(before, after)
-            if name != first and len(one):
-                pairs.append((metric, name, first, one, other))
+    for metric in ("valid", "tokens", "log_normaliser", "reward"):
+        values = {
+            name: {row["row_id"]: float(row[metric]) for row in rows if row.get(metric) is not None}
+            for name, rows in found.items()
+        }
+        base, *others = [name for name, own in values.items() if own] or [""]
+        for name in others:
+            one, other = common(values[base], values[name])
+            if len(one):
+                pairs.append((metric, name, base, one, other))
     return paired(pairs)

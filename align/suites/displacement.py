@@ -74,7 +74,7 @@ def run(asked: Asked, settings: Settings) -> dict[str, Any]:
     Raises:
         AlignError: a model cannot be loaded, reads other tokens than the reference, or no row can be used.
     """
-    asked.require_models("displacement")
+    asked.require_policies("displacement")
     models, source = asked.models, asked.source
     steps = {name: steps_of(name) for name in dict.fromkeys(models)}
     names = list(dict.fromkeys(step for several in steps.values() for step in several))

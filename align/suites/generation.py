@@ -69,7 +69,7 @@ def run(asked: Asked, settings: Settings) -> dict[str, Any]:
         ConfigError: nobody judges.
         AlignError: a model, the data, the annotator or the reward cannot be used.
     """
-    asked.require_models("generation")
+    asked.require_policies("generation")
     parsed = _annotator(settings)
     rewards = Rewards(settings.reward) if settings.reward else None
     table = read_table(asked, [*(parsed.rules if parsed else ()), *([settings.reward] if settings.reward else [])])

@@ -72,7 +72,7 @@ def run(asked: Asked, settings: Settings) -> dict[str, Any]:
         AlignError: lm-eval is not installed, or a model cannot be loaded.
         ConfigError: an unknown task, or no model.
     """
-    asked.require_models("lm-eval")
+    asked.require_policies("lm-eval")
     if find_spec(PACKAGE) is None:
         raise AlignError("--suite lm-eval needs lm-evaluation-harness: pip install 'align-lm[lm-eval]'")
     tasks = _tasks(settings)

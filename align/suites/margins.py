@@ -28,12 +28,12 @@ from align.losses.layouts import layout_of
 from align.models.load import LOAD_ERRORS, LoadedModel, Origin, load_run, origin_of
 from align.models.memory import release_freed
 from align.models.packaged import NAME as PACKAGED
-from align.rewards.named import is_rule, load_reward, reward_folder
+from align.rewards.named import is_rule, load_reward
 from align.rewards.pal_model import ChoiceError, load_reward_model
 from align.rewards.scorers import RewardError, RuleReward
 from align.tracking.progress import progress
 
-from .asked import RESOLVED, Asked
+from .asked import RESOLVED, Asked, is_reward_folder
 from .models import computing_in, let_score, load_reference, name_of, precision
 from .pairs import Pairs
 
@@ -80,7 +80,7 @@ def check_models(asked: Asked) -> None:
             if kind == "rule":
                 load_reward(name)
         except (ValueError, AlignError) as error:
-            problems.append((name, str(error)))
+            problems.append((name, str(error).removeprefix(f"{name}: ")))
             continue
         if kind != "policy" or asked.reference is not None or not _compares(name):
             continue
@@ -100,9 +100,9 @@ def kind_of(name: str) -> str:
     if is_rule(name):
         return "rule"
     if name == PACKAGED or _recipe_folder(Path(name).expanduser()) is not None:
-        return "reward" if _is_reward_folder(name) else "policy"
+        return "reward" if is_reward_folder(name) else "policy"
     if Path(name.partition("@")[0]).expanduser().is_dir():
-        return "reward" if _is_reward_folder(name) else "policy"
+        return "reward" if is_reward_folder(name) else "policy"
     if "@" in name:
         return "reward"
     try:
@@ -111,13 +111,6 @@ def kind_of(name: str) -> str:
         reason = str(error).partition("\n")[0]
         raise AlignError(f"{name}: neither a rule (module:function), a folder nor a model: {reason}") from error
     return "reward" if architectures[0].endswith("ForSequenceClassification") else "policy"
-
-
-def _is_reward_folder(name: str) -> bool:
-    try:
-        return Path((reward_folder(name) or "").partition("@")[0]).is_dir()
-    except ValueError:
-        return False
 
 
 @dataclass

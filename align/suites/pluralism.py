@@ -136,7 +136,9 @@ def show(result: Mapping[str, Any]) -> None:
     """Print shares of judgements and of people, the worst, the groups, and the prototypes."""
     console = printer()
     data = result["data"]
-    console.print(f"{result['n']:,} judgements of {data['annotators_used']:,} annotators in {data['source']}")
+    ties = f"; ties left out, which decide nothing: {data['ties']:,}" if data.get("ties") else ""
+    of = f"{data['annotators_used']:,} annotators in {data['source']}"
+    console.print(f"{result['n']:,} judgements of {of}{ties}", soft_wrap=True)
     table = plain_table("", "judgements", "people, mean", "worst annotator", "worst group")
     for name, found in result["models"].items():
         metrics = found["metrics"]

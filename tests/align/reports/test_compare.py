@@ -261,7 +261,13 @@ def test_what_is_refused(finished_run: Path, other_run: Path, tmp_path: Path) ->
     for runs in ([finished_run], [finished_run] * 2, [finished_run, *(tmp_path / str(i) for i in range(6))]):
         with pytest.raises(ConfigError):
             render_comparison(runs, [], target)
-    for content, message in ((None, "cannot be read"), ("{", "not JSON"), ('{"a": 1}', "no result")):
+    for content, message in (
+        (None, "cannot be read"),
+        ("{", "not JSON"),
+        ('{"a": 1}', "no result"),
+        ('{"suite": "preference", "schema": 99, "n": 1, "metrics": {}}', "of schema 99, and this reads 1"),
+        ('{"suite": "preference", "schema": 1, "n": 1}', "it has no metrics"),
+    ):
         path = tmp_path / "r.json"
         path.unlink(missing_ok=True)
         if content is not None:

@@ -27,7 +27,7 @@ def align() -> Callable[..., Result]:
 def evaluated(align: Callable[..., Result], tmp_path: Path) -> Callable[..., tuple[dict[str, Any], str]]:
     """``evaluated(MODEL, "--suite", "preference")``: the result and what was printed.
 
-    A page can show every one, and none is worse than itself.
+    A page can show every one, none is worse than itself, and the texts of pairs are in it.
     """
 
     def run(*words: Any) -> tuple[dict[str, Any], str]:
@@ -36,6 +36,10 @@ def evaluated(align: Callable[..., Result], tmp_path: Path) -> Callable[..., tup
         assert result.exit_code == 0, result.output
         found = read_result(output)
         assert shown_result(found)["metrics"].lines
+        if "pairs" in (found["data"] or {}):
+            texts = {pair["row_id"] for pair in found["data"]["pairs"]}
+            rows = [row for one in found["models"].values() for row in one["rows"]]
+            assert {name for row in rows for name in row.get("row_ids", [row.get("row_id")])} <= texts
         assert {change.status for change in changes(found, found)} <= {"same", "told"}
         return found, result.stdout
 

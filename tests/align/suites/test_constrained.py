@@ -38,8 +38,10 @@ def test_methods_of_a_model(
             assert row["reward"] == len(row["text"]) <= 3
             mean = sum(math.exp(w) for w in row["log_weights"] if w is not None) / 4
             assert math.log(mean) == pytest.approx(row["log_normaliser"])
-    metrics = {one["metric"] for one in found["comparisons"] if one["model"] == names[1]}
-    assert metrics == {"valid", "tokens"}
+    against = {(one["metric"], one["against"]) for one in found["comparisons"] if one["model"] == names[2]}
+    assert against == {(metric, names[0]) for metric in ("valid", "tokens")} | {
+        (metric, names[1]) for metric in ("log_normaliser", "reward")
+    }
     assert "log Z" in shown
     before = (tmp_path / "result.answers.jsonl").read_text()
     assert evaluated(*words)[0] == found

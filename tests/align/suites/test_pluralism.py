@@ -36,7 +36,8 @@ def test_pal_against_one_reward(evaluated: Evaluated, jsonl: Callable[..., Path]
     Eve, who is new, has the mean weights, which prefer neither answer; she likes yes. Heaviest prototypes: ann's 1,
     bob's 2; of the mean, with both as heavy, the first.
     """
-    data = jsonl(judgements(ann=True, bob=False, eve=True))
+    rows = judgements(ann=True, bob=False, eve=True)
+    data = jsonl([*rows, rows[0] | {"preference": 0.5}])
     found, shown = evaluated(users_rule, pal_dir, *SUITE, "--data", data)
     rule, mean, pal = found["models"].values()
     assert list(found["models"])[1:] == [f"{pal_dir}@mean", str(pal_dir)]
@@ -58,6 +59,7 @@ def test_pal_against_one_reward(evaluated: Evaluated, jsonl: Callable[..., Path]
         (str(pal_dir), f"{pal_dir}@mean"),
     ]
     assert "18 judgements of 3 annotators" in shown
+    assert "ties left out, which decide nothing: 1\n" in shown
     assert "least served: bob 0% of 6" in shown
     assert "2 of 3 annotators are known" in shown
 
