@@ -41,6 +41,27 @@ def best_of_reward(rewards: ArrayLike, n: int) -> float:
     return float(np.sort(finite_vector(rewards, "rewards")) @ weights(np.size(rewards), n))
 
 
+def best_of_judged(rewards: ArrayLike, judged: ArrayLike, n: int) -> float:
+    """Mean of what another judge says of the best of n by the rewards, over all subsets of n of the N: unbiased.
+
+    Of answers with the same reward any may be taken, so that each counts as the mean of them.
+
+    Args:
+        rewards: of N independent draws, (N,).
+        judged: of the same, (N,).
+        n: from 1 to N.
+
+    Raises:
+        ValueError: as ``best_of_reward``, or counts that differ.
+    """
+    given, others = finite_vector(rewards, "rewards"), finite_vector(judged, "judged")
+    if len(given) != len(others):
+        raise ValueError(f"{len(given)} rewards and {len(others)} of the judge: one each")
+    _, tied, counts = np.unique(given, return_inverse=True, return_counts=True)
+    means = np.bincount(tied, others) / counts
+    return float(means[np.sort(tied)] @ weights(len(given), n))
+
+
 def best_of_kl_bound(n: int) -> float:
     """``log n - (n - 1)/n``, nats: the KL of best of n to the reference is no more."""
     if n < 1:

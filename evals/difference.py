@@ -24,8 +24,8 @@ DIRECTIONS: dict[int, str] = {
     r"|log_normaliser|resamplings",
     -1: r"ece.*|brier|log_loss|rmse_.*|inconsistent|unjudged|frac_chosen_down|largest_fall|unfinished.*"
     r"|repetition.*|wrong_at_.*|false_positives|never_passed|missed|calls_per_token|masks|dead_ends",
-    1: r"accuracy.*|auc|macro|gain|margin.*|(length_controlled_)?win_rate.*|reward.*|valid|ess|agreement|kappa|right"
-    r"|whole|worst_.*|completeness|ceiling|correct_at_.*|best_utility_.*|distinct_.*|chosen_delta.*|passed|.*_change|.*_after",
+    1: r"accuracy.*|auc|macro|gain|judge|margin.*|(length_controlled_)?win_rate.*|reward.*|valid|ess|agreement|kappa"
+    r"|right|whole|worst_.*|completeness|ceiling|correct_at_.*|best_utility_.*|distinct_.*|chosen_delta.*|passed|.*_change|.*_after",
 }
 """Whether more of a metric is better (1), worse (-1) or neither (0): the first that its name before any slash fits.
 
@@ -33,6 +33,8 @@ What comes after is a subset, an annotator or a model, of which names say nothin
 goes first; a metric that none fits is one of which it is not known."""
 NEAR_0 = ("overconfidence", "length_bias")
 """Better where they are nearer to 0; where they go from one side of it to the other, neither way is."""
+OF_POINTS = {"reward": "reward", "judge": "judge", "kl_to_reference": "kl"}
+"""Metrics of a frontier's points, and under which key."""
 _ANNOTATORS = re.compile(r"^(un)?seen/")
 """What metrics of ``align.evals.pal`` begin with: ``seen/gain/MODEL/OTHER`` is a ``gain``."""
 
@@ -193,7 +195,7 @@ def _points(model: str, result: Row) -> dict[str, tuple[str, Row]]:
     return {
         one["label"].replace(model, ""): (
             one["label"],
-            {"metrics": {"reward": one["reward"], "kl_to_reference": one["kl"]}, "rows": one["rows"]},
+            {"metrics": {name: one[key] for name, key in OF_POINTS.items() if key in one}, "rows": one["rows"]},
         )
         for one in result["points"]
     }

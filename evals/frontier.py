@@ -47,23 +47,26 @@ def point(
     Args:
         kind: ``reference``, ``checkpoint``, ``run``, ``model``, ``scaling``, ``best-of-n``, ``transfer-q`` or ``smc``.
         label: unique among the result's points.
-        rows: of the prompts that it has, ``{row_id, reward, kl, tokens, ...}``: tokens that were drawn for the answer.
+        rows: of the prompts that it has, ``{row_id, reward, kl, tokens, ...}``: tokens that were drawn for the answer;
+            ``judge`` where another reward judges the answers too.
         how: what the KL is.
         settings: of the point.
         more: what else there is to say.
 
     Returns:
-        ``{kind, label, settings, reward, kl, cost, rows, ...}``: estimates with intervals by prompt, ``kl`` in nats
-        with ``how``, ``cost`` the tokens a prompt.
+        ``{kind, label, settings, reward, judge, kl, cost, rows, ...}``: estimates with intervals by prompt, ``kl`` in
+        nats with ``how``, ``cost`` the tokens a prompt.
 
     Raises:
         ValueError: no rows.
     """
+    judged = any("judge" in row for row in rows)
     return {
         "kind": kind,
         "label": label,
         "settings": dict(settings or {}),
         "reward": bootstrap_interval([row["reward"] for row in rows]).as_dict(),
+        **({"judge": bootstrap_interval([row["judge"] for row in rows]).as_dict()} if judged else {}),
         "kl": {**bootstrap_interval([row["kl"] for row in rows]).as_dict(), "how": how},
         "cost": {"tokens": float(np.mean([row["tokens"] for row in rows]))},
         **more,
@@ -89,6 +92,12 @@ def decoder_log_ratio(log_probs: Sequence[float], values: Sequence[float | None]
     return float(tilts[chosen] - np.logaddexp.reduce(np.asarray(log_probs) + tilts))
 
 
+def weighted_mean(log_weights: Sequence[float], values: Sequence[float]) -> float:
+    """Mean by weight: of what is said of the sample that is drawn by weight, (N,) each; -inf for weight zero."""
+    shares = np.exp(np.asarray(log_weights, dtype=np.float64) - np.logaddexp.reduce(log_weights))
+    return float(shares @ np.asarray(values, dtype=np.float64))
+
+
 def weighted_point(
     log_weights: Sequence[float], rewards: Sequence[float], log_normaliser: float, strength: float
 ) -> tuple[float, float]:
@@ -104,8 +113,7 @@ def weighted_point(
         log_normaliser: log of the estimate of Z.
         strength: s, nats a unit of reward.
     """
-    shares = np.exp(np.asarray(log_weights, dtype=np.float64) - np.logaddexp.reduce(log_weights))
-    reward = float(shares @ np.asarray(rewards, dtype=np.float64))
+    reward = weighted_mean(log_weights, rewards)
     return reward, strength * reward - log_normaliser
 
 

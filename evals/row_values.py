@@ -202,6 +202,10 @@ def _won(row: Row) -> float | None:
     return preference
 
 
+def _of_side(when: str, of: Callable[[Row], float | bool]) -> Rule:
+    return lambda row: of(row[when])
+
+
 _PAIRS: dict[str, Rule] = {
     "accuracy": _accuracy,
     "margin": _margin,
@@ -210,15 +214,8 @@ _PAIRS: dict[str, Rule] = {
     "log_loss": _log_loss,
     "rewardbench": lambda row: row["score"] > 0,
 }
-
-
-def _at(when: str, of: Rule) -> Rule:
-    """Of a row the one of its two sides."""
-    return lambda row: of(row[when])
-
-
 _SIDES: dict[str, Rule] = {
-    f"{name}_{when}": _at(when, of)
+    f"{name}_{when}": _of_side(when, of)
     for when in ("before", "after")
     for name, of in {
         "reward": lambda side: side["reward"],

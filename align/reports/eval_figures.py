@@ -114,7 +114,22 @@ def _by_part(models: Models, title: str, caption: str) -> list[Picture]:
 
 
 def _frontier(models: Models, result: Mapping[str, Any]) -> list[Picture]:
-    """Reward against KL: a colour and a marker a kind of point, filled by model; a kind of a model is one line."""
+    """Reward against KL, and the judge's, where there is one, against KL."""
+    caption = (
+        f"{result['n']:,} prompts; mean reward of answers and KL to {result.get('reference')}, with 95 % intervals. "
+        "Higher and further left is better. Dashed: the most that the KL can be."
+        + "".join(f" {note}." for note in result.get("notes", []))
+    )
+    found = [points("Frontier", ("KL, nats per answer", "reward"), caption, _of_points(models, "reward"))]
+    if all("judge" in point for one in models.values() for point in one["points"]):
+        caption = f"The same answers by {result['settings']['judge']}, which chose none of them."
+        series = _of_points(models, "judge")
+        found.append(points("Frontier by the judge", ("KL, nats per answer", "reward of the judge"), caption, series))
+    return found
+
+
+def _of_points(models: Models, of: str) -> list[Series]:
+    """A colour and a marker a kind of point, filled by model; a kind of a model is one line."""
     several: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for name, one in models.items():
         for point in one["points"]:
@@ -126,17 +141,12 @@ def _frontier(models: Models, result: Mapping[str, Any]) -> list[Picture]:
         alone = sum(other == kind for other, _ in several) == 1
         title, colour = kind if alone else f"{kind}, {name}", kinds.index(kind)
         fill = [model for other, model in several if other == kind].index(name)
-        reward, kl = ([point[field] for point in own] for field in ("reward", "kl"))
+        reward, kl = ([point[field] for point in own] for field in (of, "kl"))
         series.append(_points(title, reward, kl, colour, fill))
         if any("kl_bound" in point for point in own):
             bound = [point.get("kl_bound") or point["kl"] for point in own]
             series.append(_points(f"{title}, bound", reward, bound, colour, fill, dashed=True))
-    caption = (
-        f"{result['n']:,} prompts; mean reward of answers and KL to {result.get('reference')}, with 95 % intervals. "
-        "Higher and further left is better. Dashed: the most that the KL can be."
-        + "".join(f" {note}." for note in result.get("notes", []))
-    )
-    return [points("Frontier", ("KL, nats per answer", "reward"), caption, series)]
+    return series
 
 
 def _points(

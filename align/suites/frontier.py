@@ -49,6 +49,8 @@ class Settings(Section):
 
     reward: str | None = None
     """``module:function``, or the folder of a reward model."""
+    judge: str | None = None
+    """Another one, which judges what the first one chose; it takes part in nothing else."""
     points: list[Kind] = Field(default=["checkpoints", "best-of-n", "transfer-q", "smc", "scaling"])
     """Besides the models themselves and the reference."""
     prompts: int = Field(default=32, ge=2)
@@ -95,18 +97,20 @@ def run(asked: Asked, settings: Settings) -> dict[str, Any]:
 
     Returns:
         ``compared_result`` with ``models``: of each, and of the reference, ``{n, metrics, points}``, a point as
-        ``align.evals.frontier.point`` has it; comparisons of points' rewards with the reference's, by label (best of 1
-        and an adapter at scale 1 are the reference and the run again, and left out); ``notes``.
+        ``align.evals.frontier.point`` has it; comparisons of points' rewards and
+        of what the judge says with the reference's, by label (best of 1 and an adapter at scale 1 are the reference
+        and the run again, and left out); ``notes``.
 
     Raises:
         ConfigError: there is no reward.
         AlignError: a model, the data or the reward cannot be used.
     """
-    asked.require_models("frontier")
+    asked.require_policies("frontier")
     if settings.reward is None:
         raise ConfigError("align eval", [("reward", "is missing: reward=module:function, or the folder of a model")])
     rewards = Rewards(settings.reward)
-    table = read_table(asked, [settings.reward])
+    judge = Rewards(settings.judge, "judge") if settings.judge else None
+    table = read_table(asked, [settings.reward, *([settings.judge] if settings.judge else [])])
     origin = reference_of(asked.models, asked.reference)
     base = name_of(origin)
     models = [model for model in asked.models if model != base]
@@ -125,7 +129,7 @@ def run(asked: Asked, settings: Settings) -> dict[str, Any]:
     loaded = load_reference(origin, dtype)
     prompts = prompts or first_prompts(asked, table, loaded, settings.prompts, settings.max_new_tokens)
     reference = Reader(base, loaded, compute, prompts, kept, settings.seed)
-    points = {base: _of_reference(reference, prompts, rewards, settings)}
+    points = {base: _of_reference(reference, prompts, rewards, judge, settings)}
     notes = _chosen_by(settings)
     for one in drawn:
         if one.tokens != reference.tokens:
@@ -133,7 +137,7 @@ def run(asked: Asked, settings: Settings) -> dict[str, Any]:
             continue
         theirs = reference.logps(one.answers, f"answers of {one.label}")
         nats = [own - other for own, other in zip(one.logps, theirs, strict=True)]
-        rows = _rows(prompts, one.answers, rewards(prompts, one.answers), nats)
+        rows = _rows(prompts, one.answers, rewards, judge, nats)
         points.setdefault(one.model, []).append(point(one.kind, one.label, rows, MODEL_KL, settings=one.settings))
     if "transfer-q" in settings.points:
         for model in models:
@@ -147,6 +151,7 @@ def run(asked: Asked, settings: Settings) -> dict[str, Any]:
                     settings.alphas,
                     settings.candidates,
                     settings.rollout_length,
+                    judge,
                 )
             )
             del aligned
@@ -161,11 +166,13 @@ def show(result: Mapping[str, Any]) -> None:
     console.print(
         f"{result['n']:,} prompts of {result['data']['source']} against {result['reference']}", soft_wrap=True
     )
-    table = plain_table("", "reward", "KL, nats", "at most", "tokens a prompt")
+    judge = ["by the judge"] if result["settings"].get("judge") else []
+    table = plain_table("", "reward", *judge, "KL, nats", "at most", "tokens a prompt")
     for found in result["models"].values():
         for one in found["points"]:
             bound = one.get("kl_bound")
-            cells = estimate(one["reward"], ".3f"), estimate(one["kl"], ".2f")
+            judged = [estimate(one["judge"], ".3f")] if judge else []
+            cells = estimate(one["reward"], ".3f"), *judged, estimate(one["kl"], ".2f")
             table.add_row(
                 Text(one["label"], no_wrap=True),
                 *cells,
@@ -196,34 +203,43 @@ def _of_model(model: str, step: str, reader: Reader, settings: Settings, is_run:
     return found
 
 
-def _of_reference(reference: Reader, prompts: Prompts, rewards: Rewards, settings: Settings) -> list[dict[str, Any]]:
+def _of_reference(
+    reference: Reader, prompts: Prompts, rewards: Rewards, judge: Rewards | None, settings: Settings
+) -> list[dict[str, Any]]:
     """The reference itself, and what decoders make of it alone."""
     answers = reference.answers(1.0)
-    rows = _rows(prompts, answers, rewards(prompts, answers), [0.0] * len(answers))
+    rows = _rows(prompts, answers, rewards, judge, [0.0] * len(answers))
     found = [point("reference", reference.name, rows, "0: it is the reference")]
     if "best-of-n" in settings.points:
         copies = max(settings.best_of)
         several = reference.answers(1.0, copies)
-        found += best_of_points(prompts, several, rewards(prompts, several, copies), settings.best_of)
+        judged = judge(prompts, several, copies) if judge else None
+        found += best_of_points(prompts, several, rewards(prompts, several, copies), settings.best_of, judged)
     if "smc" in settings.points:
-        found += weighted_points(reference, prompts, rewards, settings.strengths, settings.particles)
+        found += weighted_points(reference, prompts, rewards, settings.strengths, settings.particles, judge)
     return found
 
 
 def _rows(
-    prompts: Prompts, answers: Sequence[Sample], rewards: Sequence[float], nats: Sequence[float]
+    prompts: Prompts, answers: Sequence[Sample], rewards: Rewards, judge: Rewards | None, nats: Sequence[float]
 ) -> list[dict[str, Any]]:
-    return [
+    rows: list[dict[str, Any]] = [
         {"row_id": row_id, "prompt": prompt, "text": answer.text, "finished": answer.finished}
         | {"reward": reward, "kl": kl, "tokens": len(answer.tokens)}
-        for row_id, prompt, answer, reward, kl in zip(prompts.ids, prompts.texts, answers, rewards, nats, strict=True)
+        for row_id, prompt, answer, reward, kl in zip(
+            prompts.ids, prompts.texts, answers, rewards(prompts, answers), nats, strict=True
+        )
     ]
+    for row, value in zip(rows, judge(prompts, answers) if judge else (), strict=False):
+        row["judge"] = value
+    return rows
 
 
 def _model(points: Sequence[Mapping[str, Any]], n: int) -> dict[str, Any]:
     """With the metrics of the model itself, which is the last point of its own answers at full scale."""
     itself = [one for one in points if one["kind"] in ("reference", "run", "model")]
-    metrics = {} if not itself else {"reward": itself[-1]["reward"], "kl_to_reference": itself[-1]["kl"]}
+    names = {"reward": "reward", "judge": "judge", "kl_to_reference": "kl"}
+    metrics = {name: itself[-1][key] for name, key in names.items() if itself and key in itself[-1]}
     return {"n": n, "metrics": metrics, "points": list(points)}
 
 
@@ -233,10 +249,12 @@ def _chosen_by(settings: Settings) -> list[str]:
     chosen = [words for kind, words in deciding.items() if kind in settings.points]
     notes = []
     if chosen:
-        notes.append(
-            f"{', '.join(chosen)}: answers are chosen by {settings.reward}, which judges them too: how good they are "
-            "by another judge is not known"
+        other = (
+            f"see what {settings.judge} says of them, which chose none"
+            if settings.judge
+            else "how good they are by another judge is not known (judge=...)"
         )
+        notes.append(f"{', '.join(chosen)}: answers are chosen by {settings.reward}, which judges them too: {other}")
     if "best-of-n" in settings.points:
         notes.append("best of n: the KL is too large where few rewards differ, as those of a rule; the bound holds")
     if "smc" in settings.points:
@@ -249,7 +267,7 @@ def _chosen_by(settings: Settings) -> list[str]:
 
 def _compared(points: Mapping[str, Sequence[Mapping[str, Any]]], base: str) -> list[dict[str, Any]]:
     """Every point against the reference but those that are one of the others again: best of 1, an adapter at 1."""
-    before = of_rows(points[base][0]["rows"], "reward")
+    reference = points[base][0]
     again = (("best-of-n", "n"), ("scaling", "scale"))
     others = [
         one
@@ -258,4 +276,9 @@ def _compared(points: Mapping[str, Sequence[Mapping[str, Any]]], base: str) -> l
         if one["kind"] != "reference"
         and not any(one["kind"] == kind and one["settings"][key] == 1 for kind, key in again)
     ]
-    return paired(("reward", one["label"], base, *common(before, of_rows(one["rows"], "reward"))) for one in others)
+    return paired(
+        (name, one["label"], base, *common(of_rows(reference["rows"], name), of_rows(one["rows"], name)))
+        for one in others
+        for name in ("reward", "judge")
+        if name in reference
+    )

@@ -121,17 +121,18 @@ class Rewards:
 
     Args:
         name: ``module:function``, or the folder or hub id of a reward model.
+        key: the setting that names it.
 
     Raises:
         ConfigError: there is none of the name, or it compares answers.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, key: str = "reward") -> None:
         self.name = name
         try:
             self.scorer = load_reward(name)
         except AlignError as error:
-            raise ConfigError("align eval", [("reward", str(error).removeprefix("reward "))]) from error
+            raise ConfigError("align eval", [(key, str(error).removeprefix("reward "))]) from error
 
     @property
     def digest(self) -> str | None:

@@ -14,7 +14,7 @@ from align.decoding.guided import Guided, Query, TransferQ
 from align.decoding.request import Answer, Request
 from align.decoding.transfer_q import transfer_q
 from align.errors import AlignError
-from align.evals.best_of import best_of_kl, best_of_kl_bound, best_of_reward
+from align.evals.best_of import best_of_judged, best_of_kl, best_of_kl_bound, best_of_reward
 from align.evals.frontier import (
     BEST_OF_BOUND,
     BEST_OF_KL,
@@ -22,6 +22,7 @@ from align.evals.frontier import (
     WEIGHTED_KL,
     decoder_log_ratio,
     point,
+    weighted_mean,
     weighted_point,
 )
 from align.evals.sampling import Sample
@@ -36,13 +37,18 @@ from .prompts import Prompts, Rewards
 
 
 def best_of_points(
-    prompts: Prompts, answers: Sequence[Sample], rewards: Sequence[float], counts: Sequence[int]
+    prompts: Prompts,
+    answers: Sequence[Sample],
+    rewards: Sequence[float],
+    counts: Sequence[int],
+    judged: Sequence[float] | None = None,
 ) -> list[dict[str, Any]]:
     """A point for each n.
 
     Args:
         answers, rewards: max(n) draws of the reference to each prompt, in a row.
         counts: the n.
+        judged: what another reward says of them.
     """
     copies = len(answers) // len(prompts.rows)
     parts = [slice(start, start + copies) for start in range(0, len(answers), copies)]
@@ -59,6 +65,7 @@ def best_of_points(
                     "kl": best_of_kl(rewards[part], n),
                     "tokens": n * length,
                 }
+                | ({} if judged is None else {"judge": best_of_judged(rewards[part], judged[part], n)})
                 for row_id, prompt, part, length in zip(prompts.ids, prompts.texts, parts, lengths, strict=True)
             ],
             BEST_OF_KL,
@@ -70,7 +77,12 @@ def best_of_points(
 
 
 def weighted_points(
-    reference: Reader, prompts: Prompts, rewards: Rewards, strengths: Sequence[float], particles: int
+    reference: Reader,
+    prompts: Prompts,
+    rewards: Rewards,
+    strengths: Sequence[float],
+    particles: int,
+    judge: Rewards | None = None,
 ) -> list[dict[str, Any]]:
     """A point of AWRS-SMC for each strength of the reward; answers that max_new_tokens cuts are judged as they are.
 
@@ -117,10 +129,12 @@ def weighted_points(
                 raise AlignError(f"AWRS-SMC, prompt {number + 1}: {entry['reason']}")
             scores = rewards.of(prompts, [number] * len(entry["texts"]), entry["texts"])
             reward, kl = weighted_point(entry["log_weights"], scores, entry["log_normaliser"], strength)
+            others = judge and judge.of(prompts, [number] * len(entry["texts"]), entry["texts"])
             rows.append(
                 {"row_id": prompts.ids[number], "prompt": prompts.texts[number]}
                 | {"reward": reward, "kl": kl, "tokens": entry["tokens"]}
                 | {"ess": entry["ess"], "text": entry["drawn"]}
+                | ({"judge": weighted_mean(entry["log_weights"], others)} if others else {})
             )
         settings = {"strength": strength, "particles": particles}
         found.append(point("smc", f"AWRS-SMC, strength {strength:g}", rows, WEIGHTED_KL, settings=settings))
@@ -151,6 +165,7 @@ def transfer_points(
     alphas: Sequence[float],
     candidates: int,
     length: int,
+    judge: Rewards | None = None,
 ) -> list[dict[str, Any]]:
     """A point of Transfer-Q* for each alpha: the reference's tokens, drawn by where the aligned model goes from them.
 
@@ -173,7 +188,7 @@ def transfer_points(
         kept = reference.kept
         missing = kept.missing(key, len(prompts.rows))
 
-        def judge(places: Sequence[int], answers: Sequence[tuple[int, ...]]) -> list[float]:
+        def rewarded(places: Sequence[int], answers: Sequence[tuple[int, ...]]) -> list[float]:
             texts = [vocabulary.text(tokens) for tokens in answers]
             return rewards.of(prompts, [missing[place] for place in places], texts)  # noqa: B023
 
@@ -189,7 +204,7 @@ def transfer_points(
             transfer_q(
                 policy,
                 aligned,
-                judge,
+                rewarded,
                 [
                     Query(reference.ids[row], reference.seed * 1_000_003 + row, prompts.max_new_tokens)
                     for row in missing
@@ -206,6 +221,7 @@ def transfer_points(
             rows.append(
                 {"row_id": prompts.ids[number], "prompt": prompts.texts[number]}
                 | {name: entry[name] for name in names}
+                | ({"judge": judge.of(prompts, [number], [entry["text"]])[0]} if judge else {})
             )
         label = f"Transfer-Q* with {baseline.name}, alpha {alpha:g}"
         found.append(point("transfer-q", label, rows, DECODER_KL, settings=settings))

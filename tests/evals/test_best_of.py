@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from itertools import product
 
 import numpy as np
 import pytest
 
-from align.evals.best_of import best_of_kl, best_of_kl_bound, best_of_reward, kl_at, weights
+from align.evals.best_of import best_of_judged, best_of_kl, best_of_kl_bound, best_of_reward, kl_at, weights
 
 
 def exact(p: np.ndarray, rewards: np.ndarray, n: int) -> tuple[float, float]:
@@ -28,6 +29,25 @@ def test_weights_by_hand() -> None:
     assert weights(4, 1) == pytest.approx([0.25] * 4)
     assert weights(4, 4) == pytest.approx([0, 0, 0, 1])
     assert best_of_reward([3.0, 1.0, 2.0], 2) == pytest.approx((3 + 3 + 2) / 3)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_another_judge_of_the_best(n: int) -> None:
+    """Over all subsets, any of the best of equal reward; the rewards as their own judge are their mean again."""
+    rewards, judged = [2.0, 1.0, 2.0, 0.0, 1.0], [5.0, 0.0, 1.0, 7.0, 3.0]
+
+    def of(chosen: tuple[int, ...]) -> float:
+        best = max(rewards[place] for place in chosen)
+        return float(np.mean([judged[place] for place in range(5) if rewards[place] == best]))
+
+    expected = np.mean([of(chosen) for chosen in itertools.combinations(range(5), n)])
+    assert best_of_judged(rewards, judged, n) == pytest.approx(expected)
+    assert best_of_judged(rewards, rewards, n) == pytest.approx(best_of_reward(rewards, n))
+
+
+def test_a_judge_of_other_draws() -> None:
+    with pytest.raises(ValueError, match="2 rewards and 1 of the judge"):
+        best_of_judged([1.0, 2.0], [1.0], 1)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])

@@ -15,12 +15,15 @@ from align.answering import Kept
 from align.config.load import load_recipe
 from align.data.prompts import PromptRow
 from align.models.load import LoadedModel
+from align.reports.eval_figures import result_pictures
+from align.rewards.named import load_reward
 from align.run import train
 from align.suites.drawn import Reader
 from align.suites.prompts import Prompts, Rewards
 from align.suites.steered import transfer_points, weighted_points
 
 SMALL = ("prompts=4", "max_new_tokens=6", "best_of=[1,2,4,2]", "particles=4", "strengths=[0.2]")
+JUDGE = "align.rewards.rules:everyday_answer"
 SMALL = (*SMALL, "alphas=[2]", "candidates=3", "rollout_length=2", "scales=[0,0.5,1]", "--suite", "frontier")
 
 
@@ -50,7 +53,7 @@ def reader(
 
 def test_all_points_of_a_run(evaluated: Callable[..., Any], run: Path, tmp_path: Path) -> None:
     """Every kind is there; the adapter at 0 is the reference and at 1 the run; kept answers make the same again."""
-    found, shown = evaluated(run, *SMALL)
+    found, shown = evaluated(run, *SMALL, f"judge={JUDGE}")
     base, model = found["models"].values()
     kinds = [one["kind"] for one in base["points"]], [one["kind"] for one in model["points"]]
     assert kinds[0] == ["reference", "best-of-n", "best-of-n", "best-of-n", "smc"]
@@ -72,14 +75,24 @@ def test_all_points_of_a_run(evaluated: Callable[..., Any], run: Path, tmp_path:
     assert guided["cost"]["tokens"] > guided["rows"][0]["tokens"] / 4
     labels = [one["model"] for one in found["comparisons"]]
     assert (len(labels), "best of 1" in labels, full["label"] in labels, half["label"] in labels) == (
-        8,
+        16,
         False,
         False,
         True,
     )
+    assert [one["metric"] for one in found["comparisons"]] == ["reward", "judge"] * 8
+    judge = load_reward(JUDGE)
+    for one in (reference, end, half, guided):
+        said = judge([row["prompt"] for row in one["rows"]], [row["text"] for row in one["rows"]])
+        assert [row["judge"] for row in one["rows"]] == pytest.approx(said)
+        assert one["judge"]["value"] == pytest.approx(np.mean(said))
+    assert all(0 <= row["judge"] <= 1 for one in (*best, smc) for row in one["rows"])
     assert all(row["prompt"] for one in (*base["points"], *model["points"]) for row in one["rows"])
     said = " ".join(shown.split())
     assert "best of n, SMC, Transfer-Q*: answers are chosen by" in said
+    assert f"see what {JUDGE} says of them" in said
+    assert "by the judge" in said
+    assert [p.title for p in result_pictures(found)] == ["Frontier", "Frontier by the judge"]
     assert "at most log 4 = 1.39 without resampling" in said
     assert "too large where few rewards differ" in said
     assert "at most log(particles) without resampling" in smc["kl"]["how"]
@@ -87,7 +100,7 @@ def test_all_points_of_a_run(evaluated: Callable[..., Any], run: Path, tmp_path:
     assert "best of 4" in shown
 
     before = (tmp_path / "result.answers.jsonl").read_text()
-    again, _ = evaluated(run, *SMALL)
+    again, _ = evaluated(run, *SMALL, f"judge={JUDGE}")
     assert again == found
     assert (tmp_path / "result.answers.jsonl").read_text() == before
 
@@ -112,6 +125,9 @@ def test_what_cannot_be_asked(refused: Callable[..., str], run: Path) -> None:
     assert "points" in refused(run, "points=[everything]", "--suite", "frontier")
     assert "best_of" in refused(run, "best_of=[0]", "--suite", "frontier")
     assert "reward" in refused(run, "reward=nowhere:at_all", "--suite", "frontier")
+    assert "judge" in refused(run, "judge=nowhere:at_all", "--suite", "frontier")
+    said = refused("users_rule:longer", "reward=users_rule:longer", "--suite", "frontier")
+    assert "users_rule:longer is a rule, and --suite frontier asks models that write answers" in said
 
 
 def test_smc_against_all_answers(
