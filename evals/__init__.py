@@ -20,7 +20,9 @@ held-out data. Each returns one JSON-able dict: ``suite, schema, n, metrics, row
 
 What they stand on:
 
-- ``statistics``    percentile bootstrap, by row or by prompt; exactly invariant to the order of the rows.
+- ``statistics``    percentile bootstrap, by row or by prompt, exact where all say the same of a share; exactly
+                    invariant to the order of the rows.
+- ``row_values``    what each metric is the mean of, row by row; ``difference``: two results against each other by it.
 - ``sampling``      answers that depend on the prompt and the seed, not on the batch they were drawn in.
 - ``kl``            log-ratios of sampled answers, and what they do and do not estimate.
 - ``length_control``  win rate at equal length, by a logistic model of the preference.
