@@ -14,7 +14,8 @@ PARTS = re.compile(r"/|^[\w.]+:(?=\w+$)")
 """Where the parts of a model's name meet."""
 INTERVAL = {
     "kind": "percentile bootstrap",
-    "of shares that are 0 or 1": "Clopper-Pearson",
+    "shares_at_0_or_1": "Clopper-Pearson",
+    "distinct": "jackknife",
     "level": LEVEL,
     "resamples": RESAMPLES,
     "seed": 0,

@@ -109,7 +109,7 @@ class Series:
 
 def curve(title: str, label: str, caption: str, series: Sequence[Series], by: str = "step") -> Picture:
     """Values by step, with a band where they have intervals. The second series is dashed as well as coloured; coloured
-    ones have markers of their own, a single place that is not filled a ring.
+    ones have markers of their own, a single place that is not filled a large one.
     """
     with _style(title):
         figure, axes = _axes()

@@ -274,7 +274,7 @@ def _resampling(models: Models, result: Mapping[str, Any]) -> list[Picture]:
             ends = "" if best["low"] is None else f" ({best['low']:.0f} to {best['high']:.0f})"
             words.append(f"{name} {best['value']}{ends}")
         caption = (
-            f"Right answers less {cost} times the wrong ones; no answer counts 0. Rings: the best number of samples, "
+            f"Right answers less {cost} times the wrong ones; no answer counts 0. Hollow: the best number of samples, "
             f"{', '.join(words)}. 95 % intervals."
         )
         found.append(curve(f"Worth at cost {cost}", "utility", caption, series, by="samples allowed"))

@@ -129,11 +129,13 @@ def unit(kind: str) -> str:
 
 
 def interval_words(record: RunRecord) -> str:
-    """How the intervals were made: ``95 % percentile bootstrap, 10,000 resamples``."""
+    """How the intervals were made: ``95 % percentile bootstrap, 10,000 resamples``, and what is another way."""
     made = [i for content in record.evals.values() if (i := (content.get("settings") or {}).get("interval"))]
     if not made:
         return ""
-    return f"{100 * made[0]['level']:g} % {made[0]['kind']}, {made[0]['resamples']:,} resamples"
+    ends = made[0].get("shares_at_0_or_1")
+    others = f" ({ends} where a share is 0 or 100 %; {made[0]['distinct']} of different n-grams)" if ends else ""
+    return f"{100 * made[0]['level']:g} % {made[0]['kind']}, {made[0]['resamples']:,} resamples{others}"
 
 
 def _entry(record: RunRecord, name: str) -> dict[str, Any] | None:

@@ -95,6 +95,7 @@ def test_what_differs(compared: Callable[..., Page]) -> None:
     page = compared()
     assert page.row("loss.beta") == ["loss.beta", "5.0", "2.0"]
     assert "Keys that differ; 16 others are the same" in page.text
+    assert "Clopper-Pearson where a share is 0 or 100 %; jackknife of different n-grams" in page.text
     assert not any(row and row[0] == "output" for row in page.rows)
     assert page.row("training: source") == ["training: source", "align:quickstart/train", "align:quickstart/train"]
     assert not any(row and row[0].startswith("training: ties") for row in page.rows), "they do not differ"
