@@ -216,7 +216,7 @@ def _reward(recipe: Recipe, built: Built, held_out: Split) -> dict[str, Any]:
             part = longest[start : start + BATCH]
             batch = trainer.data_collator([rows[row] for row in part])
             batch = {name: value.to(trainer.args.device) for name, value in batch.items()}
-            found = model(batch["input_ids"], batch["attention_mask"], batch["prompt_length"])
+            found = trainer.of_batch(batch)
             values[part] = found.values.cpu() if kind == "attributes" else _pair_scores(found).cpu()
             release_freed()
             advance(len(part))

@@ -90,6 +90,18 @@ class Rows:
 
         return allowed
 
+    def prompt_ends(self) -> Tensor:
+        """Flat position of the last token of each answer's prompt, (A,)."""
+        least = self.source.new_full((self.answers,), self.segments.numel())
+        return least.scatter_reduce(0, self.answer, self.source, "amin")
+
+    def last_tokens(self) -> Tensor:
+        """Flat position of each answer's own last token, (A,)."""
+        groups = int(self.groups.max()) + 1
+        places = (self.segments >= FIRST).flatten().nonzero()[:, 0]
+        answer = ((self.segments - FIRST) * groups + self.groups).flatten()[places]
+        return places.new_zeros(self.answers).scatter_reduce(0, answer, places, "amax")
+
     def to(self, device: torch.device | str) -> Rows:
         """The same rows on another device."""
         return Rows(**{name: value.to(device) for name, value in self.tensors().items()}, answers=self.answers)

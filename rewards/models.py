@@ -35,6 +35,8 @@ from transformers.utils import cached_file
 
 from align.losses.checks import check_finite, check_shape
 from align.losses.general_preference import gpm_scale, unit_norm
+from align.losses.layouts import model_inputs
+from align.losses.rows import Rows
 
 from .batches import by_length, distinct, fit_answers, in_order, padded
 from .carrier import RewardConfig, load_carrier, with_lora, with_padding
@@ -289,8 +291,8 @@ class RewardModel(nn.Module):
         """
         return self.read(*self.states(input_ids, attention_mask, prompt_length))
 
-    def read(self, answer: Tensor, prompt: Tensor | None) -> RewardOutput:
-        """What the head makes of ``states``, (B, H) each."""
+    def read(self, answer: Tensor, prompt: Tensor | None, users: Tensor | None = None) -> RewardOutput:
+        """What the head makes of ``states``, (B, H) each; ``users`` are for models of annotators."""
         with torch.autocast(answer.device.type, enabled=False):
             values = answer @ self.carrier.score.weight.to(answer.dtype).T
             if self.config.kind == "scalar":
@@ -313,17 +315,25 @@ class RewardModel(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states, float32, of each row's last token and of its prompt's last token, (B, H) each."""
         positions = {"position_ids": token_positions(attention_mask)} if self._takes_positions else {}
-        learns = torch.is_grad_enabled() and self.config.training != "frozen"
-        with torch.set_grad_enabled(learns):
-            hidden = self._backbone(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions
-            ).last_hidden_state
+        hidden = self._hidden(input_ids=input_ids, attention_mask=attention_mask, **positions)
         answer = states_at(hidden, last_positions(attention_mask))
         if prompt_length is None:
             return answer, None
         if bool((prompt_length < 1).any()):
             raise ValueError("a prompt is empty: it has no last token to read")
         return answer, states_at(hidden, first_positions(attention_mask) + prompt_length - 1)
+
+    def states_of(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """``states`` of the answers of ``rows`` and of their prompts, (A, H) each, in whatever layout."""
+        hidden = self._hidden(**model_inputs(self.carrier, rows)).flatten(0, 1)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        return hidden[rows.last_tokens()].to(dtype), hidden[rows.prompt_ends()].to(dtype)
+
+    def _hidden(self, **inputs: Any) -> Tensor:
+        """The backbone's last hidden states, with gradients where it learns."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.training != "frozen"):
+            hidden: Tensor = self._backbone(**inputs, use_cache=False).last_hidden_state
+        return hidden
 
     def score(self, prompts: Sequence[Content], completions: Sequence[Content], *, batch_size: int = 8) -> Tensor:
         """Values of N answers, as text or chat messages: (N,), (N, A) or embeddings (N, d).

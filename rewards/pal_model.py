@@ -104,7 +104,11 @@ class PalRewardModel(RewardModel):
         prompt_length: Tensor | None = None,
         users: Tensor | None = None,
     ) -> RewardOutput:
-        """Rewards of B rows for who was chosen, or for each row's own annotator.
+        """``read`` of B rows ``[prompt | answer]``, padded on either side."""
+        return self.read(*self.states(input_ids, attention_mask, prompt_length), users)
+
+    def read(self, answer: Tensor, prompt: Tensor | None, users: Tensor | None = None) -> RewardOutput:
+        """Rewards of ``states``, (B, H) each, for who was chosen, or for each row's own annotator.
 
         Args:
             users: of training, numbers of their rows in ``pal.logits``, (B,).
@@ -115,9 +119,8 @@ class PalRewardModel(RewardModel):
         weights = self.chosen if users is None else torch.softmax(self.pal.logits(users), -1)
         if weights is None:
             raise ChoiceError(f"a PAL model has a reward an annotator: choose one with choose({CHOICES})")
-        answers, prompts = self.states(input_ids, attention_mask, prompt_length)
-        with torch.autocast(answers.device.type, enabled=False):
-            return RewardOutput(self.pal.reward(answers, weights, prompts), None)
+        with torch.autocast(answer.device.type, enabled=False):
+            return RewardOutput(self.pal.reward(answer, weights, prompt), None)
 
     def _weights(self, who: str) -> Tensor:
         kind, _, what = who.partition(":")

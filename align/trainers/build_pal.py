@@ -48,7 +48,13 @@ def build_pal(recipe: Recipe, train: Dataset, output: Path, *, groups: int | Non
         model.attach(trained(spec, judgements, groups or spec.groups, seed))
         model.train_backbone(lora=None if recipe.model.lora is None else lora_config(recipe.model.lora))
         model.choose("uniform")  # as good as any to see what merging does
-        trainer = PalTrainer(model, arguments, train_dataset=train)
+        trainer = PalTrainer(
+            model,
+            arguments,
+            train_dataset=train,
+            shared_prompt=recipe.data.shared_prompt,
+            packing=recipe.data.packing,
+        )
         trainer.judgements = judgements
     except LOAD_ERRORS as error:
         raise AlignError(f"{recipe.model.name}: the PAL model cannot be set up: {error}") from error

@@ -44,6 +44,8 @@ def build_reward(recipe: Recipe, train: Dataset, held_out: Dataset | None, outpu
             arguments,
             loss=loss,
             centering=recipe.reward.centering,
+            shared_prompt=recipe.data.shared_prompt,
+            packing=recipe.data.packing,
             train_dataset=train,
             eval_dataset=held_out,
         )

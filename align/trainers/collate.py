@@ -1,4 +1,4 @@
-"""Batches of tokenised pairs."""
+"""Batches of tokenised pairs and of rated answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.losses.rows import Rows, pair_rows
+from align.losses.rows import Rows, answer_rows, pair_rows
+
+PAIR, RATED = ("prompt_ids", "chosen_ids", "rejected_ids"), ("prompt_ids", "completion_ids", "ratings")
 
 from .logp_shards import row_key
 
@@ -83,3 +85,46 @@ def by_answer(answer: Tensor, values: Tensor) -> list[Tensor]:
 def rows_of(batch: Mapping[str, torch.Tensor]) -> Rows:
     """The rows of a collated batch."""
     return Rows.of(batch, 2 * len(batch["strength"]))
+
+
+@dataclass(frozen=True)
+class RewardCollator:
+    """Rows of a tokenised data set to the tensors of one forward pass.
+
+    Args:
+        pad_token_id: fills rows.
+        shared_prompt: the prompt once for both answers, or once for each (``align.losses.rows``).
+        row_tokens: budget of a row that holds several pairs, or several rated answers; None packs none.
+    """
+
+    pad_token_id: int
+    shared_prompt: bool = False
+    row_tokens: int | None = None
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Pairs: all chosen answers, then all rejected ones, with the labels that any row has. Rated answers: as is.
+
+        A pair without strength counts 1, one without preference is sure.
+        """
+        prompts, *answers = (
+            [example[name] for example in examples] for name in (RATED[:2] if "ratings" in examples[0] else PAIR)
+        )
+        # Labels come first: the Trainer reads the size of a batch off its first tensor.
+        if "ratings" in examples[0]:
+            rated = answer_rows(prompts, *answers, pad_token_id=self.pad_token_id, row_tokens=self.row_tokens)
+            ratings = torch.tensor([example["ratings"] for example in examples], dtype=torch.float32)
+            return {"ratings": ratings, **rated.tensors()}
+        rows = pair_rows(
+            prompts,
+            *answers,
+            pad_token_id=self.pad_token_id,
+            shared_prompt=self.shared_prompt,
+            row_tokens=self.row_tokens,
+        )
+        strength = torch.tensor([float(example.get("strength", 1.0)) for example in examples])
+        batch = {"strength": strength, **rows.tensors()}
+        for name, missing in (("preference", 1.0), ("margin", 0.0)):
+            values = [example.get(name) for example in examples]
+            if any(value is not None for value in values):
+                batch[name] = torch.tensor([missing if value is None else float(value) for value in values])
+        return batch

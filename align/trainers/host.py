@@ -117,9 +117,10 @@ class Hosted(Trainer):  # type: ignore[misc]
     @property
     def speed_facts(self) -> dict[str, Any]:
         """What section ``speed`` of the manifest says of the rows trained on."""
+        if self.rows_said is None:
+            return {}
         held, of = self.positions
-        facts: dict[str, Any] = {} if self.rows_said is None else {"rows": self.rows_said}
-        return facts | ({"padding": round(1 - held / of, 4)} if of else {})
+        return {"rows": self.rows_said, **({"padding": round(1 - held / of, 4)} if of else {})}
 
     # --- reference ----------------------------------------------------------------------------------------------
 

@@ -27,8 +27,9 @@ from align.losses import Loss
 from align.losses.catalogue import LossFunction
 from align.rewards.pal_model import PalRewardModel
 
+from .collate import RewardCollator
 from .pal import Judgements
-from .reward import RewardCollator, RewardTrainer
+from .reward import RewardTrainer
 
 
 class PalTrainer(RewardTrainer):
@@ -65,7 +66,7 @@ class PalTrainer(RewardTrainer):
         self.pal = model.pal
         self.places = {name: place for place, name in enumerate(self.pal.settings["users"])}
         super().__init__(model, args, loss=f"pal_{model.pal.loss}" if loss is None else loss, **kwargs)
-        self.data_collator = PalCollator(int(model.tokenizer.pad_token_id), self.places)
+        self.data_collator = PalCollator(int(model.tokenizer.pad_token_id), places=self.places, **self.layout)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: RewardConfig, dataset_name: str) -> Dataset:
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
@@ -133,7 +134,7 @@ class RowwiseAdamW(torch.optim.AdamW):
         return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PalCollator(RewardCollator):
     """As for reward models, with the annotator of each row.
 

@@ -16,8 +16,8 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,14 @@ from align.errors import AlignError
 from align.losses import Loss, LossOutput
 from align.losses.catalogue import LossFunction
 from align.losses.preference import MASKED, centering
+from align.losses.rows import PADDING, PROMPT, Rows
 from align.losses.soft_labels import expected
-from align.rewards.batches import padded
 from align.rewards.kinds import kind_trained_by
 from align.rewards.models import RewardModel, RewardOutput
 from align.tracking.progress import progress
 
 from .by_length import LengthGrouped
+from .collate import PAIR, RATED, RewardCollator
 from .given import check_dataset, tokenized_dataset, untokenized_rows
 from .host import Hosted, ranked_right, refuse_what_would_be_dropped
 
@@ -48,8 +49,7 @@ logger = logging.getLogger(__name__)
 
 KEPT_AT_ONCE = 64  # answers
 TRAINED = "trained.safetensors"  # in a checkpoint: the weights that training changes
-_READ = ("input_ids", "attention_mask", "prompt_length", "users")  # what the model reads of a batch
-_PAIR, _RATED = ("prompt_ids", "chosen_ids", "rejected_ids"), ("prompt_ids", "completion_ids", "ratings")
+_LABELS = ("strength", "margin", "preference", "ratings")  # what the model does not read of a batch
 
 # RewardConfig's own settings that would be dropped here: (field, value that means "off", what to do instead).
 _NOT_TAKEN: list[tuple[str, Any, str]] = [
@@ -72,6 +72,8 @@ class RewardTrainer(LengthGrouped, Hosted, TrlRewardTrainer):  # type: ignore[mi
             ``"regression"`` (attributes), ``"gpm"``, or a reward loss of your own. A gpm is trained with the tau that
             it scores with. With ``normalize_weights``, strengths are divided by their mean over the training data:
             the same number in every batch and process.
+        shared_prompt, packing: as in ``PairTrainer``. Of a frozen backbone, whose states are kept, each answer has a
+            row.
         centering: weight of ``(r_w + r_l)^2``, which pins the constant that pairs leave free; scalar models alone.
         rules: how rows of text are read; tokenised rows stay as they are.
         kwargs: as in TRL's ``RewardTrainer``, without ``peft_config``: adapters belong to the model.
@@ -91,6 +93,8 @@ class RewardTrainer(LengthGrouped, Hosted, TrlRewardTrainer):  # type: ignore[mi
         loss: str | LossFunction | Loss = "bradley_terry",
         centering: float = 0.0,
         rules: RewardRules | None = None,
+        shared_prompt: bool = True,
+        packing: bool = True,
         **kwargs: Any,
     ) -> None:
         args = RewardConfig("tmp_trainer") if args is None else copy.copy(args)
@@ -111,7 +115,9 @@ class RewardTrainer(LengthGrouped, Hosted, TrlRewardTrainer):  # type: ignore[mi
         kwargs.setdefault("processing_class", model.tokenizer)
         self._host = _Host(model)
         super().__init__(model=self._host, args=args, **kwargs)
-        self.data_collator = RewardCollator(int(model.tokenizer.pad_token_id))
+        if model.config.training != "frozen":
+            self._choose_rows(model.carrier, shared_prompt, packing, "chosen and rejected answers")
+        self.data_collator = RewardCollator(int(model.tokenizer.pad_token_id), **self.layout)
 
     # --- data ---------------------------------------------------------------------------------------------------
 
@@ -119,7 +125,7 @@ class RewardTrainer(LengthGrouped, Hosted, TrlRewardTrainer):  # type: ignore[mi
         """Rows of text or messages to token ids, by the rules of ``align.data``; tokenised rows as they are."""
         check_dataset(dataset, dataset_name)
         rated = self.reward.config.kind == "attributes"
-        if not set(_RATED if rated else _PAIR) <= set(dataset.column_names):
+        if not set(RATED if rated else PAIR) <= set(dataset.column_names):
             dataset = self._tokenized(dataset, processing_class, args, dataset_name)
         if self.rules.needs_margin:
             margins = dataset["margin"] if "margin" in dataset.column_names else [None] * len(dataset)
@@ -151,7 +157,7 @@ class RewardTrainer(LengthGrouped, Hosted, TrlRewardTrainer):  # type: ignore[mi
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = [*_PAIR, "strength", "margin", "preference", *_RATED[1:]]
+            self._signature_columns = [*PAIR, "strength", "margin", "preference", *RATED[1:]]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As TRL's; the states of a frozen backbone are computed before it, each once."""
@@ -164,7 +170,7 @@ class RewardTrainer(LengthGrouped, Hosted, TrlRewardTrainer):  # type: ignore[mi
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        found: RewardOutput = model(**{name: inputs[name] for name in _READ if name in inputs})
+        found: RewardOutput = model(**_without_labels(inputs))
         labels = dict(inputs)
         if "strength" in labels:
             labels["strength"] = labels["strength"] / self.mean_strength
@@ -176,18 +182,26 @@ class RewardTrainer(LengthGrouped, Hosted, TrlRewardTrainer):  # type: ignore[mi
         mean = self.loss.weight * loss.mean()
         return (mean, (mean, found.values)) if return_outputs else mean
 
+    def of_batch(self, inputs: Mapping[str, Tensor]) -> RewardOutput:
+        """What the model says of a batch of the collator's."""
+        found: RewardOutput = self._host(**_without_labels(inputs))
+        return found
+
     # --- metrics ------------------------------------------------------------------------------------------------
 
     def _record(self, inputs: Mapping[str, Tensor], output: LossOutput) -> None:
         """Metrics of a batch, summed over processes in one reduction."""
         rated = "ratings" in inputs
         sums = self._rating_sums(inputs, output) if rated else _pair_sums(inputs, output)
-        sums["seen"] = inputs["attention_mask"].sum().to(torch.float32)
+        segments = inputs["segments"]
+        sums["seen"] = (segments != PADDING).sum().to(torch.float32)
+        sums["positions"] = sums["seen"].new_tensor(segments.numel())
         reduced = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="sum").tolist()
         total = dict(zip(sums, reduced, strict=True))
         metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["perf/padding"].append(1 - total["seen"] / total["positions"])
         if self.model.training:
-            self._total_train_tokens += int(total.pop("seen"))
+            self._count_tokens(total["seen"], total["positions"])
         metrics["num_tokens"] = [self._total_train_tokens]
         counts = {name.removeprefix("n "): value for name, value in total.items() if name.startswith("n ")}
         for name, count in counts.items():
@@ -261,15 +275,13 @@ class _Host(nn.Module):
                 advance(len(part))
 
     def forward(self, **batch: Tensor) -> RewardOutput:
-        found = [self.kept.get(key) for key in _keys(batch)] if self.kept else [None]
-        output: RewardOutput
+        rows = Rows.of(batch, int(batch["answer"].max()) + 1)
+        found = [self.kept.get(key) for key in _keys(rows)] if self.kept else [None]
         if None in found:
-            output = self.reward(**batch)
-        else:
-            device = batch["input_ids"].device
-            answer, prompt = (torch.stack(states).to(device) for states in zip(*found, strict=True))
-            output = self.reward.read(answer, prompt)
-        return output
+            return self.reward.read(*self.reward.states_of(rows), batch.get("users"))
+        device = rows.input_ids.device
+        answer, prompt = (torch.stack(states).to(device) for states in zip(*found, strict=True))
+        return self.reward.read(answer, prompt)
 
     def add_model_tags(self, tags: Any) -> None:
         """Nothing: the tags are TRL's, and a run writes its own card."""
@@ -280,45 +292,15 @@ class _Host(nn.Module):
             self.reward.carrier.enable_input_require_grads()  # or nothing before the first adapter asks for gradients
 
 
-def _keys(batch: Mapping[str, Tensor]) -> Iterator[tuple[int, ...]]:
-    """Each row's tokens, after the length of its prompt."""
-    lengths, prompts = batch["attention_mask"].sum(1).tolist(), batch["prompt_length"].tolist()
-    for ids, length, prompt in zip(batch["input_ids"].tolist(), lengths, prompts, strict=True):
+def _keys(rows: Rows) -> Iterator[tuple[int, ...]]:
+    """The tokens of each of separate rows, after the length of its prompt."""
+    lengths, prompts = (kind.sum(1).tolist() for kind in (rows.segments != PADDING, rows.segments == PROMPT))
+    for ids, length, prompt in zip(rows.input_ids.tolist(), lengths, prompts, strict=True):
         yield (prompt, *ids[:length])
 
 
-@dataclass(frozen=True)
-class RewardCollator:
-    """Rows of a tokenised data set to the tensors of one forward pass, one row an answer, padded on the right.
-
-    Args:
-        pad_token_id: fills rows.
-    """
-
-    pad_token_id: int
-
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Pairs: all chosen answers, then all rejected ones, with the labels that any row has. Rated answers: as is.
-
-        A pair without strength counts 1, one without preference is sure.
-        """
-        rated = "ratings" in examples[0]
-        sides = ("completion_ids",) if rated else ("chosen_ids", "rejected_ids")
-        rows = [[*example["prompt_ids"], *example[side]] for side in sides for example in examples]
-        ids, mask = padded(rows, self.pad_token_id)
-        lengths = torch.tensor([len(example["prompt_ids"]) for example in examples] * len(sides))
-        batch = {"input_ids": ids, "attention_mask": mask, "prompt_length": lengths}
-        if rated:
-            return {
-                **batch,
-                "ratings": torch.tensor([example["ratings"] for example in examples], dtype=torch.float32),
-            }
-        batch["strength"] = torch.tensor([float(example.get("strength", 1.0)) for example in examples])
-        for name, missing in (("preference", 1.0), ("margin", 0.0)):
-            values = [example.get(name) for example in examples]
-            if any(value is not None for value in values):
-                batch[name] = torch.tensor([missing if value is None else float(value) for value in values])
-        return batch
+def _without_labels(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in batch.items() if name not in _LABELS}
 
 
 def reward_output(loss: Loss, found: RewardOutput, labels: Mapping[str, Tensor]) -> LossOutput:

@@ -59,7 +59,8 @@ def model(folder, seed: int = 0, **settings) -> RewardModel:
 
 
 def trainer(folder, tmp_path, rows=ROWS, loss="bradley_terry", model_settings=None, **more) -> RewardTrainer:
-    given = {name: more.pop(name) for name in ("centering", "rules", "eval_dataset") if name in more}
+    own = ("centering", "rules", "eval_dataset", "shared_prompt", "packing")
+    given = {name: more.pop(name) for name in own if name in more}
     reward = model(folder, **(model_settings or {}))
     data = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
     return RewardTrainer(reward, arguments(tmp_path, **more), loss=loss, train_dataset=data, **given)
@@ -139,7 +140,7 @@ def test_ties_are_half_of_a_vote_for_either_answer(tmp_path, tiny_model_dir, nam
     rows = [{**row, "preference": 0.5} for row in ROWS[:2]]
     made = trainer(tiny_model_dir, tmp_path, rows, name, per_device_train_batch_size=2)
     batch = made.data_collator(list(made.train_dataset))
-    chosen, rejected = made.reward(batch["input_ids"], batch["attention_mask"]).values.chunk(2)
+    chosen, rejected = made.of_batch(batch).values.chunk(2)
     wanted = (bradley_terry(chosen, rejected).loss + bradley_terry(rejected, chosen).loss).mean() / 2
     assert made.compute_loss(made.model, batch).item() == pytest.approx(wanted.item(), abs=1e-6)
     found = steps(trainer(tiny_model_dir, tmp_path, rows, name, max_steps=60))
@@ -283,8 +284,8 @@ def test_the_rows_of_a_batch_do_not_move_each_other(tmp_path, tiny_model_dir):
     made = trainer(tiny_model_dir, tmp_path)
     together = made.data_collator(list(made.train_dataset))
     alone = [made.data_collator([row]) for row in made.train_dataset]
-    values = made.reward(together["input_ids"], together["attention_mask"]).values
-    single = [made.reward(batch["input_ids"], batch["attention_mask"]).values for batch in alone]
+    values = made.of_batch(together).values
+    single = [made.of_batch(batch).values for batch in alone]
     for row, side in itertools.product(range(4), range(2)):
         assert values[row + 4 * side].item() == pytest.approx(single[row][side].item(), abs=1e-5)
 
@@ -316,3 +317,73 @@ def test_over_long_judgements_are_told_too(tmp_path, tiny_model_dir, caplog):
         made = PalTrainer(judge, arguments(tmp_path, max_length=16), train_dataset=rows)
     assert "answers were cut at 16 tokens" in caplog.text
     assert made.train_dataset["annotator"] == ["ann"] * 4
+
+
+# --- the layout of rows
+
+
+@pytest.mark.parametrize(
+    ("settings", "loss"),
+    [
+        ({}, "bradley_terry"),
+        ({"lora": LORA}, "bradley_terry"),
+        ({"kind": "gpm", "dimension": 4, "gate": True}, "gpm"),
+        ({"kind": "attributes", "attributes": ("helpful", "brief"), "ranking": "helpful"}, "regression"),
+    ],
+    ids=["scalar", "lora", "gpm", "attributes"],
+)
+def test_packed_pairs_train_as_separate_rows(tmp_path, tiny_model_dir, settings, loss):
+    """Three steps with gradient checkpointing: losses and gradients of both layouts, and fewer tokens read."""
+    rows = ROWS
+    if loss == "regression":
+        rows = [
+            {"prompt": row["prompt"], "completion": row["rejected"], "helpful": 1.0, "brief": place}
+            for place, row in enumerate(ROWS)
+        ]
+    found = []
+    for packing in (True, False):
+        made = trainer(
+            tiny_model_dir,
+            tmp_path,
+            rows,
+            loss,
+            model_settings=settings,
+            per_device_train_batch_size=4,
+            gradient_checkpointing=True,
+            shared_prompt=packing,
+            packing=packing,
+        )
+        found.append((made, steps(made)))
+    (packed, ours), (separate, theirs) = found
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+    assert packed.speed_facts["rows"] == "packed"
+    assert packed.speed_facts["padding"] < separate.speed_facts["padding"]
+    assert separate.speed_facts["rows"] == "separate: shared_prompt is off"
+    if loss != "regression":
+        assert ours[-1]["num_tokens"] < theirs[-1]["num_tokens"]
+
+
+def test_a_frozen_backbone_has_a_row_an_answer(tmp_path, tiny_model_dir):
+    made = trainer(tiny_model_dir, tmp_path, model_settings={"frozen": True})
+    assert made.layout == {"shared_prompt": False, "row_tokens": None}
+    assert made.speed_facts == {}
+
+
+def test_evaluation_of_packed_rows(tmp_path, tiny_model_dir):
+    """Five pairs in batches of four: the mean over pairs, as with separate rows."""
+    rows = Dataset.from_list([*ROWS, {"prompt": "the", "chosen": " ant", "rejected": " cat"}])
+    losses = [
+        trainer(
+            tiny_model_dir,
+            tmp_path,
+            eval_dataset=rows,
+            per_device_eval_batch_size=4,
+            shared_prompt=packing,
+            packing=packing,
+        ).evaluate()
+        for packing in (True, False)
+    ]
+    for name in ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies"):
+        assert losses[0][name] == pytest.approx(losses[1][name], rel=1e-4), name
