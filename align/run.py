@@ -246,7 +246,7 @@ def _row_lengths(recipe: Recipe, split: Split) -> list[int]:
             return lengths
         longest = recipe.grpo.max_completion_length
         return [length + longest for length in lengths for _ in range(recipe.grpo.num_generations)]
-    prompts = 1 if recipe.data.shared_prompt else 2
+    prompts = 1 if recipe.data.shared_prompt and not getattr(recipe.reward, "frozen", False) else 2
     return [
         prompts * len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids) for row in split.tokenized.rows
     ]

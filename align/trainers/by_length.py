@@ -17,6 +17,8 @@ from datasets import Dataset
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from align.losses.layouts import Layout
+
 STRATEGY = "group_by_length"
 POOL = 50  # batches of like lengths are cut from as many rows as these hold: other rows meet in each epoch
 
@@ -85,11 +87,14 @@ class EpochOfSampler(TrainerCallback):  # type: ignore[misc]
 class LengthGrouped(Trainer):  # type: ignore[misc]
     """Goes before TRL's trainer in the bases of a trainer of ours: its sampler of like lengths is ``ByLength``."""
 
+    layout: Layout  # of ``Hosted``
     _epoch_of_sampler: EpochOfSampler | None = None
 
     def _row_lengths(self, dataset: Dataset) -> Sequence[int]:
         """Tokens of each row as it is laid out: where each answer has a row of its own, the longest of them."""
         answers = [name for name in ("chosen_ids", "rejected_ids", "completion_ids") if name in dataset.column_names]
+        if self.layout["shared_prompt"]:
+            return list(tokens_of(dataset, "prompt_ids", *answers).tolist())
         longest = np.max([tokens_of(dataset, name) for name in answers], axis=0)
         return list((tokens_of(dataset, "prompt_ids") + longest).tolist())
 

@@ -12,11 +12,9 @@ from torch import Tensor
 
 from align.losses.rows import Rows, answer_rows, pair_rows
 
-PAIR, RATED = ("prompt_ids", "chosen_ids", "rejected_ids"), ("prompt_ids", "completion_ids", "ratings")
-
 from .logp_shards import row_key
 
-PARTS = ("prompt", "chosen", "rejected")
+PAIR, RATED = ("prompt_ids", "chosen_ids", "rejected_ids"), ("prompt_ids", "completion_ids", "ratings")
 
 
 @dataclass(frozen=True)
@@ -63,12 +61,12 @@ def _references(examples: Sequence[Mapping[str, Any]], rows: Rows) -> dict[str, 
     batch: dict[str, Tensor] = {}
     unknown = [example["reference_chosen"] is None for example in examples]
     if any(unknown):
-        keys = [row_key(*(example[f"{part}_ids"] for part in PARTS)) for example in examples]
+        keys = [row_key(*(example[name] for name in PAIR)) for example in examples]
         batch["reference_keys"] = torch.tensor([list(key) for key in keys], dtype=torch.uint8)
     if not all(unknown):
         known = [
             [math.nan] * len(example[f"{side}_ids"]) if new else example[f"reference_{side}"]
-            for side in PARTS[1:]
+            for side in ("chosen", "rejected")
             for example, new in zip(examples, unknown, strict=True)
         ]
         values = torch.cat([torch.tensor(logps, dtype=torch.float32) for logps in known])

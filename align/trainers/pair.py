@@ -30,7 +30,7 @@ from align.losses.logprobs import TokenLogps
 from align.losses.rows import PADDING, Rows
 from align.models.scoring import score
 
-from .by_length import LengthGrouped, tokens_of
+from .by_length import LengthGrouped
 from .collate import PairCollator, rows_of
 from .given import check_dataset, tokenized_dataset, untokenized_rows
 from .host import loss_with_beta, ranked_right, refuse_what_would_be_dropped
@@ -155,12 +155,6 @@ class PairTrainer(LengthGrouped, ReadsReferences, DPOTrainer):  # type: ignore[m
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             self._signature_columns = ["prompt_ids", "chosen_ids", "rejected_ids", "strength", "preference", *COLUMNS]
-
-    def _row_lengths(self, dataset: Dataset) -> Sequence[int]:
-        if not self.layout["shared_prompt"]:
-            return super()._row_lengths(dataset)
-        found: list[int] = tokens_of(dataset, "prompt_ids", "chosen_ids", "rejected_ids").tolist()
-        return found
 
     # --- loss ---------------------------------------------------------------------------------------------------
 
