@@ -92,9 +92,12 @@ def _program(kind: str, spec: Any) -> str:
                 )
                 for one in given["structures"]
             ]
-            return StructTag.to_grammar(tags)
-    return grammar_from(kind.lower(), spec)  # type: ignore[arg-type]
+            tagged: str = StructTag.to_grammar(tags)
+            return tagged
+    grammar: str = grammar_from(kind.lower(), spec)
+    return grammar
 
 
 def _json(schema: Any) -> str:
-    return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_flexible": True})
+    grammar: str = LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_flexible": True})
+    return grammar
