@@ -193,12 +193,20 @@ def _matched(first: Row, second: Row) -> _Matched:
 def _points(model: str, result: Row) -> dict[str, tuple[str, Row]]:
     """Label, metrics and rows of each point, by its label without the model's name."""
     return {
-        one["label"].replace(model, ""): (
+        _unnamed(one, model): (
             one["label"],
             {"metrics": {name: one[key] for name, key in OF_POINTS.items() if key in one}, "rows": one["rows"]},
         )
         for one in result["points"]
     }
+
+
+def _unnamed(one: Row, model: str) -> str:
+    """A short name may also be in other words of the label: it is taken away where it stands for the model."""
+    label: str = one["label"]
+    if one["kind"] == "transfer-q":
+        return label.replace(f" with {model},", ",", 1)
+    return label if one["kind"] in ("best-of-n", "smc") else label.removeprefix(model)
 
 
 def _of(result: Row) -> dict[str | None, Row]:

@@ -233,6 +233,32 @@ def test_points_of_frontiers() -> None:
     assert only_in_one(first, second) == (["runs/a times 0.5: not in the second"], [])
 
 
+def test_a_name_that_is_in_the_words_of_a_label() -> None:
+    """Runs a and b, what a decoder made of them is compared, nothing is gone."""
+
+    def frontier(base: str, run: str) -> dict[str, Any]:
+        rows = [{"row_id": f"{n}", "reward": 1.0 * n, "kl": 0.1, "tokens": 9} for n in range(4)]
+        labels = {
+            base: {"reference": base, "best-of-n": "best of 2", "smc": "AWRS-SMC, strength 2"},
+            run: {"scaling": f"{run} times 0.5", "transfer-q": f"Transfer-Q* with {run}, alpha 0.3", "run": run},
+        }
+        models = {
+            name: {"n": 4, "metrics": {}, "points": [point(kind, label, rows, "") for kind, label in own.items()]}
+            for name, own in labels.items()
+        }
+        return compared_result("frontier", models, [], {}, base, None)
+
+    first, second = frontier("best", "a"), frontier("best", "t")
+    assert only_in_one(first, second) == ([], [])
+    names = [change.model for change in changes(first, second) if change.metric == "reward"]
+    assert names[3:] == [
+        "a times 0.5 → t times 0.5",
+        "Transfer-Q* with a, alpha 0.3 → Transfer-Q* with t, alpha 0.3",
+        "a → t",
+    ]
+    assert names[:3] == ["best", "best of 2", "AWRS-SMC, strength 2"]
+
+
 def test_what_does_not_go_together() -> None:
     first = of({"accuracy": Estimate(1, 1, 1, 5)})
     for second, message in (
