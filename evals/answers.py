@@ -13,9 +13,7 @@ from .kl import LogRatios
 from .length_control import length_controlled
 from .result import suite_result
 from .sampling import Sample
-from .statistics import CLEAR, Estimate, bootstrap_interval, holm, paired_difference, paired_p, share_interval
-
-EVEN = 0.5
+from .statistics import CLEAR, EVEN, Estimate, bootstrap_interval, holm, paired_difference, paired_p, share_interval
 
 
 def compare_answers(

@@ -18,6 +18,8 @@ Z = 1.959963984540054
 """Of a 95 % interval."""
 CLEAR = 0.05
 """A comparison is clear where its adjusted p-value is below this."""
+EVEN = 0.5
+"""Neither of two is better."""
 _BLOCK = 2**20  # drawn indices held at once: bounds memory, whatever n is
 
 
@@ -199,6 +201,11 @@ def paired_difference(
 ) -> Estimate:
     """Mean of ``second - first``, row by row, with the bootstrap interval of the differences.
 
+    Of verdicts (0, 1/2 and 1) whose differences are all the same d, the bootstrap would give the point d, though some
+    may differ that were not seen: of n rows, or groups, that are drawn none is of a share s with probability
+    ``(1 - s)^n``, which is ``(1 - level) / 2`` or more up to ``s = 1 - ((1 - level) / 2)^(1/n)``. Differences are in
+    [-1, 1], so the interval is ``d - (d + 1) s`` to ``d + (1 - d) s``.
+
     Args:
         first, second: values of the same rows in the same order, shape (N,).
         groups, level, resamples: as in :func:`bootstrap_interval`.
@@ -206,7 +213,13 @@ def paired_difference(
     Raises:
         ValueError: shapes that differ, no rows, or a value that is not finite.
     """
-    return bootstrap_interval(_differences(first, second), groups=groups, level=level, resamples=resamples)
+    differences = _differences(first, second)
+    found = bootstrap_interval(differences, groups=groups, level=level, resamples=resamples)
+    verdicts = all(np.isin(np.asarray(values), (0, EVEN, 1)).all() for values in (first, second))
+    if found.n == 1 or not verdicts or differences.min() < differences.max():
+        return found
+    d, unseen = found.value, 1 - ((1 - level) / 2) ** (1 / found.n)
+    return replace(found, low=d - (d + 1) * unseen, high=d + (1 - d) * unseen)
 
 
 def paired_p(

@@ -177,6 +177,34 @@ def test_paired_difference_is_of_rows():
     assert paired_difference([0.0, 0.0, 0.0], [1.0, 1.0, 4.0], groups="aab") == Estimate(2.0, 1.0, 4.0, 2)
 
 
+def test_differences_of_verdicts_that_are_all_the_same():
+    """0.025^(1/20) = 0.831567, so 0.168433 of rows may differ unseen, each by up to 2. Groups count once."""
+    no, yes, unseen = np.zeros(20), np.ones(20), 0.168433
+    for pair, value, low, high in (
+        ((no, yes), 1, 1 - 2 * unseen, 1),
+        ((yes, no), -1, -1, 2 * unseen - 1),
+        ((yes, yes), 0, -unseen, unseen),
+        ((yes / 2, yes), 0.5, 0.5 - 1.5 * unseen, 0.5 + 0.5 * unseen),
+    ):
+        found = paired_difference(*pair)
+        assert (found.value, found.low, found.high) == pytest.approx((value, low, high), abs=1e-6)
+    grouped = paired_difference(no, yes, groups=np.repeat(range(4), 5).tolist())
+    assert (grouped.low, grouped.n) == (pytest.approx(2 * 0.025**0.25 - 1), 4)
+    assert paired_difference(3 * yes, 4 * yes) == Estimate(1.0, 1.0, 1.0, 20), "no verdicts"
+    assert paired_difference([0.0], [1.0]).low is None
+
+
+@pytest.mark.parametrize("lost", [0.03, 0.95])
+def test_coverage_of_differences_of_verdicts(lost: float):
+    """Of 20 rows that were right a share is no longer: all or none are in about half or a third of samples."""
+    rng = np.random.default_rng(4)
+    covered = 0
+    for _ in range(200):
+        found = paired_difference(np.ones(20), (rng.random(20) >= lost).astype(float), resamples=400)
+        covered += found.low <= -lost <= found.high
+    assert covered / 200 > 0.93
+
+
 def test_coverage_of_a_paired_difference():
     """94.19 % at n = 50 as above. Rows correlate at 0.9, so a difference has variance 2 (1 - 0.9) = 0.2, and intervals
     are 3.92 sqrt(0.2 / 50) = 0.248 wide and not 0.78, as those of unpaired rows.
