@@ -103,7 +103,8 @@ def distinct_estimate(answers: Sequence[Sequence[int]], n: int = 2) -> Estimate:
 
     The bootstrap would draw answers twice, whose n-grams are not different. So each answer is left out in turn (the
     jackknife): ``v = (N - 1)/N sum (d_i - mean d)^2``, which is too large rather than too small in the mean (Efron and
-    Stein, Annals of Statistics 9, 1981), and the interval is ``d -+ 1.96 sqrt(v)``, within [0, 1].
+    Stein, Annals of Statistics 9, 1981), and the interval is ``d -+ 1.96 sqrt(v)``, within [0, 1]. Where v is 0, as
+    where all n-grams differ, it would be a point, and there is none.
     """
     value, count = distinct(answers, n), len(answers)
     several = [Counter(_ngrams(tokens, n)) for tokens in answers]
@@ -119,6 +120,8 @@ def distinct_estimate(answers: Sequence[Sequence[int]], n: int = 2) -> Estimate:
     if len(left_out) < count:  # all n-grams are of one answer
         return Estimate(value, None, None, count)
     reach = Z * math.sqrt((count - 1) * float(np.var(left_out)))
+    if reach == 0:
+        return Estimate(value, None, None, count)
     return Estimate(value, max(0.0, value - reach), min(1.0, value + reach), count)
 
 

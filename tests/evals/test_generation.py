@@ -93,6 +93,7 @@ def test_interval_of_distinct_by_hand():
     assert found.high == 1
     assert distinct_estimate([[1, 2]]).low is None
     assert distinct_estimate([[1, 2], [3]]).low is None, "all 2-grams are of one answer"
+    assert distinct_estimate([[1, 2], [3, 4]]) == Estimate(1.0, None, None, 2), "all differ, so far"
     assert distinct_estimate([[], []]) == Estimate(1.0, None, None, 2)
 
 
