@@ -20,7 +20,7 @@ from rich.text import Text
 from align.config.section import Section
 from align.data.rows import Fault, PairRow, bad_rows
 from align.errors import AlignError, ConfigError
-from align.evals.judges import Judged, agreement, judge_suite, people_agree
+from align.evals.judges import BY_CONSTRUCTION, Judged, agreement, judge_suite, people_agree
 from align.evals.result import compared_result
 from align.evals.statistics import comparisons
 from align.rewards.encoding import plain
@@ -135,7 +135,7 @@ def show(result: Mapping[str, Any]) -> None:
         if "inconsistent" in metrics:
             position = [estimate(metrics[key], ".1%") for key in ("inconsistent", "first_preferred")]
         else:
-            position = ["none by", "construction"]
+            position = [BY_CONSTRUCTION, ""]
         bias = estimate(metrics["length_bias"], "+.1%") if "length_bias" in metrics else ""
         shares = (estimate(metrics["agreement"], ".1%"), estimate(metrics["kappa"], ".2f"))
         few = (f"{metrics[key]['value']:.1%}" for key in ("ties", "unjudged"))

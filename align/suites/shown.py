@@ -11,7 +11,7 @@ from rich.text import Text
 
 from align.evals.statistics import CLEAR
 
-WIDTH = 140
+WIDTH = 400
 
 
 def printer() -> Console:

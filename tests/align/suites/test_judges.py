@@ -91,6 +91,8 @@ def test_a_judge_behind_a_server(evaluated: Evaluated, jsonl: Jsonl, server: Ser
     assert values["length_bias"] == pytest.approx(0.5 / 4)
     assert letters["position"] == "asked in both orders"
     assert (rule["position"], "inconsistent" in rule["metrics"]) == ("none by construction", False)
+    assert "none by construction" in shown
+    assert any(line.startswith(f"{users_rule} ") for line in shown.splitlines()), "names are whole"
     assert rule["metrics"]["agreement"]["value"] == 0.75
     (comparison,) = found["comparisons"]
     assert (comparison["model"], comparison["metric"]) == ("letters", "agreement")
