@@ -28,8 +28,10 @@ from .wandb import Mode, Place, start_wandb
 logger = logging.getLogger(__name__)
 
 WANDB_DATA = "WANDB_DATA_DIR"
-PAIRS = "pairs"
+TEXTS = ("pairs", "answers")
 """Of a result's data: the texts of its rows."""
+ROLES = {"prompt": "user", "chosen": "assistant", "rejected": "assistant", "completion": "assistant"}
+"""Of those texts."""
 ROWS = 1000
 """Rows of a result in the table ``rows``, of all models together: the first ones. The artefact has all of them."""
 
@@ -96,13 +98,14 @@ def _send(result: Mapping[str, Any], files: Sequence[Path], images: Sequence[Ima
     identity = os.urandom(4).hex()
     config = {key: result[key] for key in ("suite", "schema", "data", "reference", "settings") if key in result}
     data = result.get("data") or {}
-    if PAIRS in data:  # their texts are in the table of rows
-        config["data"] = {key: value for key, value in data.items() if key != PAIRS}
+    texts = {key: data[key] for key in TEXTS if isinstance(data.get(key), list)}  # else it is their number
+    if texts:  # which are in the table of rows
+        config["data"] = {key: value for key, value in data.items() if key not in texts}
     run = start_wandb(place, id=identity, job_type="eval", config=finite(config))
     try:
         run.summary.update(finite(_summary(models)))
         logged: dict[str, Any] = {}
-        columns, lines = _rows(models, data.get(PAIRS, ()))
+        columns, lines = _rows(models, [one for several in texts.values() for one in several])
         if lines:
             logged["rows"] = wandb.Table(columns=columns, data=lines, allow_mixed_types=True)
         if compared := result.get("comparisons"):
@@ -149,24 +152,33 @@ def _summary(models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _rows(
-    models: Mapping[str, Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]]
+    models: Mapping[str, Mapping[str, Any]], texts: Sequence[Mapping[str, Any]]
 ) -> tuple[list[str], list[list[Any]]]:
     """Columns and lines of the table of rows; a row's sections become columns such as ``before.text``.
 
     Args:
         models: results.
-        pairs: prompt and answers of rows, by their ids.
+        texts: prompt and answers of rows, by their ids.
     """
     each = max(1, ROWS // len(models))
-    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-    texts = {pair["row_id"]: {name: plain(pair[name], role) for name, role in roles.items()} for pair in pairs}
+    named = {
+        one["row_id"]: {name: plain(one[name], role) for name, role in ROLES.items() if name in one} for one in texts
+    }
     flat = [
-        ({"model": model} if model else {}) | _flat({**row, **texts.get(row.get("row_id"), {})})
+        ({"model": model} if model else {}) | _flat({**row, **_texts(row, named)})
         for model, found in models.items()
         for row in _rows_of(found)[:each]
     ]
     columns = list(dict.fromkeys(key for row in flat for key in row))
     return columns, [[row.get(column) for column in columns] for row in flat]
+
+
+def _texts(row: Mapping[str, Any], named: Mapping[str, Mapping[str, str]]) -> Mapping[str, Any]:
+    """Of a row, or a list each of a row that stands for several, such as the pairs of a circle."""
+    if "row_ids" not in row:
+        return named.get(row.get("row_id", ""), {})
+    several = [named[name] for name in row["row_ids"] if name in named]
+    return {name: [one[name] for one in several] for name in (several[0] if several else ())}
 
 
 def _rows_of(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:

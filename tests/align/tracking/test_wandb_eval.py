@@ -112,6 +112,29 @@ def test_what_the_offline_run_holds(tmp_path: Path, wandb_records: Callable[[Pat
     assert json.loads(staged.read_text()) == result()
 
 
+def test_texts_of_circles_and_of_single_answers(tmp_path: Path, wandb_records: Callable[[Path], list[Any]]) -> None:
+    """A row of a circle has the texts of all its pairs; what says how many pairs there were stays in the config."""
+    pairs = [{"row_id": name, "prompt": "best?", "chosen": name, "rejected": name.upper()} for name in "ab"]
+    answers = [{"row_id": "c", "prompt": "good?", "completion": "yes"}]
+    rows: list[dict[str, Any]] = [{"row_ids": ["a", "b"], "scores": [1, 2]}, {"row_id": "c"}]
+    circles = suite_result("cycles", {"accuracy": bootstrap_interval([1.0])}, rows, {})
+    own = suite_result("generation", {"reward": bootstrap_interval([1.0])}, [{"prompt": "p"}], {})
+    expected = (
+        ({"pairs": pairs, "answers": answers}, {}, ['["best?", "best?"]', '["a", "b"]', '["A", "B"]', None]),
+        ({"pairs": 24}, {"pairs": 24}, ["p"]),
+    )
+    for name, one, (data, config, last) in zip("xy", (circles, own), expected, strict=True):
+        place = Place(tmp_path / name, "offline", "p", None, name)
+        assert send_evaluation({**one, "data": data}, [], [], place) is not None
+        found = found_in(tmp_path / name, wandb_records)
+        table = json.loads((found["files"] / found["logged"]["rows"]["path"]).read_text())
+        shown = dict(zip(table["columns"], table["data"][0], strict=True))
+        assert [shown[key] for key in ("prompt", "chosen", "rejected", "completion") if key in shown] == last
+        assert found["config"]["data"] == config
+        if name == "x":
+            assert (table["data"][1][-1], table["columns"][-1]) == ("yes", "completion")
+
+
 def test_where_it_goes(tmp_path: Path) -> None:
     """The first run with tracking.wandb decides; its folder's name is the group where it has none."""
     output = tmp_path / "d.json"
