@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from align.answering import BATCH, Answers, Kept
 from align.config.schema import Recipe
 from align.data.prompts import unpacked
-from align.data.rows import PairRow
+from align.data.rows import CompletionRow, PairRow
 from align.data.splits import Split
 from align.data.tokenize import encode_prompt
 from align.errors import AlignError
@@ -92,11 +92,15 @@ def evaluate(
 
 
 def _about(suite: str, held_out: Split) -> dict[str, Any]:
-    """The data of a suite whose rows do not have their texts: source, digest, counts, and prompts and answers."""
-    if suite in WITH_PROMPTS:
-        return {}
+    """The data: source, digest, counts, and where the rows of the result do not have their texts, these."""
     rows: list[Any] = held_out.used
-    return {"data": {**held_out.facts, **({"pairs": texts_of(rows)} if isinstance(rows[0], PairRow) else {})}}
+    texts: dict[str, Any] = {}
+    if suite not in WITH_PROMPTS and isinstance(rows[0], PairRow):
+        texts["pairs"] = texts_of(rows)
+    elif suite not in WITH_PROMPTS and isinstance(rows[0], CompletionRow):
+        fields = ("row_id", "prompt", "completion")
+        texts["answers"] = [{name: getattr(row, name) for name in fields} for row in rows]
+    return {"data": {**held_out.facts, **texts}}
 
 
 def check_testable(recipe: Recipe, splits: dict[str, Split]) -> None:

@@ -77,6 +77,8 @@ def test_the_shipped_recipe_runs_and_leaves_everything(
     assert ("kl" in log[-1]) == (name == "kto")
     thumbs = json.loads((folder / "eval" / "thumbs.json").read_text())
     assert thumbs["n"] == 48
+    assert {row["row_id"] for row in thumbs["rows"]} == {one["row_id"] for one in thumbs["data"]["answers"]}
+    assert thumbs["data"]["answers"][0].keys() == {"row_id", "prompt", "completion"}
     auc = thumbs["metrics"]["auc"]
     assert auc["low"] <= auc["value"] <= auc["high"]
     assert auc["n"] == 24  # prompts

@@ -33,6 +33,7 @@ def test_as_the_run_itself_says(evaluated: Evaluated, run: Path) -> None:
     assert [row["text"] for row in end["rows"]] == [row["after"]["text"] for row in own["rows"]]
     assert [row["text"] for row in base["rows"]] == [row["before"]["text"] for row in own["rows"]]
     assert [row["kl"] for row in end["rows"]] == pytest.approx([row["kl"] for row in own["rows"]], abs=1e-4)
+    assert (own["data"]["source"], len(own["data"]["sha256"])) == (found["data"]["source"], 64)
     same = {"win_rate": "win_rate", "ties": "ties", "reward": "reward_after", "reward_change": "reward_change"}
     same |= {"kl_to_reference": "kl_to_reference", "length": "length_after", "distinct_2": "distinct_after"}
     for ours, theirs in same.items():
