@@ -195,7 +195,7 @@ def _evaluate(recipe: Recipe, folder: Path, last: Path) -> None:
         [after[TRAINED, place] for place in places],
     )
     (folder / "eval").mkdir(exist_ok=True)
-    write_json(folder / "eval" / "generation.json", result)
+    write_json(folder / "eval" / "generation.json", result | {"data": shown["data"]})
 
 
 def _link(run: Path, folder: Path) -> None:

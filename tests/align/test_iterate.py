@@ -87,6 +87,7 @@ def test_rounds(recipe: Callable[..., Path], tmp_path: Path) -> None:
     assert (whole / "adapter").resolve() == (last / "adapter").resolve()
     rounds = [json.loads((whole / f"round-{n}" / "run" / "eval" / "generation.json").read_text()) for n in (1, 2)]
     both = json.loads((whole / "eval" / "generation.json").read_text())
+    assert both["data"] == rounds[0]["data"]
     for side, number in (("before", 0), ("after", 1)):
         assert [row[side] for row in both["rows"]] == [row[side] for row in rounds[number]["rows"]]
     assert [row["before"] for row in both["rows"]] != [row["before"] for row in rounds[1]["rows"]]
