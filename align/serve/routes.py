@@ -17,7 +17,9 @@ from vllm.entrypoints.openai.chat_completion.api_router import create_chat_compl
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.api_router import create_completion
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.serve.exception_handling.handlers.vllm_error import vllm_error_handler
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
+from vllm.exceptions import GracefulHTTPError
 
 from align.decoding.constraints import ConstraintError
 from align.decoding.drawing import check_tokens
@@ -44,6 +46,7 @@ def attach(app: FastAPI) -> None:
     app.add_api_route("/v1/align/score", score, **checks)
     app.add_api_route("/v1/align", about, methods=["GET"])
     app.add_api_route("/", page, methods=["GET"], include_in_schema=False)
+    app.add_exception_handler(GracefulHTTPError, refused)
 
 
 async def chat_completions(request: ChatCompletionRequest, raw_request: Request) -> Response:
@@ -91,6 +94,18 @@ async def page() -> Response:
     return FileResponse(PAGE, headers={"Cache-Control": "no-cache"})
 
 
+async def refused(http: Request, error: Exception) -> Response:
+    """What vLLM's handlers met that is a refusal of ours, with the headers that vLLM has no room for."""
+    if isinstance(error.__cause__, RefusedError):
+        return _refusal(error.__cause__)
+    reply: Response = await vllm_error_handler(http, error)
+    return reply
+
+
+def _refusal(refused: RefusedError) -> Response:
+    return JSONResponse(refused.body, status_code=refused.status, headers=refused.headers)
+
+
 async def _measured(http: Request, work: Callable[[], Awaitable[Response]]) -> Response:
     """Refusals as JSON, and a line in the metrics; streams write theirs when they end."""
     began = time.monotonic()
@@ -102,7 +117,7 @@ async def _measured(http: Request, work: Callable[[], Awaitable[Response]]) -> R
         return response
     except RefusedError as refused:
         error = refused
-        return JSONResponse(refused.body, status_code=refused.status, headers=refused.headers)
+        return _refusal(refused)
     except HungUpError as gone:
         error = gone
         return Response(status_code=GONE)

@@ -2,7 +2,8 @@
 
 vLLM reads what a plain request asks for in the server's loop, and compiles it in the engine. With xgrammar, its first
 choice, a schema of 4 kB took half a minute there, in which the server answered nobody; so ``launch`` has it use
-llguidance. What passes here is not read in the loop again.
+llguidance. What passes here is not read in the loop again. Structural tags become grammars here: vLLM would hand their
+schemas over to llguidance as what they are not, and any JSON would do.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from http import HTTPStatus
-from typing import Any
+from typing import Annotated, Any
 
 from llguidance import LLMatcher, StructTag, grammar_from
+from pydantic import BaseModel, ConfigDict, Field
 
 from align.decoding.constraints import ConstraintError
 
@@ -29,47 +31,101 @@ async def checked(outputs: Any, asked: Any, checker: Checker) -> AsyncGenerator[
 
     Args:
         outputs: the generator of vLLM's engine, not begun.
-        asked: vLLM's ``StructuredOutputsParams``.
+        asked: vLLM's ``StructuredOutputsParams``; a structural tag becomes the grammar that it is.
         checker: where it is compiled.
 
     Raises:
-        VLLMValidationError: it is no grammar, or takes too long; vLLM makes it 400.
-        GracefulHTTPError: too many wait (429), or what compiles has ended (500).
+        VLLMValidationError: it is no grammar; vLLM makes it 400.
+        GracefulHTTPError: from a ``RefusedError``: it takes too long (400), too many wait (429), or what compiles has
+            ended (500).
     """
     from vllm.exceptions import GracefulHTTPError, VLLMValidationError
     from vllm.v1.structured_output.request import get_structured_output_key
 
-    kind, spec = get_structured_output_key(asked)
     try:
+        if asked.structural_tag is not None:
+            asked.grammar, asked.structural_tag = tagged(asked.structural_tag), None
+        kind, spec = get_structured_output_key(asked)
         await checker.check([kind.name, spec])
     except ConstraintError as error:
         raise VLLMValidationError(str(error)) from None
     except RefusedError as refused:
-        if refused.status == HTTPStatus.BAD_REQUEST:
-            raise VLLMValidationError(refused.message) from None
-        raise GracefulHTTPError(refused.message, HTTPStatus(refused.status)) from None
+        raise GracefulHTTPError(refused.message, HTTPStatus(refused.status)) from refused
     async with aclosing(outputs):
         async for output in outputs:
             yield output
 
 
 def read_no_more() -> None:
-    """Have vLLM in this process take grammars as they are: it would compile each once more, in the loop."""
-    from vllm.v1.structured_output import backend_guidance
+    """Have vLLM in this process take grammars as they are: it would compile each once more, in the loop.
+
+    Structural tags it reads by xgrammar, whatever draws them, as soon as the body has come.
+    """
+    from vllm.v1.structured_output import backend_guidance, backend_xgrammar
 
     backend_guidance.validate_guidance_grammar = lambda sampling_params, tokenizer=None: None
+    backend_xgrammar.validate_xgrammar_grammar = lambda sampling_params: None
+
+
+class Tag(BaseModel):
+    """A value in a text, of a JSON schema, between its ``begin`` and its ``end``."""
+
+    model_config = ConfigDict(strict=True)
+
+    begin: str
+    content: Annotated[dict[str, Any], Field(alias="schema")]
+    end: str
+
+
+class Tags(BaseModel):
+    """A structural tag: what begins with one of the triggers goes on as a tag."""
+
+    model_config = ConfigDict(strict=True)
+
+    triggers: list[Annotated[str, Field(min_length=1)]]
+    structures: Annotated[list[Tag], Field(min_length=1)]
+
+
+def tagged(spec: str) -> str:
+    """The grammar, in Lark's syntax, of a structural tag.
+
+    Args:
+        spec: its JSON.
+
+    Raises:
+        RefusedError: 400, it is none, or of the form that has a ``format``.
+    """
+    from .wire import read
+
+    where = "structural_tag"
+    try:
+        given = json.loads(spec)
+    except (ValueError, RecursionError) as error:
+        raise RefusedError(400, f"{where}: not JSON: {error}") from None
+    if isinstance(given, dict) and "format" in given:
+        raise RefusedError(400, f"{where}: give triggers and structures; the form with format is not drawn here")
+    asked = read(Tags, given, where)
+    tags = []
+    for number, tag in enumerate(asked.structures):
+        trigger = next((one for one in asked.triggers if tag.begin.startswith(one)), None)
+        if trigger is None:
+            raise RefusedError(400, f"{where}.structures.{number}.begin: it begins with none of the triggers")
+        schema = {"x-guidance": {"whitespace_flexible": True}, **tag.content}
+        tags.append(StructTag(trigger=trigger, begin=tag.begin, grammar=schema, end=tag.end))
+    grammar: str = StructTag.to_grammar(tags, assume_special=False)  # <tool> is text, and no token of that name
+    return grammar
 
 
 def problem(kind: str, spec: Any) -> str:
     """What is wrong with a grammar, or nothing: what vLLM's own look at it would say.
 
     Args:
-        kind: name of one of vLLM's ``StructuredOutputOptions``.
+        kind: name of one of vLLM's ``StructuredOutputOptions``, but for structural tags, see ``tagged``.
         spec: its text.
     """
     try:
         said = LLMatcher.validate_grammar(_program(kind, spec), None)
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
+    except (ValueError, TypeError) as error:
         return f"Invalid grammar specification: {error}"
     return f"Grammar error: {said}" if said else ""
 
@@ -81,19 +137,6 @@ def _program(kind: str, spec: Any) -> str:
             return _json(spec)
         case "JSON_OBJECT":
             return _json('{"type": "object"}')
-        case "STRUCTURAL_TAG":
-            given = json.loads(spec) if isinstance(spec, str) else spec
-            tags = [
-                StructTag(
-                    trigger=next((trigger for trigger in given["triggers"] if one["begin"].startswith(trigger)), ""),
-                    begin=one["begin"],
-                    grammar=_json(one["schema"]),
-                    end=one["end"],
-                )
-                for one in given["structures"]
-            ]
-            tagged: str = StructTag.to_grammar(tags)
-            return tagged
     grammar: str = grammar_from(kind.lower(), spec)
     return grammar
 

@@ -210,9 +210,12 @@ HEAVY = {f"p{number}": {"type": "string", "pattern": "(.{0,200}a.{0,200}){9}"} f
 
 
 def test_vllms_own_structured_outputs_do_not_hold_up_the_server(server: Any) -> None:
-    """With xgrammar it read this one in its loop for half a minute; now nobody waits for that and the hostile one."""
-    asked = [{"json": {"type": "object", "properties": HEAVY}}, {"json": {**HOSTILE["json"], "title": "another"}}]
-    with ThreadPoolExecutor(2) as pool:
+    """With xgrammar it read the first two in its loop for half a minute; now nobody waits for them and the hostile."""
+    heavy = {"type": "object", "properties": HEAVY}
+    tag = {"triggers": ["<f"], "structures": [{"begin": "<f>", "schema": heavy, "end": "</f>"}]}
+    hostile = {"json": {**HOSTILE["json"], "title": "another"}}
+    asked = [{"json": heavy}, {"structural_tag": json.dumps(tag)}, hostile]
+    with ThreadPoolExecutor(3) as pool:
         running = [
             pool.submit(server.post, "/v1/completions", {"prompt": "a", "max_tokens": 8, "structured_outputs": one})
             for one in asked
@@ -223,8 +226,11 @@ def test_vllms_own_structured_outputs_do_not_hold_up_the_server(server: Any) -> 
             assert httpx.get(f"{server.url}/health", timeout=60).status_code == 200
             longest = max(longest, time.monotonic() - began)
             time.sleep(0.02)
-    assert [reply.result().status_code for reply in running] == [200, 400]
+    assert [reply.result().status_code for reply in running] == [200, 200, 400]
     assert longest < 1.5
+    refused = running[2].result()
+    assert 1 <= int(refused.headers["Retry-After"]) <= 300
+    assert refused.json()["error"]["type"] == "BadRequestError"
     body = {"prompt": "a", "max_tokens": 8, "structured_outputs": {"regex": "[ab]{3}"}}
     text = server.post("/v1/completions", body).json()["choices"][0]["text"]
     assert len(text) == 3

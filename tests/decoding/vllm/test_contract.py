@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import pytest
+from llguidance import LLMatcher, LLTokenizer, grammar_from
 from vllm import LLM, SamplingParams
 from vllm.config import ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.generate.base import protocol
 from vllm.entrypoints.launchers import cli_args
 from vllm.entrypoints.launchers.api_server.entry import build_and_serve
 from vllm.entrypoints.launchers.launcher import setup_server
@@ -37,7 +40,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.sample import sampler
 from vllm.v1.sample.logits_processor import interface as first
-from vllm.v1.structured_output import backend_guidance
+from vllm.v1.structured_output import backend_guidance, backend_xgrammar
 from vllm.v1.structured_output.backend_types import StructuredOutputOptions
 from vllm.v1.structured_output.request import get_structured_output_key
 from vllm.v1.worker.gpu.sample.logits_processor import interface as second
@@ -196,8 +199,15 @@ def test_where_structured_outputs_are_read() -> None:
     assert names(backend_guidance.validate_guidance_grammar) == ["sampling_params", "tokenizer"]
     source = inspect.getsource(SamplingParams._validate_structured_outputs)
     assert "from vllm.v1.structured_output.backend_guidance import (" in source
+    assert names(backend_xgrammar.validate_xgrammar_grammar) == ["sampling_params"]
+    source = inspect.getsource(protocol.validate_structural_tag_payload)
+    assert "from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar" in source
     assert names(get_structured_output_key) == ["params"]
     kinds = {"JSON", "JSON_OBJECT", "REGEX", "GRAMMAR", "CHOICE", "STRUCTURAL_TAG"}
     assert {kind.name for kind in StructuredOutputOptions} == kinds
     assert names(GracefulHTTPError) == ["message", "http_status"]
     assert not issubclass(GracefulHTTPError, VLLMClientError)
+    tag = {"triggers": ["<f"], "structures": [{"begin": "<f>", "schema": {"type": "integer"}, "end": "</f>"}]}
+    wrong = backend_guidance.serialize_guidance_grammar(StructuredOutputOptions.STRUCTURAL_TAG, json.dumps(tag))
+    matcher = LLMatcher(LLTokenizer("byte"), grammar_from("grammar", wrong), log_level=0)
+    assert matcher.try_consume_tokens(list(b'<f>"a"</f>')) == 10  # why they are made grammars before
