@@ -8,7 +8,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 
 from align.decoding.request import Answer
 
-OUTCOMES = {
+_OUTCOMES = {
     400: "bad",
     401: "unauthorised",
     404: "bad",
@@ -19,7 +19,11 @@ OUTCOMES = {
     503: "unavailable",
     504: "timeout",
 }
-"""Outcome of a request by the status of its reply; beside these ``ok``, ``hung_up`` and ``error``."""
+
+
+def outcome_of(status: int) -> str:
+    """What became of a request by the status of its reply; beside these there is ``hung_up``."""
+    return _OUTCOMES.get(status, "ok" if status < 400 else "bad" if status < 500 else "error")
 
 
 class Metrics:
@@ -71,7 +75,7 @@ class Metrics:
 
     def refused(self, status: int) -> None:
         """A request did not get past the gate."""
-        self._requests.labels("none", OUTCOMES.get(status, "error")).inc()
+        self._requests.labels("none", outcome_of(status)).inc()
 
     def answered(self, answer: Answer) -> None:
         """What an answer took."""

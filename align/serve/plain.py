@@ -15,7 +15,7 @@ from typing import Any
 from .admission import Admission
 from .errors import RefusedError
 from .gate import App, Message, Receive, Send, given, reply
-from .metrics import OUTCOMES
+from .metrics import outcome_of
 from .streams import DONE
 from .wire import KEY
 
@@ -58,7 +58,7 @@ class Plain:
                 )
             ticket = self.admission.reserve(wanted)
         except RefusedError as refused:
-            self._done(OUTCOMES[refused.status], 0.0)
+            self._done(outcome_of(refused.status), 0.0)
             await reply(send, refused)
             return
         try:
@@ -112,7 +112,7 @@ class Plain:
             await asyncio.gather(working, listening, return_exceptions=True)
         if hung_up or started is None:
             return "hung_up"
-        return "ok" if started["status"] < 400 else OUTCOMES.get(started["status"], "error")
+        return outcome_of(started["status"])
 
     async def _end(self, started: Message | None, send: Send) -> None:
         """Tell the client that its time is up: as the reply, or as the last event of its stream."""

@@ -25,7 +25,7 @@ from align.decoding.vllm.particles import Happened
 from .admission import Admission, Ticket
 from .checker import Checker
 from .errors import HungUpError, RefusedError, failed
-from .metrics import OUTCOMES, Metrics
+from .metrics import Metrics, outcome_of
 from .options import Options
 from .replies import Json, answer_json, as_asked
 from .rewards import Rewards
@@ -294,5 +294,5 @@ def outcome(error: BaseException | None) -> str:
     if error is None:
         return "ok"
     if isinstance(error, RefusedError):
-        return OUTCOMES.get(error.status, "error")
+        return outcome_of(error.status)
     return "hung_up" if isinstance(error, HungUpError | asyncio.CancelledError) else "error"

@@ -166,7 +166,7 @@ def test_one_that_takes_too_long_is_stopped_and_told_so(stream: bool) -> None:
     run(work)
 
 
-@pytest.mark.parametrize(("status", "outcome"), [(200, "ok"), (400, "bad"), (404, "bad"), (500, "error")])
+@pytest.mark.parametrize(("status", "outcome"), [(200, "ok"), (400, "bad"), (403, "bad"), (500, "error")])
 def test_what_became_of_it_is_told(status: int, outcome: str) -> None:
     async def work() -> None:
         place = Place()
