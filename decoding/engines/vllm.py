@@ -81,9 +81,10 @@ class VLLMEngine:
         from align.decoding.vllm.machine import settings
 
         found = settings()
+        asked = options if threads is None else {**options, "threads": threads}
         for about, why in found.reasons:
             name = "kv_cache_memory_bytes" if about == "cache" else about
-            logger.info("%s: %s", about, f"{options[name]}: asked for" if name in options else why)
+            logger.info("%s: %s", about, f"{asked[name]}: asked for" if name in asked else why)
         found.enter(threads)
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         from vllm import LLM

@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
 
+from align.decoding.engines.vllm import VLLMEngine
 from align.decoding.vllm import machine
 from align.decoding.vllm.machine import GIB, settings, vllm_version
 
@@ -49,6 +51,7 @@ def test_the_dtype_is_what_the_processor_multiplies(
 
 THREADS = """
 import torch
+from align.decoding.engines.vllm import VLLMEngine
 from align.decoding.vllm import machine
 machine.cores = lambda: 4
 torch.cuda.is_available = lambda: False
@@ -69,6 +72,18 @@ def test_torch_has_the_threads_that_are_told(threads: str, set_to: str, expected
     command = [sys.executable, "-c", THREADS.format(threads)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.stdout.startswith(expected), done.stderr
+
+
+def test_the_engines_log_says_what_was_asked_for(
+    cpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the place of what would have been chosen; the folder has no model, so that nothing is started."""
+    monkeypatch.setattr(machine.Machine, "enter", lambda self, threads: None)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    with caplog.at_level("INFO", logger="align.decoding.engines.vllm"), pytest.raises((ValueError, OSError)):
+        VLLMEngine(tmp_path, threads=2, block_size=64)
+    assert {"threads: 2: asked for", "block_size: 64: asked for"} <= set(caplog.messages)
+    assert any(said.startswith("cache: ") and "a quarter" in said for said in caplog.messages)
 
 
 def test_a_variable_that_is_set_is_told_in_the_place_of_the_choice(cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
