@@ -78,12 +78,15 @@ class Tag(BaseModel):
 
 
 class Tags(BaseModel):
-    """A structural tag: what begins with one of the triggers goes on as a tag."""
+    """A structural tag: what begins with one of the triggers goes on as a tag.
+
+    Each is compared with each in the loop, so that there may be so many and no more.
+    """
 
     model_config = ConfigDict(strict=True)
 
-    triggers: list[Annotated[str, Field(min_length=1)]]
-    structures: Annotated[list[Tag], Field(min_length=1)]
+    triggers: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=100)]
+    structures: Annotated[list[Tag], Field(min_length=1, max_length=1000)]
 
 
 def tagged(spec: str) -> str:

@@ -51,7 +51,6 @@ def test_the_dtype_is_what_the_processor_multiplies(
 
 THREADS = """
 import torch
-from align.decoding.engines.vllm import VLLMEngine
 from align.decoding.vllm import machine
 machine.cores = lambda: 4
 torch.cuda.is_available = lambda: False
