@@ -3,7 +3,7 @@
 Only the positions that are scored meet the head, in tiles of tokens, so that the (positions, vocabulary) logits of a
 batch never stand in memory at once. With a frozen head (LoRA) the gradient with respect to the hidden state is one
 vector a token, found in the forward pass while the tile's softmax is there: the backward is then a multiplication.
-With a trained head the tiles are computed anew.
+With a trained head the tiles are kept where they are few, and computed anew where they are not.
 
 Products run in the dtype of the inputs (bf16 stays bf16), reductions in float32. Where the product's output is rounded
 to bf16, the target's own logit is computed once more in float32: a logit of 16 has a spacing of 1/8 in bf16.
@@ -19,6 +19,9 @@ from torch import Tensor
 
 # Elements of a float32 tile of logits: 16 MiB, a few of which live at once. Larger tiles are not faster on a CPU.
 TILE_ELEMENTS = 2**22
+# Elements of all tiles of a trained head that are kept for the backward pass, 128 MiB in float32; of more tokens they
+# are computed anew.
+KEPT_ELEMENTS = 2**25
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,24 @@ def _target_logits(
     return logit if cap is None else cap * torch.tanh(logit / cap)
 
 
+def _error(
+    hidden: Tensor,
+    target: Tensor,
+    cast: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    cap: float | None,
+) -> Tensor:
+    """``onehot(target) - softmax``, times the slope of the cap, (M, V); ``cast``: the weight as it computes."""
+    logits = _logits(hidden, cast, bias, scale, cap)
+    logits.scatter_(1, target[:, None], _target_logits(hidden, target, weight, bias, scale, cap)[:, None])
+    slope = None if cap is None else 1 - (logits / cap) ** 2
+    error = logits.softmax(dim=1).neg_()
+    error.scatter_add_(1, target[:, None], torch.ones_like(error[:, :1]))
+    return error if slope is None else error.mul_(slope)
+
+
 def _wide_zeros(like: Tensor) -> Tensor:
     """Where tiles add up, float32 or better: in bf16 a small tile would vanish beside the sum so far."""
     return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
@@ -136,8 +157,13 @@ class _TokenLogps(torch.autograd.Function):
         entropy = torch.empty_like(logps)
         top = torch.empty(count, dtype=torch.bool, device=hidden.device)
         train_hidden, _, train_weight, train_bias, *_ = ctx.needs_input_grad
-        prepare = train_hidden and not (train_weight or train_bias)
-        direction = torch.empty(hidden.shape, dtype=wide, device=hidden.device) if prepare else None
+        train_head = train_weight or train_bias
+        direction = kept = None
+        if train_hidden and not train_head:
+            direction = torch.empty(hidden.shape, dtype=wide, device=hidden.device)
+        elif train_head and count * vocabulary <= KEPT_ELEMENTS:
+            kept = torch.empty(count, vocabulary, dtype=hidden.dtype, device=hidden.device)
+            masses, slopes = torch.empty_like(logps), torch.ones_like(logps)
 
         rows = max(1, TILE_ELEMENTS // vocabulary)
         for start in range(0, count, rows):
@@ -146,7 +172,7 @@ class _TokenLogps(torch.autograd.Function):
             logits = _logits(h, cast, bias, scale, cap)
             own = _target_logits(h, t, weight, bias, scale, cap)
             logits.scatter_(1, t[:, None], own[:, None])
-            slope = None if cap is None or direction is None else 1 - (logits / cap) ** 2
+            slope = None if cap is None or not (train_hidden or train_head) else 1 - (logits / cap) ** 2
             peak = logits.amax(dim=1)
             top[part] = own >= peak
             logits -= peak[:, None]
@@ -155,20 +181,27 @@ class _TokenLogps(torch.autograd.Function):
             log_mass = mass.log()
             logps[part] = own - peak - log_mass
             entropy[part] = log_mass - torch.linalg.vecdot(weights, logits) / mass
+            if slope is not None:
+                weights *= slope
+            if kept is not None:
+                kept[part], masses[part] = weights, mass
+                if slope is not None:
+                    slopes[part] = slope.gather(1, t[:, None])[:, 0]
             if direction is not None:
                 # d logp / d hidden = slope_t W_t - sum_v p_v slope_v W_v
                 own_row = weight[t].to(wide)
                 if slope is not None:
                     own_row = own_row * slope.gather(1, t[:, None])
-                    weights *= slope
                 mean_row = (weights.to(hidden.dtype) @ cast).to(wide) / mass[:, None]
                 direction[part] = scale * (own_row - mean_row)
         ctx.mark_non_differentiable(entropy, top)
         ctx.scale, ctx.cap, ctx.hidden_dtype = scale, cap, hidden.dtype
         if direction is not None:
             ctx.save_for_backward(direction)
+        elif kept is not None:
+            ctx.save_for_backward(hidden, target, weight, bias, kept, masses, slopes)
         else:
-            ctx.save_for_backward(hidden, target, weight, bias)
+            ctx.save_for_backward(hidden, target, weight, bias, None, None, None)
         return logps, entropy, top
 
     @staticmethod
@@ -178,7 +211,7 @@ class _TokenLogps(torch.autograd.Function):
             (direction,) = ctx.saved_tensors
             return (grad[:, None] * direction).to(ctx.hidden_dtype), None, None, None, None, None
 
-        hidden, target, weight, bias = ctx.saved_tensors
+        hidden, target, weight, bias, kept, masses, slopes = ctx.saved_tensors
         scale, cap = ctx.scale, ctx.cap
         cast = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden)
@@ -188,15 +221,14 @@ class _TokenLogps(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             h, t = hidden[part], target[part]
-            logits = _logits(h, cast, bias, scale, cap)
-            logits.scatter_(1, t[:, None], _target_logits(h, t, weight, bias, scale, cap)[:, None])
-            slope = None if cap is None else 1 - (logits / cap) ** 2
+            push = scale * grad[part, None]
             # d logp / d logits = onehot(target) - softmax, through the cap and the scale
-            push = logits.softmax(dim=1).neg_()
-            push.scatter_add_(1, t[:, None], torch.ones_like(push[:, :1]))
-            push *= scale * grad[part, None]
-            if slope is not None:
-                push *= slope
+            if kept is not None:
+                own = push * slopes[part, None]
+                push = kept[part] * (push / -masses[part, None])
+                push.scatter_add_(1, t[:, None], own)
+            else:
+                push = _error(h, t, cast, weight, bias, scale, cap).mul_(push)
             if grad_bias is not None:
                 grad_bias += push.sum(dim=0)
             narrow = push.to(hidden.dtype)

@@ -36,9 +36,14 @@ KINDS = list(itertools.product([False, True], [1.0, 0.3], [None, 2.5]))
 @pytest.mark.parametrize(("bias", "scale", "cap"), KINDS)
 @pytest.mark.parametrize("train_head", [False, True])
 @pytest.mark.parametrize("tile", [1, 4 * 23, 2**24])
-def test_equal_to_log_softmax(monkeypatch, bias, scale, cap, train_head, tile):
-    """Values, and gradients of a weighted sum with respect to hidden states, weight and bias, to 1e-12."""
+@pytest.mark.parametrize("most", [11 * 23 - 1, 11 * 23])
+def test_equal_to_log_softmax(monkeypatch, bias, scale, cap, train_head, tile, most):
+    """Values, and gradients of a weighted sum with respect to hidden states, weight and bias, to 1e-12.
+
+    Tiles are kept for the backward pass, or computed anew.
+    """
     monkeypatch.setattr(logprobs, "TILE_ELEMENTS", tile)
+    monkeypatch.setattr(logprobs, "KEPT_ELEMENTS", most)
     hidden, target, head = case(bias, scale, cap)
     inputs = [hidden] + ([head.weight] + ([head.bias] if bias else []) if train_head else [])
     for tensor in inputs:
@@ -52,6 +57,20 @@ def test_equal_to_log_softmax(monkeypatch, bias, scale, cap, train_head, tile):
     theirs = torch.autograd.grad((weights * expected).sum(), inputs)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(("most", "products"), [(11 * 23 - 1, 2), (11 * 23, 1)])
+def test_a_trained_head_computes_its_logits_once_where_they_can_be_kept(monkeypatch, most, products):
+    """Nothing is kept of what is scored without gradients."""
+    real, calls = logprobs._logits, []
+    monkeypatch.setattr(logprobs, "_logits", lambda *given: (calls.append(1), real(*given))[1])
+    monkeypatch.setattr(logprobs, "KEPT_ELEMENTS", most)
+    hidden, target, head = case(False, 1.0, None)
+    head.weight.requires_grad_()
+    out = token_logps(hidden, target, head).logps
+    assert (11, 23) in [tuple(t.shape) for t in out.grad_fn.saved_tensors if t is not None] or products == 2
+    out.sum().backward()
+    assert len(calls) == products
 
 
 @pytest.mark.parametrize(("bias", "scale", "cap"), KINDS)
