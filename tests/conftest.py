@@ -116,6 +116,7 @@ def alone(function: Callable[[], Any]) -> None:
     """In a forked process: as if it had been started anew, on one thread, and not yet been a part of any group."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     function()
 
@@ -138,8 +139,9 @@ class Forked(ForkProcess):
 
 
 @pytest.fixture
-def one_thread() -> Iterator[None]:
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Makes this process compute as a forked one does, to the last bit."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
