@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,22 +21,21 @@ from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 
 from align.config.load import config_hash, resolved_yaml
 from align.config.schema import Recipe
-from align.data.groups import TokenizedGroups
-from align.data.report import fault_report, show_masks, write_rejected
+from align.data.report import fault_report, write_rejected
 from align.data.splits import Split, read_split
-from align.data.tokenize import TokenizedCompletions
 from align.errors import AlignError
 from align.evaluate import check_testable, evaluate
 from align.losses import SequenceLogps
 from align.models.load import load_tokenizer
 from align.models.scoring import sequence_logps
+from align.models.threads import choose_threads
 from align.reports.card import write_card
 from align.reports.eval_figures import result_images
 from align.reports.report import render_report
 from align.rewards.models import RewardModel
 from align.run_pal import COMPARED, compare_trained, run_pal
 from align.score.preflight import preflight as describe_risk
-from align.score.training import TrainingFilter, filter_training
+from align.score.training import filter_training
 from align.tracking.callback import tracked
 from align.tracking.files import write_json, write_text
 from align.tracking.manifest import run_facts
@@ -45,9 +44,8 @@ from align.tracking.telemetry import disable_telemetry
 from align.tracking.wandb import WandbMirror
 from align.tracking.wandb_eval import send_evaluation
 from align.trainers.build import build, training_arguments
-from align.trainers.grpo import check_prompts
 from align.trainers.interrupt import interruptible
-from align.trainers.plan import plan
+from align.trainers.plan import choose_checkpointing, rows_of
 
 console = Console(stderr=True)
 PROBED = 16  # answers
@@ -78,6 +76,8 @@ def train(recipe: Recipe, *, source: str, command: Sequence[str], dry_run: bool 
     set_seed(recipe.training.get("seed", 42))
     tokenizer = load_tokenizer(recipe.model.name, trust_remote_code=recipe.model.trust_remote_code)
     if dry_run:
+        from .dry_run import show_plan  # it reads data by this module
+
         show_plan(recipe, tokenizer)
         return Path(recipe.output)
     if recipe.iterate is not None:
@@ -106,12 +106,17 @@ def _run(
             shutil.rmtree(run.path / leftover, ignore_errors=True)
     else:
         same_data(run, splits)
+    before = run.manifest.get("speed", {}) if checkpoint is not None else {}
+    threads = choose_threads(before)
+    run.update_manifest(speed=threads.facts)
+    console.print(f"threads {threads}", highlight=False, soft_wrap=True)
     if recipe.data.filter is not None:
         splits["train"] = _filter(recipe, tokenizer, splits["train"], run, resumed=checkpoint is not None)
     if recipe.pal is not None and recipe.pal.frozen:
         _run_pal(recipe, splits, run, source, command)
         return
     held_out = splits.get("eval")
+    recipe = _decided(recipe, tokenizer, splits["train"], run, before)
     built = build(
         recipe,
         tokenizer,
@@ -194,64 +199,6 @@ def preflight(recipe: Recipe, rows: int) -> str:
     return describe_risk(recipe, tokenizer, read_splits(recipe, tokenizer, None)["train"], rows)
 
 
-def show_plan(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Eight rows with their masks, the steps, and the memory that they would need; nothing is written."""
-    split = read_splits(recipe, tokenizer, None)["train"]
-    out = Console()
-    if recipe.iterate is not None:
-        out.print(f"{recipe.iterate.rounds} rounds of what follows, each from where the one before ends")
-    out.print(show_masks(split.tokenized, tokenizer))
-    chosen = TrainingFilter(recipe, split) if recipe.data.filter is not None else None
-    if chosen is not None:
-        out.print(chosen.describe(), highlight=False, soft_wrap=True)
-    if recipe.pal is not None and recipe.pal.frozen:
-        people = f"{split.table.counts['annotators']:,} annotators"
-        epochs = f"{recipe.pal.epochs} epochs"
-        count = (chosen and chosen.expected()) or len(split.tokenized.rows)
-        out.print(f"{count:,} judgements of {people} · {epochs}", highlight=False)
-        return
-    arguments = training_arguments(recipe, Path(recipe.output), tokenizer)
-    lengths = _row_lengths(recipe, split)
-    rows = total = len(split.tokenized.rows)
-    if chosen is not None:
-        rows = chosen.expected() or total
-        count = rows * (len(lengths) // total)  # in grpo a row has several answers
-        lengths = [lengths[place * len(lengths) // count] for place in range(count)]
-    if recipe.iterate is not None and recipe.iterate.prompts is not None:
-        rows = recipe.iterate.prompts
-        lengths = [lengths[place % total] for place in range(rows)]
-    if recipe.grpo is not None:
-        check_prompts(rows, arguments, recipe.data.train)
-    planned = plan(recipe, arguments, lengths)
-    out.print(
-        f"{rows:,} rows · {planned.steps:,} steps of {planned.pairs_per_step} "
-        f"({planned.epochs:.2g} epochs) · about {planned.tokens_per_step:,} tokens a step",
-        f"{planned.parameters / 1e6:,.1f} M parameters, {planned.trainable / 1e6:,.1f} M trained",
-        f"memory, estimated: {planned.peak_gb:.1f} GB = "
-        + " + ".join(f"{name} {gb:.1f}" for name, gb in planned.memory.items() if gb >= 0.05),
-        sep="\n",
-        highlight=False,
-    )
-
-
-def _row_lengths(recipe: Recipe, split: Split) -> list[int]:
-    """Tokens of each row as it is laid out: the prompt once where it is shared."""
-    if isinstance(split.tokenized, TokenizedCompletions):
-        lengths = [len(row.input_ids) for row in split.tokenized.rows]
-        if isinstance(split.tokenized, TokenizedGroups):
-            return [len(row.input_ids) + sum(map(len, row.answer_ids)) for row in split.tokenized.rows]
-        if spec := recipe.online or recipe.iterate:
-            return [length + spec.answers * spec.max_new_tokens for length in lengths]
-        if recipe.grpo is None:
-            return lengths
-        longest = recipe.grpo.max_completion_length
-        return [length + longest for length in lengths for _ in range(recipe.grpo.num_generations)]
-    prompts = 1 if recipe.data.shared_prompt and not getattr(recipe.reward, "frozen", False) else 2
-    return [
-        prompts * len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids) for row in split.tokenized.rows
-    ]
-
-
 def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, run: Path | None) -> dict[str, Split]:
     """Training and held-out data, checked. With a run folder, what is set aside is written there first.
 
@@ -295,6 +242,17 @@ def _filter(
     console.print(words, highlight=False, soft_wrap=True)
     kept.check(recipe.data.max_bad_fraction)
     return kept
+
+
+def _decided(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, split: Split, run: RunFolder, before: Mapping[str, Any]
+) -> Recipe:
+    """The recipe with what it leaves to the run; ``before``: section ``speed`` of the run that is gone on with."""
+    arguments = training_arguments(recipe, run.path, tokenizer)
+    checkpointing = choose_checkpointing(recipe, arguments, rows_of(recipe, split), before)
+    run.update_manifest(speed=checkpointing.facts)
+    console.print(f"gradient checkpointing {checkpointing}", highlight=False, soft_wrap=True)
+    return checkpointing.applied(recipe)
 
 
 def same_data(run: RunFolder, splits: dict[str, Split]) -> None:

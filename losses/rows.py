@@ -201,6 +201,18 @@ def answer_rows(
     return _lay_out([(p, [a]) for p, a in zip(prompts, answers, strict=True)], pad_token_id, row_tokens)
 
 
+def shape_of(lengths: Sequence[int], row_tokens: int | None) -> tuple[int, int]:
+    """(R, T) of the rows that groups of these lengths are laid out in; ``row_tokens`` as in ``pair_rows``."""
+    return _shape(_places(lengths, row_tokens), lengths)
+
+
+def _shape(places: Sequence[tuple[int, int]], lengths: Sequence[int]) -> tuple[int, int]:
+    return (
+        max((row + 1 for row, _ in places), default=0),
+        max((start + length for (_, start), length in zip(places, lengths, strict=True)), default=0),
+    )
+
+
 def _lay_out(groups: Sequence[tuple[Ids, Sequence[Ids]]], pad_token_id: int, row_tokens: int | None) -> Rows:
     """``(prompt, answers)`` a group. Of G groups, the k-th answer of group i is answer ``k * G + i``."""
     for index, (prompt, answers) in enumerate(groups):
@@ -210,10 +222,7 @@ def _lay_out(groups: Sequence[tuple[Ids, Sequence[Ids]]], pad_token_id: int, row
             raise ValueError(f"row {index}: an answer is empty")
     lengths = [len(prompt) + sum(len(ids) for ids in answers) for prompt, answers in groups]
     places = _places(lengths, row_tokens)
-    shape = (
-        max((row + 1 for row, _ in places), default=0),
-        max((start + length for (_, start), length in zip(places, lengths, strict=True)), default=0),
-    )
+    shape = _shape(places, lengths)
     input_ids = torch.full(shape, pad_token_id, dtype=torch.long)
     position_ids = torch.zeros(shape, dtype=torch.long)
     segments = torch.full(shape, PADDING, dtype=torch.long)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 NOT_IN_HASH: dict[str, Any] = {
     **dict.fromkeys(("output", "tracking", "resume"), True),
     "data": {"reference_cache"},
+    "model": {"gradient_checkpointing"},
     "iterate": {"annotator_seconds", "rounds"},
     "online": {"annotator_seconds"},
 }
@@ -97,7 +98,7 @@ def resolved_yaml(recipe: Recipe) -> str:
 
 def config_hash(recipe: Recipe) -> str:
     """sha256 of everything in the recipe that changes the result: not output, tracking, resume, where the reference's
-    log-probs come from, a time limit and the number of rounds, of which more can be had later.
+    log-probs come from, what is computed twice, a time limit and the number of rounds, of which more can be had later.
     """
     written = json.dumps(recipe.model_dump(mode="json", exclude=NOT_IN_HASH))
     numbers_alike = json.loads(written, parse_int=float)  # beta: 2 is beta: 2.0

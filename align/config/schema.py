@@ -63,8 +63,9 @@ class ModelSpec(Section):
     """Train a low-rank adapter; without it all weights are trained."""
     adapter: Text | None = None
     """Folder of a trained adapter to go on from."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: about half the memory for a third more time."""
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    """Recompute activations in the backward pass: about half the memory for a third more time. auto: where the memory
+    that is free would not do without it, as ``align train --dry-run`` estimates."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model: only for a source that you trust."""
 

@@ -111,15 +111,28 @@ def load_model(
     path = locate(name)
     torch_dtype, reason = resolve_dtype(dtype)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    config = load_config(name, **options)
+    _require_causal(name, config)
     try:
-        config = AutoConfig.from_pretrained(path, **options)
-        _require_causal(name, config)
         if attention != "auto":
             options["attn_implementation"] = attention
         model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch_dtype, **options)
     except LOAD_ERRORS as error:
         raise _not_loaded(name, path, error) from error
     return model.eval(), reason
+
+
+def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model, without its weights.
+
+    Raises:
+        AlignError: it cannot be found or read.
+    """
+    path = locate(name)
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except LOAD_ERRORS as error:
+        raise _not_loaded(name, path, error) from error
 
 
 def _require_causal(name: str, config: Any) -> None:

@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO, Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as TransformersProgressCallback
 
-from .run_folder import RunFolder
+from .run_folder import RunFolder, peak_rss_gb
 from .wandb import WandbMirror
 
 # The trainer's closing line describes the last process, not the run: after a resume its loss and times are wrong.
@@ -28,7 +29,7 @@ def tracked(trainer: Trainer, run: RunFolder | None = None, mirror: WandbMirror 
     """Metrics to the run folder, if given, and progress to the terminal, around ``trainer.train()``.
 
     Takes the place of transformers' own printing. The terminal is given back also when training raises. What a trainer
-    knows of its speed (``speed_facts``) goes to the manifest.
+    knows of its speed (``speed_facts``), and the peak of memory so far, go to the manifest.
     """
     progress = ProgressCallback()
     trainer.remove_callback(TransformersProgressCallback)
@@ -40,8 +41,16 @@ def tracked(trainer: Trainer, run: RunFolder | None = None, mirror: WandbMirror 
         yield
     finally:
         progress.close()
-        if run is not None and (facts := getattr(trainer, "speed_facts", None)):
-            run.update_manifest(speed=facts)
+        if run is not None:
+            run.update_manifest(speed={**getattr(trainer, "speed_facts", {}), **peak_facts()})
+
+
+def peak_facts() -> dict[str, float]:
+    """Largest memory of this process so far, GB (10^9 bytes), and of the GPU, where there is one."""
+    found = {"peak_rss_gb": peak_rss_gb()}
+    if torch.cuda.is_available():
+        found["peak_gpu_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+    return found
 
 
 class MetricsCallback(TrainerCallback):  # type: ignore[misc]

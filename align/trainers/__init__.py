@@ -19,7 +19,7 @@
   files, ``reference_host`` the trainer's part.
 - ``build``      model, adapter, reference and arguments from a recipe, with the facts that the manifest states;
   ``build_online``, ``build_reward`` and ``build_pal`` for these methods.
-- ``plan``       steps and memory of a run that is not run: ``align train --dry-run``.
+- ``plan``       steps and memory of a run before it begins, and whether activations are computed again.
 - ``memory``     freed memory back to the system every few steps.
 - ``interrupt``  Ctrl-C and SIGTERM: save after the step in hand, then stop.
 

@@ -85,10 +85,7 @@ def build(
 
         return build_reward(recipe, train, held_out, output)
     losses = losses_of(recipe)
-    try:
-        arguments = training_arguments(recipe, output, tokenizer)
-    except ValueError as error:
-        raise AlignError(f"training: {error}") from error
+    arguments = training_arguments(recipe, output, tokenizer)
     if recipe.grpo is not None:
         check_prompts(len(train), arguments, recipe.data.train)
     model, lora, facts = _policy(recipe.model)
@@ -244,13 +241,24 @@ def _among(prompts: Dataset, first: Dataset) -> Dataset:
 
 
 def training_arguments(recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase) -> TrainingArguments:
-    """``training:`` with what the rest of the recipe decides, and defaults that suit a run folder."""
+    """``training:`` with what the rest of the recipe decides, and defaults that suit a run folder.
+
+    Raises:
+        AlignError: transformers or TRL refuses an argument.
+    """
+    try:
+        return _arguments(recipe, output, tokenizer)
+    except ValueError as error:
+        raise AlignError(f"training: {error}") from error
+
+
+def _arguments(recipe: Recipe, output: Path, tokenizer: PreTrainedTokenizerBase) -> TrainingArguments:
     compute, _ = resolve_dtype(recipe.model.dtype)
     accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
     decided: dict[str, Any] = {
         "output_dir": str(output),
         "max_length": recipe.data.max_length,
-        "gradient_checkpointing": recipe.model.gradient_checkpointing,
+        "gradient_checkpointing": recipe.model.gradient_checkpointing is True,
         "bf16": compute == torch.bfloat16,
         "fp16": compute == torch.float16,
         "use_cpu": not accelerated,

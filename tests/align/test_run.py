@@ -54,6 +54,10 @@ def test_a_run_leaves_everything_that_the_design_names(finished, tiny_model_dir)
     assert manifest["data"]["train"]["pairs"] == 24
     assert manifest["speed"]["rows"] == "packed"
     assert 0 <= manifest["speed"]["padding"] < 0.3
+    assert manifest["speed"]["checkpointing"]["on"] is False
+    assert manifest["speed"]["threads"]["count"] == torch.get_num_threads()
+    assert 0.8 < manifest["speed"]["estimated_peak_gb"] < 1.1
+    assert 0 < manifest["speed"]["peak_rss_gb"] <= manifest["peak_rss_gb"]
     assert manifest["wandb"]["sync"].startswith("wandb sync ")
 
     rows = metrics(folder)
@@ -290,6 +294,7 @@ def test_dry_run_shows_rows_and_plan_and_writes_nothing(write_recipe, tmp_path, 
     assert shown.count("rejected") >= 8
     assert "24 rows · 6 steps of 4 (1 epochs)" in shown
     assert "memory, estimated" in shown
+    assert "gradient checkpointing off: " in shown
     assert not (tmp_path / "run").exists()
 
 
@@ -315,8 +320,13 @@ def test_an_interrupted_evaluation_keeps_its_answers(write_recipe, tmp_path, mon
     path = write_recipe("parts.yaml", **settings, output=str(tmp_path / "parts"))
     with pytest.raises(KeyboardInterrupt):
         run(path)
+    decided = json.loads((tmp_path / "parts" / "manifest.json").read_text())["speed"]
+    monkeypatch.setattr("align.trainers.plan.free_memory", lambda: (1e-6, "this machine"))  # by now
     parts = run(path)
     assert calls == [8, 8, 0, 5, 8]
+    speed = json.loads((parts / "manifest.json").read_text())["speed"]
+    assert speed["checkpointing"] == decided["checkpointing"]
+    assert speed["threads"]["count"] == decided["threads"]["count"]
     one, other = (json.loads((f / "eval" / "generation.json").read_text())["rows"] for f in (whole, parts))
     assert [r["after"]["text"] for r in one] == [r["after"]["text"] for r in other]
     assert [r["before"]["text"] for r in one] == [r["before"]["text"] for r in other]
