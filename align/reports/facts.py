@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,20 @@ REFERENCES = {
     "ema": "a moving average of the policy",
     "previous": "the policy of some steps before",
 }
+SPEED: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "rows": ("Rows", str),
+    "padding": ("Padding, of all positions", lambda share: f"{100 * share:.1f} %"),
+    "reference": ("Reference", lambda rows: _reference_words(rows)),
+    "threads": ("Threads", lambda chosen: f"{chosen['count']}: {chosen['reason']}"),
+    "checkpointing": (
+        "Gradient checkpointing",
+        lambda chosen: f"{'on' if chosen['on'] else 'off'}: {chosen['reason']}",
+    ),
+    "estimated_peak_gb": ("Memory at most, estimated", lambda gb: f"{gb:.1f} GB"),
+    "peak_rss_gb": ("Memory at most, to the end of training", lambda gb: f"{gb:.1f} GB"),
+    "peak_gpu_gb": ("Memory of the GPU at most", lambda gb: f"{gb:.1f} GB"),
+}
+"""What section ``speed`` of a manifest may say: the heading, and the value in words."""
 
 
 @dataclass(frozen=True)
@@ -211,3 +225,15 @@ def _cell(name: str, value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return str(value)[:16] if name.endswith("sha256") else str(value)
+
+
+def speed_rows(speed: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Section ``speed`` of a manifest, heading and words; keys that nobody here knows come last, as they are."""
+    known = [(label, words(speed[key])) for key, (label, words) in SPEED.items() if key in speed]
+    return known + [(key, str(value)) for key, value in speed.items() if key not in SPEED]
+
+
+def _reference_words(rows: Mapping[str, Any]) -> str:
+    """``{"cached": 3, "computed": 21, "seconds": 4.0}`` in words."""
+    words = f"log-probs of {rows.get('cached', 0):,} rows read, of {rows.get('computed', 0):,} computed"
+    return f"{words}; {rows['seconds']:g} s before the first step" if rows.get("seconds") else words

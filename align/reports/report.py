@@ -24,6 +24,7 @@ from .facts import (
     method_name,
     model_name,
     notation,
+    speed_rows,
     terms,
 )
 from .figures import evaluation_pictures, training_pictures
@@ -94,6 +95,7 @@ def _page(record: RunRecord, further: Sequence[Mapping[str, Any]]) -> str:
         training_pictures=training_pictures(record),
         evaluation_pictures=evaluation_pictures(record.evals),
         nonfinite=_nonfinite(record),
+        speed=speed_rows(record.section("speed")),
         measures=measures(record),
         annotators=_annotators(record),
         further=further,

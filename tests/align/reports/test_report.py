@@ -72,6 +72,24 @@ def test_a_finished_run_shows_every_part(finished_run):
     assert "This run" not in page.text
 
 
+def test_speed_says_what_ran_and_what_it_took(finished_run):
+    """Keys that the page does not know are shown as they are; a run that knows nothing has no table."""
+    for words in (
+        *("Padding, of all positions12.3 %", "Threads2: one for each of 2 cores", "estimated3.3 GB", "training3.5 GB"),
+        "Gradient checkpointingoff: 2.4 GB are needed, and 20.1 GB of this machine are free",
+        "Referencelog-probs of 300 rows read, of 340 computed; 48.2 s before the first step",
+    ):
+        assert words in page_of(finished_run).text
+    path = finished_run / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "speed": {"rows": "separate: it is so", "newer": "<b>"}}))
+    page = page_of(finished_run)
+    assert "Rowsseparate: it is so" in page.text
+    assert "newer<b>" in page.text
+    path.write_text(json.dumps({key: value for key, value in manifest.items() if key != "speed"}))
+    assert "Speed" not in page_of(finished_run).text
+
+
 def test_ids_are_unique_and_every_reference_to_one_is_kept(finished_run):
     text = render_report(finished_run).read_text(encoding="utf-8")
     page = Page(text)
