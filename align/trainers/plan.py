@@ -182,12 +182,12 @@ def plan(recipe: Recipe, arguments: Any, rows: Sequence[Row], *, checkpointing: 
 
 def rows_of(recipe: Recipe, split: Split) -> list[Row]:
     """What the run learns from, by length; answers that it will draw are as long as they may be."""
-    rows = split.tokenized.rows
-    if not isinstance(split.tokenized, TokenizedCompletions):
-        return [(len(row.prompt_ids), len(row.chosen_ids), len(row.rejected_ids)) for row in rows]
-    if isinstance(split.tokenized, TokenizedGroups):
-        return [(len(row.input_ids), *map(len, row.answer_ids)) for row in rows]
-    lengths = [len(row.input_ids) for row in rows]
+    tokenized = split.tokenized
+    if not isinstance(tokenized, TokenizedCompletions):
+        return [(len(row.prompt_ids), len(row.chosen_ids), len(row.rejected_ids)) for row in tokenized.rows]
+    if isinstance(tokenized, TokenizedGroups):
+        return [(len(row.input_ids), *map(len, row.answer_ids)) for row in tokenized.rows]
+    lengths = [len(row.input_ids) for row in tokenized.rows]
     if spec := recipe.online or recipe.iterate:
         return [(length, *[spec.max_new_tokens] * spec.answers) for length in lengths]
     if recipe.grpo is None:
@@ -279,12 +279,12 @@ def _of_head(recipe: Recipe, model: Any, tokens: int) -> float:
     weight = model.get_output_embeddings().weight
     logits = tokens * len(weight)
     if recipe.method == "sft":  # TRL's own loss has all of them, and their gradient
-        return 4.0 * 2 * logits
+        return float(4 * 2 * logits)
     tiles = 4.0 * 3 * min(TILE_ELEMENTS, logits)
     if _adapted(recipe):
         return tiles
     kept = logits * resolve_dtype(recipe.model.dtype)[0].itemsize if logits <= KEPT_ELEMENTS else 0
-    return tiles + 4.0 * weight.numel() + kept
+    return float(tiles + 4 * weight.numel() + kept)
 
 
 def _inner(config: Any) -> int:
