@@ -113,6 +113,8 @@ def measure(part: str, options: argparse.Namespace, keep: Keep) -> None:
     kind, _, rest = part.partition("/")
     found = rates()
     fastest = torch.bfloat16 if found["bfloat16"] > found["float32"] else torch.float32
+    if kind == "curves":
+        options.rounds, options.pairs = 19, 2
     keep({"about": machine(), "rates": found, "pairs": options.pairs, "rounds": options.rounds})
 
     def again() -> float:
@@ -140,7 +142,6 @@ def measure(part: str, options: argparse.Namespace, keep: Keep) -> None:
 
 def curves(tuning: str, options: argparse.Namespace, keep: Keep) -> None:
     """Losses of the same steps in float32, at a rate of learning at which they move."""
-    options.rounds, options.pairs = 19, 2
     rate = 1e-4 if tuning == "lora" else 1e-5
     setup = set_up("smollm2", tuning, "hh", options, training={"learning_rate": rate, "lr_scheduler_type": "constant"})
     names = (f"{BEST}: float32", f"{OURS} in float32")
