@@ -26,7 +26,7 @@ def tables(rows: Sequence[Row], parts: Iterable[str]) -> list[str]:
     for row in rows:
         of.setdefault(row["part"], []).append(row)
     done = [part for part in parts if any("finished" in row for row in of.get(part, ()))]
-    made = {part: timed(of[part]) for part in done}
+    made = {part: timed(of[part]) for part in done if part.partition("/")[0] not in _MAKERS}
     lines = overview({part: found for part, found in made.items() if OURS in found and BEST in found})
     for part in done:
         kind, _, rest = part.partition("/")

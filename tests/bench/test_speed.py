@@ -191,6 +191,8 @@ def test_a_sweep_is_compared_as_a_whole() -> None:
     runs = [(0.1, True, 30), (0.1, False, 35), (0.2, True, 20), (0.2, False, 40)]
     rows: list[dict[str, Any]] = [{"beta": b, "cache": cache, "seconds": s, "built": 1} for b, cache, s in runs]
     assert speed_tables.sweep(rows)[-1] == "The sweep is 1.50 times as fast."
+    whole = [{**row, "part": "sweep"} for row in [ABOUT, *rows, {"finished": 125.0}]]
+    assert "The sweep is 1.50 times as fast." in speed_tables.tables(whole, ["sweep"])
 
 
 def test_curves_say_how_far_they_are_apart() -> None:
