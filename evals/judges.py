@@ -129,6 +129,9 @@ def kappa(said: FloatArray, people: FloatArray, groups: Sequence[Hashable]) -> E
     value, n = float(of(columns.sum(0))), len(set(groups))
     if n == 1:
         return Estimate(value, None, None, 1)
+    if (one == other).all():  # as of a share that is 1: other draws of these rows would all say the same
+        sums = columns.sum(0) * [1, ((1 - LEVEL) / 2) ** (1 / n), 1, 1]
+        return Estimate(value, float(of(sums)), 1.0, n)
     low, high = np.quantile(of(bootstrap_draws(columns, groups=groups)), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(value, float(low), float(high), n)
 

@@ -57,6 +57,13 @@ def test_kappa_is_the_textbooks_when_each_pair_stands_both_ways_round():
     assert value(suite(said, label), "kappa") == pytest.approx((np.trace(table) - chance) / (1 - chance))
 
 
+def test_kappa_of_the_same_verdicts_throughout():
+    """Four of four: a share of 0.025^(1/4) = 0.398 shows that once in forty; less chance, (0.398 - 1/2) / (1/2)."""
+    found = suite([0.9, 0.8, 0.2, 0.6], [1, 1, 0, 1])["metrics"]["kappa"]
+    assert found["value"] == found["high"] == 1
+    assert found["low"] == pytest.approx(2 * 0.025**0.25 - 1)
+
+
 def test_position():
     """Verdicts in both orders: twice the same, a flip towards the first place, and a tie in one order alone.
 
