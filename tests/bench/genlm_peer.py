@@ -79,7 +79,9 @@ def ask(condition, llm, given, *, particles, seed, default):
 def main():
     """Answer the lines."""
     given = json.loads(sys.stdin.readline())
-    llm = PromptedLLM.from_name(given["model"], backend="hf", hf_opts={"dtype": torch.bfloat16, "device_map": "cpu"})
+    llm = PromptedLLM.from_name(
+        given["model"], backend="hf", hf_opts={"dtype": getattr(torch, given["dtype"]), "device_map": "cpu"}
+    )
     llm.prompt_ids = given["prompt"]
     condition = Pattern(llm.vocab, given["pattern"])
     print(json.dumps({"ready": True, "threads": torch.get_num_threads()}), flush=True)

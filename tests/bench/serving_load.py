@@ -21,7 +21,7 @@ from typing import Any
 
 import httpx
 import psutil
-from serving_ways import LONGEST, MODEL, PLACES, RECORD, person, story
+from serving_ways import DTYPE, LONGEST, MODEL, PLACES, RECORD, person, story
 
 SHORT = RECORD.replace("+", "{1,8}")
 """Records that always fit: good requests must all be answered."""
@@ -49,7 +49,7 @@ def server(port: int | None = None, *options: str) -> Iterator[tuple[str, psutil
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-    command = [sys.executable, "-m", "align", "serve", MODEL, "--port", str(port), "--dtype", "bfloat16"]
+    command = [sys.executable, "-m", "align", "serve", MODEL, "--port", str(port), "--dtype", DTYPE]
     command += ["--max-model-len", "1024", "--max-num-seqs", "64", "--reward", REWARD, *options]
     environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "ALIGN_API_KEY": ""}  # for align_waiting by RPC
     log = Path(tempfile.gettempdir()) / f"align-serve-{port}.log"

@@ -22,7 +22,7 @@ import psutil
 import torch
 from serving_load import load, resident, server, speed
 from serving_transfer import BEST, SETTINGS, against_naive, ours
-from serving_ways import ANYTHING, FREE, GREEDY, LONGEST, RECORD, ROWS, WAYS, Bench, Made, person
+from serving_ways import ANYTHING, DTYPE, FREE, GREEDY, LONGEST, RECORD, ROWS, WAYS, Bench, Made, person
 
 from align.decoding.constraints import Vocabulary
 from align.decoding.vllm.machine import vllm_version
@@ -135,7 +135,7 @@ def peer(options: argparse.Namespace, say: Say) -> None:
     bench = Bench()
     prompt = bench.prompt("Write a JSON record of a person.")
     longest = 40 if options.quick else 64
-    given = {"model": str(bench.folder), "prompt": prompt, "pattern": RECORD, "max_tokens": longest}
+    given = {"model": str(bench.folder), "prompt": prompt, "pattern": RECORD, "max_tokens": longest, "dtype": DTYPE}
     with peer_of(options.peer_python, given) as ask:
         for turn in range(-1, 2 * options.rounds):  # the first of each is to warm up
             for particles in (8, 24):
@@ -225,7 +225,7 @@ def about() -> str:
     """What it was measured on."""
     name, version = vllm_version()
     threads = torch.get_num_threads()
-    processor = f"{hardware()['cpu']}, bfloat16 {'in hardware' if has_bf16_cpu() else 'without hardware for it'}"
+    processor = f"{hardware()['cpu']}, {DTYPE}{'' if has_bf16_cpu() else ', as it has no hardware for bfloat16'}"
     return (
         f"{name} {version}, torch {torch.__version__}, Python {platform.python_version()}; {processor}, "
         f"{len(os.sched_getaffinity(0))} cores shared with others, {threads} thread{'s' if threads > 1 else ''}"

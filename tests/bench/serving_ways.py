@@ -13,10 +13,12 @@ from align.data.tokenize import encode_prompt
 from align.decoding.constraints import Built, Vocabulary, build
 from align.decoding.engines.vllm import VLLMEngine
 from align.decoding.request import Answer, Request
+from align.models.hardware import has_bf16_cpu
 from align.models.load import load_tokenizer
 from align.models.packaged import packaged_model
 
 MODEL = "smollm2-135m-instruct"
+DTYPE = "bfloat16" if has_bf16_cpu() else "float32"  # what an engine has here by default: emulated, bf16 is slow
 ROWS = 256
 RECORD = r'\{"name": "[A-Z][a-z]+", "age": [1-9][0-9]?, "city": "[A-Z][a-z]+"\}'
 ANYTHING = r"(.|\n)*"
@@ -121,7 +123,7 @@ class Watch:
 class Bench:
     """The engine, and what answers are made by."""
 
-    def __init__(self, dtype: str = "bfloat16", **options: Any) -> None:
+    def __init__(self, dtype: str = DTYPE, **options: Any) -> None:
         self.folder: Path = packaged_model(MODEL)
         self.tokenizer = load_tokenizer(MODEL)
         self.engine = VLLMEngine(
