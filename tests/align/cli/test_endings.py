@@ -45,18 +45,24 @@ def ending(error: BaseException) -> Result:
     return CliRunner().invoke(app, ["fall"])
 
 
-def test_help_is_quick_and_imports_nothing_heavy() -> None:
-    """Half a second is the promise. Processor time, best of three: a busy machine must not fail it."""
+def seconds_of(code: str) -> tuple[float, str]:
+    """Processor time of a Python of its own, the best of three, and what it printed."""
     seconds = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=True)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    *shown, heavy = done.stdout.splitlines()
+    return min(seconds), done.stdout
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    """Half a second is the promise; of a machine that is busy, 2.5 times what its libraries for the terminal take."""
+    seconds, printed = seconds_of(HELP)
+    *shown, heavy = printed.splitlines()
     assert all(name in "".join(shown) for name in ("train", "validate", "generate", "recipes", "report", "doctor"))
     assert heavy == "[]"
-    assert min(seconds) < 0.5
+    assert seconds < max(0.5, 2.5 * seconds_of("import typer, typer.rich_utils, rich.console")[0])
 
 
 @pytest.mark.parametrize(
