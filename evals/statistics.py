@@ -99,7 +99,6 @@ def share_interval(
     per: ArrayLike | None = None,
     groups: Sequence[Hashable] | None = None,
     level: float = LEVEL,
-    resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
     """``bootstrap_interval`` of values in [0, 1], which are not all there are where all rows are 0, or all 1.
@@ -109,7 +108,7 @@ def share_interval(
     probability ``(1 - level) / 2``, as Clopper and Pearson's does: to ``((1 - level) / 2)^(1/n)`` (1 less that).
 
     Args:
-        values, per, groups, level, resamples, seed: as of ``bootstrap_interval``; ``values / per`` is in [0, 1].
+        values, per, groups, level, seed: as of ``bootstrap_interval``; ``values / per`` is in [0, 1].
 
     Raises:
         ValueError: as ``bootstrap_interval``, or a value outside [0, 1].
@@ -118,7 +117,7 @@ def share_interval(
     outside = (shares < 0) | (shares > most)
     if outside.any():
         raise ValueError(f"values[{int(np.argmax(outside))}] is no share: it is outside [0, 1]")
-    found = bootstrap_interval(values, per=per, groups=groups, level=level, resamples=resamples, seed=seed)
+    found = bootstrap_interval(values, per=per, groups=groups, level=level, seed=seed)
     return at_the_end(found, level) if found.n > 1 else found
 
 
