@@ -97,5 +97,6 @@ def _adapters(model: PeftModel) -> Iterator[tuple[Tensor, Tensor]]:
     """Weights of the adapter in training, each with the reference's."""
     weights = dict(model.named_parameters())
     for name, own in weights.items():
-        if ".default." in name:
-            yield own, weights[name.replace(".default.", f".{ADAPTER}.")]
+        parts = name.split(".")
+        if "default" in parts:  # at the end of the name, too: an embedding's
+            yield own, weights[".".join(ADAPTER if part == "default" else part for part in parts)]

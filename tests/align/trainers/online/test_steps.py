@@ -31,6 +31,7 @@ from align.trainers.windows import Windows
 TrainerOf = Callable[..., OnlineTrainer]
 PROMPTS = ["the cat", "an inn", "her hat", "then", "a thin man", "other", "in there", "tea"]
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+EMBEDDING = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM")
 ONLINE = ["ipo", "dpo", "slic", "nash_md_pg", "gpo", "gpo_pointwise", "sppo", "sppo_pointwise", "mdpo"]
 
 
@@ -164,7 +165,7 @@ def test_a_step_without_a_verdict_leaves_the_weights(
 
 
 @pytest.mark.parametrize(("kind", "settings"), [("ema", {"decay": 0.5}), ("previous", {"every": 2})])
-@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [None, LORA, EMBEDDING], ids=["full", "lora", "lora of embeddings"])
 def test_the_reference_follows(trainer_of: TrainerOf, weights: Any, kind: str, settings: Any, lora: Any) -> None:
     """After three steps: half of the last policy, a quarter of the one before, ...; or the policy of step 2."""
     trainer = trainer_of(reference=kind, peft_config=lora, arguments={"max_steps": 3}, **settings)
@@ -174,7 +175,7 @@ def test_the_reference_follows(trainer_of: TrainerOf, weights: Any, kind: str, s
         if lora is None:
             return {name: value.detach() for name, value in trainer.ref_model.named_parameters()}
         named = dict(trainer.model.named_parameters())
-        return {name: named[name.replace(".default.", ".ref.")].detach() for name in policies[0]}
+        return {name: named[name.replace(".default", ".ref")].detach() for name in policies[0]}
 
     follow = trainer.moving.follow
 
