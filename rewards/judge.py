@@ -23,6 +23,7 @@ failures are not kept. The key stands in no file and in no message.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -33,12 +34,12 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass, field, fields
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any, Self
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
@@ -247,24 +248,39 @@ class Judge:
         return hashlib.sha256(what.encode()).hexdigest()
 
     def _asked(self, questions: Sequence[str]) -> Generator[tuple[str, float | str]]:
-        """Each question with its answer, as they come."""
+        """Each question with its answer, as they come, by threads that no process waits for where it ends."""
         stop, in_a_row = threading.Event(), 0
-        with ThreadPoolExecutor(TOGETHER, thread_name_prefix="align-judge") as threads:
-            waiting = {threads.submit(self._ask, question, stop): question for question in questions}
-            try:
-                for done in as_completed(waiting):
+        waiting: SimpleQueue[str] = SimpleQueue()
+        done: SimpleQueue[tuple[str, float | BaseException]] = SimpleQueue()
+        for question in questions:
+            waiting.put(question)
+
+        def work() -> None:
+            with contextlib.suppress(Empty):
+                while True:
+                    question = waiting.get_nowait()
                     try:
-                        answer: float | str = done.result()
-                        in_a_row = 0
-                    except _SetAside as failure:
-                        answer = str(failure)
-                        in_a_row = in_a_row + 1 if failure.by_server else 0
-                        if in_a_row == TOGETHER:
-                            stop.set()
-                    yield waiting[done], answer
-            finally:
-                stop.set()
-                threads.shutdown(wait=False, cancel_futures=True)
+                        done.put((question, self._ask(question, stop)))
+                    except BaseException as error:
+                        done.put((question, error))
+
+        for number in range(min(TOGETHER, len(questions))):
+            threading.Thread(target=work, name=f"align-judge-{number}", daemon=True).start()
+        try:
+            for _ in questions:
+                question, answer = done.get()
+                if isinstance(answer, _SetAside):
+                    in_a_row = in_a_row + 1 if answer.by_server else 0
+                    if in_a_row == TOGETHER:
+                        stop.set()
+                    yield question, str(answer)
+                elif isinstance(answer, BaseException):
+                    raise answer
+                else:
+                    in_a_row = 0
+                    yield question, answer
+        finally:
+            stop.set()  # what waits is then asked of nobody
 
     def _ask(self, question: str, stop: threading.Event) -> float:
         for attempt in range(self.settings.retries + 1):

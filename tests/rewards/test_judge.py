@@ -282,6 +282,28 @@ def test_a_server_that_hangs_or_trickles_ends_in_a_message(server: Server):
     free.set()
 
 
+def test_no_process_waits_for_a_judge_as_it_ends(server: Server):
+    """A run that has waited long enough ends, whatever questions are still under way."""
+    free, asked = threading.Event(), threading.Event()
+
+    def hang(question: str, number: int) -> Any:
+        if number == TOGETHER:
+            asked.set()
+        free.wait(5)
+        return said("A")
+
+    server.behave = hang
+    annotator, answers = judge(server), [["a", "b"]] * 20
+    caller = threading.Thread(target=annotator, args=([f"p{n}" for n in range(20)], answers))
+    caller.start()
+    assert asked.wait(5)
+    asking = [thread for thread in threading.enumerate() if thread.name.startswith("align-judge")]
+    free.set()
+    caller.join()
+    assert len(asking) == TOGETHER
+    assert all(thread.daemon for thread in asking)
+
+
 def test_a_reply_must_be_whole_in_time():
     """A byte each 0.05 seconds keeps a socket's own time-out from ending it."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
