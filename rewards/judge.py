@@ -16,9 +16,10 @@ A judge prefers answers for where they stand, so that each pair is asked in both
 probabilities of A and B (one that is not among the 20 likeliest tokens counts 0), at the first token that is a letter,
 or at the first one of all where both letters are likely and the reply has none. Else it is 1 or 0 by the letter.
 
-A reply without a letter, and a question that the server did not answer after all tries, set the pair aside. When no
-pair is left it is an AnnotatorError. Answers are kept by model, template and texts, and not by the server's address;
-failures are not kept. The key stands in no file and in no message.
+A reply without a letter, and a question that the server refused or did not answer after all tries, set the pair aside.
+When no pair is left, or the server fails many times in a row, it is an AnnotatorError. Answers are kept by model,
+template and texts, and not by the server's address; failures are not kept. The key stands in no file and in no
+message.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ from .expression import ExpressionError
 from .verdicts import NO_COLUMNS, AnnotatorError, Columns, Groups, Problem, Verdicts, check_groups
 
 TOGETHER = 8
-"""Questions under way at a time. So many failures in a row end a call: the server is gone, or refuses all."""
+"""Questions under way at a time. So many failures of the server in a row end a call: it is gone, or refuses all."""
+OF_THE_QUESTION = (400, 413, 422)
+"""What a server says of a question that it does not take, such as one over its context; no failure of its own."""
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 """Seconds between tries: twice as many each time, times a draw from [1/2, 1]."""
 LONGEST_RETRY_AFTER = 600.0
@@ -129,7 +132,7 @@ def parse_judge(given: Any) -> JudgeSettings:
 
 
 class _SetAside(Exception):  # noqa: N818
-    """Why a question has no answer; ``by_server`` where there was none to read."""
+    """Why a question has no answer; ``by_server`` where that says something of the server."""
 
     def __init__(self, reason: str, *, by_server: bool) -> None:
         super().__init__(reason)
@@ -179,7 +182,8 @@ class Judge:
         """Verdicts on all pairs.
 
         Raises:
-            AnnotatorError: sizes that differ, no pair could be judged, or the cache cannot be used.
+            AnnotatorError: sizes that differ, no pair could be judged, the server is gone, or the cache
+                cannot be used.
         """
         check_groups(self.name, prompts, answers, columns)
         size = len(answers[0])
@@ -272,7 +276,8 @@ class Judge:
                 if isinstance(answer, _SetAside):
                     in_a_row = in_a_row + 1 if answer.by_server else 0
                     if in_a_row == TOGETHER:
-                        stop.set()
+                        what = f"{self.settings.url} failed {TOGETHER} times in a row: {answer}"
+                        raise AnnotatorError(self.name, what)
                     yield question, str(answer)
                 elif isinstance(answer, BaseException):
                     raise answer
@@ -295,7 +300,7 @@ class Judge:
                 if failure.wait is not None:
                     wait += min(failure.wait, LONGEST_RETRY_AFTER)
                 stop.wait(wait)
-        raise _SetAside(f"not asked: the server failed {TOGETHER} times in a row", by_server=True)
+        raise _SetAside("not asked", by_server=True)  # nobody waits for it any more
 
     def _reply(self, question: str) -> Any:
         body: dict[str, Any] = {
@@ -320,7 +325,7 @@ class Judge:
             if error.code in (408, 429) or error.code >= 500:
                 raise _Again(what, _seconds(error.headers.get("Retry-After"))) from error
             hint = "; set logprobs: false" if self.settings.logprobs and "logprobs" in what else ""
-            raise _SetAside(what + hint, by_server=True) from error
+            raise _SetAside(what + hint, by_server=bool(hint) or error.code not in OF_THE_QUESTION) from error
         except (OSError, HTTPException) as error:  # timeouts and URLError among them
             raise _Again(f"{type(error).__name__}: {error}") from error
         except ValueError as error:

@@ -275,11 +275,39 @@ def test_a_server_that_hangs_or_trickles_ends_in_a_message(server: Server):
     server.behave = hang
     start = time.monotonic()
     answers = [[f"{n}", f"{n} {n}"] for n in range(40)]
-    with pytest.raises(AnnotatorError, match=r"none of 40 pairs .*timed out, tried 2 times"):
+    with pytest.raises(AnnotatorError, match=r"failed 8 times in a row: .*timed out, tried 2 times"):
         judge(server, timeout=0.2, retries=1)([f"p{n}" for n in range(40)], answers)
     assert time.monotonic() - start < 3
     assert len(server.requests) <= 3 * TOGETHER
     free.set()
+
+
+def test_a_server_that_is_gone_is_told_and_what_it_said_is_kept(server: Server, tmp_path: Path):
+    """No pair is set aside for it: the same call asks for the rest."""
+    server.behave = lambda q, number: (503, {}, "gone") if number > 24 else prefers_long(q, number)
+    annotator = judge(server, retries=0, cache=str(tmp_path / "judged.sqlite"))
+    prompts, answers = [f"p{n}" for n in range(40)], [["aa", "b"]] * 40
+    with pytest.raises(AnnotatorError, match="failed 8 times in a row: the server said 503: gone"):
+        annotator(prompts, answers)
+    server.requests.clear()
+    server.behave = prefers_long
+    assert not annotator(prompts, answers).problems
+    assert 80 - 24 <= len(server.requests) < 80 - 24 + TOGETHER  # a late reply may be lost
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_question_that_is_refused_is_no_failure_of_the_server(server: Server, status: int):
+    """One prompt over the judge's context has 12 questions, side by side; all others are judged."""
+
+    def behave(question: str, number: int) -> Any:
+        return (status, {}, "too long") if "LONG" in question else prefers_long(question, number)
+
+    server.behave = behave
+    prompts = [f"{'LONG' * (n == 2)} p{n}" for n in range(8)]
+    found = judge(server)(prompts, [["a", "bb", "ccc", "dddd"]] * 8)
+    assert {problem.prompt for problem in found.problems} == {2}
+    assert {problem.reason for problem in found.problems} == {f"the server said {status}: too long"}
+    assert len(server.requests) == 8 * 12
 
 
 def test_no_process_waits_for_a_judge_as_it_ends(server: Server):

@@ -226,7 +226,7 @@ def test_a_function_of_position_and_a_reward_model(
         (("annotators={x: {jugde: {}}}",), "annotators.x.jugde"),
         (("align.rewards.rules:brif",), "did you mean"),
         (("align.rewards.rules:brief", "annotators={'align.rewards.rules:brief': a:b}"), "is the name of a model too"),
-        (("annotators={x: {judge: {url: 'http://127.0.0.1:9', model: m, retries: 0}}}",), "none of 8 pairs could be"),
+        (("annotators={x: {judge: {url: 'http://127.0.0.1:9', model: m, retries: 0}}}",), "failed 8 times in a row"),
     ],
 )
 def test_what_is_refused(refused: Callable[..., str], jsonl: Jsonl, words: tuple[str, ...], message: str):
