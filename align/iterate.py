@@ -76,11 +76,10 @@ def train_rounds(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, source: str
         for number in range(1, recipe.iterate.rounds + 1):
             at = folder.path / f"round-{number}"
             console.print(f"round {number} of {recipe.iterate.rounds}: {at}", highlight=False)
-            prompts = _write_prompts(splits["train"], recipe.iterate.prompts, number, seed, at)
-            _answer(recipe.iterate, model, prompts, at / "answers.jsonl", seed * 1_000_003 + number)
-            _judge(recipe.iterate, at)
-            run = at / "run"
-            if not _is_finished(run):
+            if not _is_finished(run := at / "run"):
+                prompts = _write_prompts(splits["train"], recipe.iterate.prompts, number, seed, at)
+                _answer(recipe.iterate, model, prompts, at / "answers.jsonl", seed * 1_000_003 + number)
+                _judge(recipe.iterate, at)
                 train(_of_round(recipe, model, number, at), source=source, command=command)
             folder.log(number, _summary(at))
             model = _trained(model, run)

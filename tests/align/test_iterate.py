@@ -207,6 +207,34 @@ def test_an_annotator_that_fails_on_some_prompts_ends_in_a_message_and_rounds_th
 
 
 @pytest.mark.usefixtures("no_pages")
+def test_a_rule_that_was_mended_judges_the_rounds_that_are_left(
+    recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its code is another one by then, and nothing of the round that is done is asked of it."""
+    monkeypatch.delitem(sys.modules, "mended", raising=False)
+    rule, judged = tmp_path / "mended.py", "    return [float(len(text)) for text in completions]\n"
+    rule.write_text(
+        "calls = []\n"
+        "def rule(prompts, completions):\n"
+        "    calls.append(len(prompts))\n"
+        "    if sum(calls) > 2 * 24:\n"
+        "        raise OSError('a fault')\n" + judged
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = recipe(iterate={"rounds": 2, "answers": 2, "max_new_tokens": 2, "annotator": "mended:rule"}, evals=[])
+    with pytest.raises(AlignError, match=r"a fault.*The same command goes on"):
+        run(path)
+    first = tmp_path / "run" / "round-1" / "scored.jsonl"
+    made = first.stat().st_mtime_ns
+    rule.write_text("def rule(prompts, completions):\n" + judged)
+    sys.modules.pop("mended")
+    importlib.invalidate_caches()
+    last = run(path)
+    assert last == tmp_path / "run" / "round-2" / "run"
+    assert first.stat().st_mtime_ns == made
+
+
+@pytest.mark.usefixtures("no_pages")
 def test_each_round_may_have_prompts_of_its_own(recipe: Callable[..., Path], tmp_path: Path) -> None:
     """Two rounds of 14 of the 24 prompts: all of them, and the first four of the second round again."""
     spec = {"rounds": 2, "answers": 2, "max_new_tokens": 2, "prompts": 14, "annotator": "users_rule:longer"}
