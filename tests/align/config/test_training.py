@@ -32,11 +32,19 @@ from align.config.training import ELSEWHERE, RETIRED, check_training, training_f
         ("beta", 0.1, "set it as loss.beta"),
         ("output_dir", "x", "set output"),
         ("max_prompt_length", 64, "gone from TRL; data.max_length limits a prompt and its answer together"),
-        ("packing", True, "set data.packing, for pairs; other rows are not packed"),
+        ("packing", True, "set data.packing, for pairs and groups; other rows are not packed"),
     ],
 )
 def test_a_value_that_does_not_fit(key: str, value: object, what: str) -> None:
     assert check_training({key: value}, "dpo") == [(f"training.{key}", what)]
+
+
+def test_the_order_of_rows_in_grpo() -> None:
+    """TRL's trainer has a sampler of its own, and would not read the key."""
+    problem = "each prompt stands as often as it has answers, in random order; remove it"
+    key = "train_sampling_strategy"
+    assert check_training({key: "group_by_length"}, "grpo") == [(f"training.{key}", problem)]
+    assert check_training({key: "group_by_length"}, "dpo") == []
 
 
 @pytest.mark.parametrize(
