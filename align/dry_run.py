@@ -56,4 +56,5 @@ def show_plan(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
         f"gradient checkpointing {checkpointing}",
         sep="\n",
         highlight=False,
+        soft_wrap=True,
     )
