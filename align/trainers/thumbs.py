@@ -44,6 +44,7 @@ from align.losses.types import LARGEST, UnpairedLogps
 from align.models.scoring import score
 from align.rewards.density import DensityRatio
 
+from .by_length import LengthGrouped
 from .given import check_dataset, tokenized_dataset, untokenized_rows
 from .host import Hosted, loss_with_beta, refuse_what_would_be_dropped
 from .matching import (
@@ -75,7 +76,7 @@ _NOT_TAKEN: list[tuple[str, Any, str]] = [
 ]
 
 
-class ThumbsTrainer(Hosted, KTOTrainer):  # type: ignore[misc]
+class ThumbsTrainer(LengthGrouped, Hosted, KTOTrainer):  # type: ignore[misc]
     """TRL's KTOTrainer with the library's losses on thumbs; it stands where ``KTOTrainer(...)`` stood.
 
     Rows are ``prompt, completion, label`` or pairs, which are unpaired. A batch may hold one thumb alone.
@@ -83,7 +84,8 @@ class ThumbsTrainer(Hosted, KTOTrainer):  # type: ignore[misc]
     Args:
         model, ref_model: as in ``PairTrainer``.
         args: TRL's ``KTOConfig``. A ``beta`` that is not KTOConfig's own default counts for a loss given by name or
-            function. ``train_sampling_strategy`` is "sequential" there; give "random" for bco, which needs no order.
+            function. ``train_sampling_strategy`` is "sequential" there; give "random" or
+            "group_by_length" (``by_length``) for bco, which needs no order.
         loss: ``"bco"``, ``"kto"``, ``Loss.of("bco", beta=0.2)``, or a loss on thumbs of your own.
         shift, decay: of bco's ``RewardShift``.
         match_prompts: weigh thumbs down by how likely their prompts are among the thumbs up. True embeds prompts by

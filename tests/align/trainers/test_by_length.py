@@ -12,13 +12,14 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import DPOConfig, RewardConfig
+from trl import DPOConfig, KTOConfig, RewardConfig
 
 from align.losses.layouts import SEPARATE
 from align.rewards.models import RewardModel
 from align.trainers.by_length import POOL, order
 from align.trainers.pair import PairTrainer
 from align.trainers.reward import RewardTrainer
+from align.trainers.thumbs import ThumbsTrainer
 
 
 def cells(lengths: list[int], found: list[int], batch: int) -> int:
@@ -132,6 +133,22 @@ def test_the_reward_trainer_takes_its_rows_so(tmp_path, tiny_model_dir):
     trainer.train()
     rows = [row for batch in seen.batches for row in batch]
     assert sorted(rows) == list(range(1, 12))
+    assert 10 in rows[:2]
+
+
+def test_the_thumbs_trainer_takes_its_rows_so(tmp_path, tiny_model_dir):
+    """The 22 answers of 11 pairs, the one with the longest row in the first batch."""
+    trainer = ThumbsTrainer(
+        model=AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype="float32"),
+        args=KTOConfig(**settings(tmp_path, num_train_epochs=1)),
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=AutoTokenizer.from_pretrained(tiny_model_dir),
+        loss="bco",
+    )
+    trainer.data_collator = seen = Seen(trainer.data_collator)
+    trainer.train()
+    rows = [row for batch in seen.batches for row in batch]
+    assert sorted(rows) == sorted([*range(1, 12)] * 2)
     assert 10 in rows[:2]
 
 
