@@ -78,7 +78,7 @@ class Tag(BaseModel):
 
 
 class Tags(BaseModel):
-    """A structural tag: what begins with one of the triggers goes on as a tag.
+    """A structural tag: what begins with one of the triggers goes on as a tag that begins so.
 
     Each is compared with each in the loop, so that there may be so many and no more.
     """
@@ -109,12 +109,18 @@ def tagged(spec: str) -> str:
         raise RefusedError(400, f"{where}: give triggers and structures; the form with format is not drawn here")
     asked = read(Tags, given, where)
     tags = []
+    idle = dict.fromkeys(asked.triggers)
     for number, tag in enumerate(asked.structures):
-        trigger = next((one for one in asked.triggers if tag.begin.startswith(one)), None)
-        if trigger is None:
+        fitting = [one for one in asked.triggers if tag.begin.startswith(one)]
+        if not fitting:
             raise RefusedError(400, f"{where}.structures.{number}.begin: it begins with none of the triggers")
+        for one in fitting:
+            idle.pop(one, None)
+        trigger = min(fitting, key=len)  # text ends as soon as it has come to one
         schema = {"x-guidance": {"whitespace_flexible": True}, **tag.content}
         tags.append(StructTag(trigger=trigger, begin=tag.begin, grammar=schema, end=tag.end))
+    if idle:
+        raise RefusedError(400, f"{where}.triggers: none of the structures begins with {next(iter(idle))!r}")
     grammar: str = StructTag.to_grammar(tags, assume_special=False)  # <tool> is text, and no token of that name
     return grammar
 

@@ -57,6 +57,10 @@ def test_what_is_said_is_what_vllm_says(given: dict[str, Any], is_right: bool) -
 
 CALL = {"type": "object", "properties": {"n": {"type": "integer"}}, "additionalProperties": False}
 TOOL = {"triggers": ["<tool>"], "structures": [{"begin": "<tool>", "schema": CALL, "end": ""}]}
+BOTH = {
+    "triggers": ["<func", "<f"],
+    "structures": [{"begin": begin, "schema": {"type": "integer"}, "end": "</f>"} for begin in ("<func=a>", "<f=b>")],
+}
 TEXTS: list[tuple[dict[str, Any], str, bool]] = [
     (TAG, "no tag", True),
     (TAG, "one <f=a>5</f>, two <f=a>17</f>.", True),
@@ -65,6 +69,8 @@ TEXTS: list[tuple[dict[str, Any], str, bool]] = [
     (TAG, "no end <f=a>5", False),
     (TOOL, 'a <tool>{ "n" : 5 }', True),
     (TOOL, 'a <tool>{"m": 5}', False),
+    (BOTH, "one <func=a>5</f>, two <f=b>17</f>.", True),
+    (BOTH, "a third <f=c>5</f>", False),
 ]
 
 
@@ -85,6 +91,7 @@ def test_what_is_in_a_tag_is_of_its_schema(given: dict[str, Any], text: str, is_
         ("5", "structural_tag: it must be a JSON object"),
         ({"type": "structural_tag", "format": {}}, "the form with format is not drawn here"),
         ({**TAG, "triggers": ["<g"]}, "structural_tag.structures.0.begin: it begins with none of the triggers"),
+        ({**TAG, "triggers": ["<f", "<g"]}, "structural_tag.triggers: none of the structures begins with '<g'"),
         ({**TAG, "triggers": [""]}, "structural_tag.triggers.0"),
         ({**TAG, "triggers": ["<f"] * 101}, "structural_tag.triggers: .* at most 100"),
         ({**TAG, "structures": []}, "structural_tag.structures"),
