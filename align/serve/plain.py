@@ -21,6 +21,8 @@ from .wire import KEY
 
 OURS = ("/v1/chat/completions", "/v1/completions")
 """Paths where the body says whose request it is."""
+ERROR = b'data: {"error"'
+"""How vLLM begins the event of a stream that says what went wrong after the status 200."""
 GRACE = 2.0
 """Seconds in which a handler ends by itself once it is told that its client has gone."""
 
@@ -74,7 +76,7 @@ class Plain:
     async def _limited(self, scope: MutableMapping[str, Any], body: bytes, receive: Receive, send: Send) -> str:
         """What became of it."""
         started: Message | None = None
-        whole, over, hung_up = False, False, False
+        whole, over, hung_up, told = False, False, False, 0
         gone = asyncio.Event()
 
         async def listen() -> None:
@@ -89,10 +91,11 @@ class Plain:
             return {"type": "http.disconnect"}
 
         async def say(message: Message) -> None:
-            nonlocal started, whole
+            nonlocal started, whole, told
             if not over:
                 started = message if message["type"] == "http.response.start" else started
                 whole = message["type"] == "http.response.body" and not message.get("more_body", False)
+                told = told or _told(message.get("body", b""))
                 await send(message)
 
         working: asyncio.Future[None] = asyncio.ensure_future(self.app(scope, given(body, until_gone), say))
@@ -112,7 +115,7 @@ class Plain:
             await asyncio.gather(working, listening, return_exceptions=True)
         if hung_up or started is None:
             return "hung_up"
-        return outcome_of(started["status"])
+        return outcome_of(told or started["status"])
 
     async def _end(self, started: Message | None, send: Send) -> None:
         """Tell the client that its time is up: as the reply, or as the last event of its stream."""
@@ -122,6 +125,16 @@ class Plain:
         elif dict(started["headers"]).get(b"content-type", b"").startswith(b"text/event-stream"):
             last = f"data: {json.dumps({'event': 'error', 'message': refused.message, **refused.body})}\n\n{DONE}"
             await send({"type": "http.response.body", "body": last.encode()})
+
+
+def _told(event: bytes) -> int:
+    """The status that an event of a stream tells as an error; 0 where it tells none."""
+    if not event.startswith(ERROR):
+        return 0
+    try:
+        return int(json.loads(event.removeprefix(b"data: "))["error"]["code"])
+    except (ValueError, TypeError, KeyError):
+        return 500
 
 
 def _read(body: bytes) -> dict[str, Any]:

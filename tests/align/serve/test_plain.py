@@ -48,6 +48,8 @@ class Place:
             return JSONResponse({}, status_code=400)
         if asked.get("status"):
             return JSONResponse({}, status_code=asked["status"])
+        if "said" in asked:
+            return StreamingResponse(iter(asked["said"]), media_type="text/event-stream")
         if asked.get("stream"):
             return StreamingResponse(self.stream(), media_type="text/event-stream")
         self.running += 1
@@ -171,6 +173,27 @@ def test_what_became_of_it_is_told(status: int, outcome: str) -> None:
     async def work() -> None:
         place = Place()
         await place.client.post(PATHS[0], json={"status": status})
+        assert place.outcomes == [outcome]
+
+    run(work)
+
+
+@pytest.mark.parametrize(
+    ("event", "outcome"),
+    [
+        ('{"text": "data: {\\"error\\""}', "ok"),
+        ('{"error": {"message": "a", "code": 400}}', "bad"),
+        ('{"error": {"message": "a", "code": 429}}', "busy"),
+        ('{"error": {"message": "a", "code": 500}}', "error"),
+        ('{"error": "a"}', "error"),
+    ],
+)
+def test_an_error_in_a_stream_is_no_answer(event: str, outcome: str) -> None:
+    async def work() -> None:
+        place = Place()
+        said = ['data: {"text": "a"}\n\n', f"data: {event}\n\n", "data: [DONE]\n\n"]
+        reply = await place.client.post(PATHS[0], json={"said": said})
+        assert (reply.status_code, reply.text) == (200, "".join(said))
         assert place.outcomes == [outcome]
 
     run(work)
