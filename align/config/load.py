@@ -214,8 +214,25 @@ def _across(data: dict[str, Any]) -> list[Problem]:
         problems.append(("data.eval", "the same as data.train; held-out data must be other data"))
     if isinstance(evals := data.get("evals"), list):
         problems += _unfit_evals(data.get("method"), evals, gives_answers(data))
-    problems += check_online(data) + check_groups(data)
+    problems += _rows(data) + check_online(data) + check_groups(data)
     return problems + _thumbs(data) + _grpo(data) + check_reward_model(data) + check_pal(data) + _reward(data)
+
+
+def _rows(data: dict[str, Any]) -> list[Problem]:
+    """Switches of how rows are laid out that are off where there is nothing to switch off."""
+    source, method, gives = data.get("data"), data.get("method"), gives_answers(data)
+    if not isinstance(source, dict) or not isinstance(method, str):
+        return []
+    kind = data_kind(method, gives)
+    alone = kind in ("completions", "thumbs") or (kind == "prompts" and not gives)
+    idle = {"shared_prompt": alone, "packing": alone, "reference_cache": kind != "pairs"}
+    what = "changes nothing for method: {}, {}; remove it"
+    why = {"reference_cache": "whose reference is not kept"}
+    return [
+        (f"data.{key}", what.format(method, why.get(key, "each row of which is an answer with its prompt")))
+        for key, is_idle in idle.items()
+        if is_idle and source.get(key) is False
+    ]
 
 
 def _unfit_evals(method: Any, evals: list[Any], gives: bool) -> list[Problem]:

@@ -315,7 +315,13 @@ def _policy(spec: ModelSpec) -> tuple[Any, LoraConfig | None, dict[str, Any]]:
 
 
 def start_of(spec: ModelSpec, frozen: bool = False) -> tuple[torch.dtype, dict[str, Any]]:
-    """The dtype that the weights are held in, and the facts that are known before they are loaded."""
+    """The dtype that the weights are held in, and the facts that are known before they are loaded.
+
+    Raises:
+        AlignError: the attention asked for computes no gradients here.
+    """
+    if spec.attention == "flex_attention" and not frozen and not torch.cuda.is_available():
+        raise AlignError("model.attention: flex_attention computes gradients on CUDA alone; say sdpa, or leave it out")
     dtype, reason = _weights_dtype(spec, frozen)
     name = str(dtype).removeprefix("torch.")
     return dtype, {"name": spec.name, **PUBLISHED.get(spec.name, {}), "dtype": name, "dtype_reason": reason}

@@ -145,6 +145,28 @@ def test_generation_asked_for_without_a_reward(write_recipe: Write, held_out: di
     assert found["generation.reward"].startswith("name a function that scores answers, as module:function")
 
 
+@pytest.mark.parametrize(
+    ("method", "idle"),
+    [
+        ("dpo", []),
+        ("bradley_terry", []),
+        ("sft", ["shared_prompt", "packing", "reference_cache"]),
+        ("bco", ["shared_prompt", "packing", "reference_cache"]),
+        ("gpo", ["reference_cache"]),
+    ],
+)
+def test_a_switch_that_changes_nothing(
+    write_recipe: Write, held_out: dict[str, str], method: str, idle: list[str]
+) -> None:
+    off = dict.fromkeys(("shared_prompt", "packing", "reference_cache"), False)
+    recipe = write_recipe(method=method, data={"train": held_out["train"], **off}, evals=[])
+    found = problems(recipe) if idle else {}
+    assert list(found) == [f"data.{key}" for key in idle]
+    assert all(text.startswith(f"changes nothing for method: {method}, ") for text in found.values())
+    if not idle:
+        assert not load_recipe(recipe).data.packing
+
+
 def test_training_data_is_not_held_out_data(write_recipe: Write, held_out: dict[str, str]) -> None:
     found = problems(write_recipe(data={**held_out, "eval": held_out["train"]}))
     assert found == {"data.eval": "the same as data.train; held-out data must be other data"}

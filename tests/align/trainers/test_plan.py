@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from align.config.load import load_recipe
 from align.config.schema import LoraSpec
+from align.errors import AlignError
 from align.losses.rows import pair_rows
 from align.models.load import load_model, load_tokenizer
 from align.models.scoring import attach_scoring, score
@@ -62,6 +63,12 @@ def test_memory_by_purpose(write_recipe):
         write_recipe(), [PAIR] * 7 + [(4, 28, 28)]
     ).memory  # which three pairs fit beside, in a second row
     assert 1.5 * adapted["activations"] < longer["activations"] < 1.7 * adapted["activations"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it computes gradients")
+def test_attention_without_gradients_is_refused(write_recipe):
+    with pytest.raises(AlignError, match="flex_attention computes gradients on CUDA alone; say sdpa"):
+        planned(write_recipe(), [PAIR] * 8, "model.attention=flex_attention")
 
 
 def test_rows_are_laid_out_as_in_training(write_recipe):
