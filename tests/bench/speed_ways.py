@@ -160,6 +160,8 @@ WAYS = {
 }
 if HARDWARE_BF16:
     del WAYS[FLOAT32]
+EMULATED = () if HARDWARE_BF16 else (DEFAULTS,)
+"""Ways that compute in bf16 where the processor has none."""
 # Tried to find the best settings; float32 or bf16 is chosen by what the machine multiplies in hardware.
 TRIED = {
     f"{BEST}: float32": Way(trl(best=True, bf16=False), False, False),
