@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from .encoding import ended_once
 logger = logging.getLogger(__name__)
 
 Ids = Sequence[int]
+TOGETHER = 4
+"""Answers to a prompt in a row, at most: attention costs the square of a row's length."""
 
 
 def fit_answers(
@@ -75,6 +78,36 @@ def by_length(rows: Sequence[Ids], batch_size: int) -> Iterator[list[int]]:
     order = sorted(range(len(rows)), key=lambda row: (-len(rows[row]), list(rows[row])))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
+
+
+def by_prompt(prompts: Sequence[Ids], answers: Sequence[Ids], batch_size: int) -> Iterator[list[list[int]]]:
+    """Numbers of rows in batches of groups: of a group all have one prompt, and the groups of a batch are of one size.
+
+    Args:
+        batch_size: answers in a batch, at most.
+
+    Raises:
+        ValueError: batch_size is not positive.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: it must be positive")
+    of: dict[tuple[int, ...], list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        of.setdefault(tuple(prompt), []).append(row)
+    most, groups = min(TOGETHER, batch_size), []
+    for rows in of.values():
+        # By their ids where lengths are equal, as in ``by_length``.
+        rows.sort(key=lambda row: (-len(answers[row]), list(answers[row])))
+        groups += [rows[start : start + most] for start in range(0, len(rows), most)]
+
+    def size(group: list[int]) -> tuple[int, int, list[int]]:
+        tokens = len(prompts[group[0]]) + sum(len(answers[row]) for row in group)
+        return -len(group), -tokens, [*prompts[group[0]], *answers[group[0]]]
+
+    for count, alike in groupby(sorted(groups, key=size), key=len):
+        same, at_once = list(alike), batch_size // count
+        for start in range(0, len(same), at_once):
+            yield same[start : start + at_once]
 
 
 def distinct(*columns: Sequence[Ids]) -> tuple[list[int], Tensor]:

@@ -35,10 +35,10 @@ from transformers.utils import cached_file
 
 from align.losses.checks import check_finite, check_shape
 from align.losses.general_preference import gpm_scale, unit_norm
-from align.losses.layouts import model_inputs
-from align.losses.rows import Rows
+from align.losses.layouts import model_inputs, why_not_shared_prompt
+from align.losses.rows import Rows, group_rows
 
-from .batches import by_length, distinct, fit_answers, in_order, padded
+from .batches import by_length, by_prompt, distinct, fit_answers, in_order, padded
 from .carrier import RewardConfig, load_carrier, with_lora, with_padding
 from .encoding import Content, encode_row, encode_rows
 from .heads import (
@@ -428,8 +428,7 @@ class RewardModel(nn.Module):
         self, prompt_ids: Sequence[Ids], completion_ids: Sequence[Ids], *, batch_size: int = 8
     ) -> tuple[Tensor, Tensor]:
         """``embed`` on token ids."""
-        answers = self.fit(prompt_ids, completion_ids)
-        found = [(order, *self.states(*batch)) for order, batch in self._batches(prompt_ids, answers, batch_size)]
+        found = list(self._states(prompt_ids, self.fit(prompt_ids, completion_ids), batch_size))
         return in_order([(o, a) for o, a, _ in found]), in_order([(o, p) for o, _, p in found if p is not None])
 
     @property
@@ -453,28 +452,49 @@ class RewardModel(nn.Module):
         fitted = self.fit(prompt_ids, completion_ids)
         first, which = distinct(prompt_ids, fitted)
         prompts, answers = [prompt_ids[row] for row in first], [fitted[row] for row in first]
-        found = [(order, self(*batch)) for order, batch in self._batches(prompts, answers, batch_size)]
+        found = [(order, self.read(*states)) for order, *states in self._states(prompts, answers, batch_size)]
         values = in_order([(order, output.values) for order, output in found])
         check_finite("score", values)
         scales = [(order, output.scale) for order, output in found if output.scale is not None]
         return values[which], in_order(scales)[which] if scales else None
 
-    def _batches(
+    def _states(
         self, prompt_ids: Sequence[Ids], completion_ids: Sequence[Ids], batch_size: int
-    ) -> Iterator[tuple[list[int], tuple[Tensor, Tensor, Tensor | None]]]:
-        """Numbers of fitted rows, with the arguments of ``forward``; in evaluation mode, without gradients."""
-        rows = [[*prompt, *answer] for prompt, answer in zip(prompt_ids, completion_ids, strict=True)]
-        prompted = all(len(prompt) for prompt in prompt_ids)
-        training, device = self.training, self.carrier.score.weight.device
+    ) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
+        """Numbers of fitted rows, with their ``states``; in evaluation mode, without gradients.
+
+        A prompt is computed once for several answers, where the architecture allows it.
+        """
+        training = self.training
+        shared = why_not_shared_prompt(self.carrier) is None and all(len(prompt) for prompt in prompt_ids)
         self.eval()
         try:
             with torch.no_grad():
-                for order in by_length(rows, batch_size):
-                    ids, mask = padded([rows[row] for row in order], self.tokenizer.pad_token_id)
-                    lengths = torch.tensor([len(prompt_ids[row]) for row in order], device=device)
-                    yield order, (ids.to(device), mask.to(device), lengths if prompted else None)
+                batches = self._shared if shared else self._separate
+                yield from batches(prompt_ids, completion_ids, batch_size)
         finally:
             self.train(training)
+
+    def _shared(
+        self, prompt_ids: Sequence[Ids], completion_ids: Sequence[Ids], batch_size: int
+    ) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
+        for groups in by_prompt(prompt_ids, completion_ids, batch_size):
+            prompts = [prompt_ids[group[0]] for group in groups]
+            answers = [[completion_ids[row] for row in group] for group in groups]
+            pad = self.tokenizer.pad_token_id
+            rows = group_rows(prompts, answers, pad_token_id=pad, shared_prompt=True)
+            order = [row for answer in zip(*groups, strict=True) for row in answer]
+            yield order, *self.states_of(rows.to(self.carrier.score.weight.device))
+
+    def _separate(
+        self, prompt_ids: Sequence[Ids], completion_ids: Sequence[Ids], batch_size: int
+    ) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
+        rows = [[*prompt, *answer] for prompt, answer in zip(prompt_ids, completion_ids, strict=True)]
+        prompted, device = all(len(prompt) for prompt in prompt_ids), self.carrier.score.weight.device
+        for order in by_length(rows, batch_size):
+            ids, mask = padded([rows[row] for row in order], self.tokenizer.pad_token_id)
+            lengths = torch.tensor([len(prompt_ids[row]) for row in order], device=device)
+            yield order, *self.states(ids.to(device), mask.to(device), lengths if prompted else None)
 
     def fit(self, prompt_ids: Sequence[Ids], completion_ids: Sequence[Ids]) -> list[list[int]]:
         """Answers with one end token each, held to ``max_length`` with their prompts by the model's rule.

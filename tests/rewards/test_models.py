@@ -20,6 +20,8 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from align.losses.general_preference import gpm, gpm_score, unit_norm
+from align.rewards.batches import in_order
+from align.rewards.encoding import encode_rows
 from align.rewards.heads import first_positions, last_positions, pair_matrix, token_positions
 from align.rewards.models import RewardModel
 
@@ -310,8 +312,8 @@ def test_equal_answers_tie_and_swapped_ones_turn_the_sign_to_the_last_bit(backbo
         assert (matrix[range(5), range(5, 10)] == 0).all()
 
 
-def test_groups_cost_a_row_an_answer(backbone_dir: Backbones):
-    """4 + 5 answers: 9 rows through the backbone, and not the 6 + 10 pairs."""
+def test_groups_cost_each_prompt_once(backbone_dir: Backbones):
+    """4 + 5 answers: rows of four and one, each with its prompt, and not 9 rows, or 6 + 10 pairs."""
     model = make(backbone_dir("llama"), "gpm")
     seen: list[int] = []
     model._backbone.register_forward_hook(
@@ -319,7 +321,25 @@ def test_groups_cost_a_row_an_answer(backbone_dir: Backbones):
     )
     matrices = model.score_groups(PROMPTS[:2], [ANSWERS[:4], ANSWERS])
     assert [tuple(matrix.shape) for matrix in matrices] == [(4, 4), (5, 5)]
-    assert sum(seen) == 9
+    assert seen == [2, 1]
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_shared_prompts_change_no_score(backbone_dir: Backbones, size: int):
+    """Rows in any order, prompts of one to five answers, beside rows of their own."""
+    rng = random.Random(size)
+    prompts = [prompt for count, prompt in enumerate(PROMPTS, 1) for _ in range(count)]
+    answers = [" ".join(rng.choices(ANSWERS, k=rng.randint(1, 3))) for _ in prompts]
+    rows = list(zip(prompts, answers, strict=True))
+    rng.shuffle(rows)
+    model = make(backbone_dir("llama"), "gpm")
+    ids = encode_rows(model.tokenizer, *zip(*rows, strict=True))
+    found = model.embed_ids(*ids, batch_size=size)
+    fitted = model.fit(*ids)
+    with torch.no_grad():
+        model.eval()
+        expected = in_order([(o, torch.cat(s, -1)) for o, *s in model._separate(ids[0], fitted, size)])
+    torch.testing.assert_close(torch.cat(found, -1), expected, rtol=1e-5, atol=1e-5)
 
 
 @settings(max_examples=50, deadline=None)
