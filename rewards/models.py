@@ -339,7 +339,7 @@ class RewardModel(nn.Module):
         """Values of N answers, as text or chat messages: (N,), (N, A) or embeddings (N, d).
 
         Args:
-            batch_size: rows of one forward pass. It changes time and memory, and scores by the rounding of the
+            batch_size: answers of one forward pass. It changes time and memory, and scores by the rounding of the
                 backbone's dtype: about 1e-6 in float32, 1e-2 in bfloat16.
 
         Raises:

@@ -42,7 +42,8 @@ class Hosted(Trainer):  # type: ignore[misc]
         samples: answers are drawn within a training step, which TRL does outside autocast.
         layout: how rows are laid out.
         rows_said: that in words, for the manifest; None where TRL lays rows out.
-        positions: how many positions of the rows trained on so far held a token, and how many there were.
+        positions: how many positions of the rows trained on since the run was started, or gone on with, held a
+            token, and how many there were.
     """
 
     needs_reference: bool
