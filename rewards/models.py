@@ -452,7 +452,8 @@ class RewardModel(nn.Module):
         fitted = self.fit(prompt_ids, completion_ids)
         first, which = distinct(prompt_ids, fitted)
         prompts, answers = [prompt_ids[row] for row in first], [fitted[row] for row in first]
-        found = [(order, self.read(*states)) for order, *states in self._states(prompts, answers, batch_size)]
+        batches = self._states(prompts, answers, batch_size)
+        found = [(order, self.read(answer, prompt)) for order, answer, prompt in batches]
         values = in_order([(order, output.values) for order, output in found])
         check_finite("score", values)
         scales = [(order, output.scale) for order, output in found if output.scale is not None]
