@@ -295,14 +295,14 @@ def test_the_rows_of_a_batch_do_not_move_each_other(tmp_path, tiny_model_dir):
     [("bradley_terry", {}), ("gpm", {"kind": "gpm", "dimension": 4, "gate": True})],
 )
 def test_a_frozen_backbone_reads_each_answer_once(tmp_path, tiny_model_dir, monkeypatch, loss, settings):
-    """Eight answers in six steps of two pairs: 8 rows and not 24, and the losses of computing them anew."""
+    """Four pairs in six steps of two: 4 rows of a prompt with both answers, not 12, and the losses of these."""
     settings, seen = {"frozen": True, **settings}, []
     made = trainer(tiny_model_dir, tmp_path, loss=loss, model_settings=settings, max_steps=6)
     made.reward._backbone.register_forward_hook(
         lambda module, args, kwargs, output: seen.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     kept = steps(made)
-    assert sum(seen) == 8
+    assert sum(seen) == 4
     monkeypatch.setattr(made._host.__class__, "keep", lambda self, rows: None)
     anew = steps(trainer(tiny_model_dir, tmp_path, loss=loss, model_settings=settings, max_steps=6))
     assert [step["loss"] for step in kept] == pytest.approx([step["loss"] for step in anew], abs=1e-5)

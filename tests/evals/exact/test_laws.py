@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.evals.exact.drawn import Subject, draw
+from align.evals.exact.law_checks import STEP
 from align.evals.exact.laws import check_law, check_laws
 from align.losses import LOSSES, LossInfo, LossOutput, PairLogps, SequenceLogps, dpo, find_loss, ln_dpo
 from align.losses.checks import NotNegative, Positive, Share, setting_hints
@@ -96,6 +97,18 @@ def subjects(draw_from: Callable[..., Any], name: str) -> Any:
         most = 3 if "embedding" in leaf else 30  # a score of two embeddings sums products
         values[leaf] = numbers(st.floats(-most, most), torch.float64, batch.values[leaf].shape)
     return subject, type(batch)({**batch.values, **values}, length), generator
+
+
+@pytest.mark.parametrize("beside", [0.5, 0.99, 0.9973, 1.01])
+def test_a_kink_beside_a_point_breaks_no_gradient(beside: float):
+    """DPO-Positive's penalty begins where chosen answers are as likely as under the reference."""
+    subject = Subject(find_loss("dpop"), {"beta": 0.5, "penalty": 1.0})
+    generator = torch.Generator().manual_seed(0)
+    batch = draw(subject, generator, 2)
+    policy = torch.full_like(batch.values["policy"], -1.0)
+    values = {"policy": policy, "reference": policy - beside * STEP}
+    found = check_law(subject, "gradient", type(batch)({**batch.values, **values}, batch.length), generator)
+    assert found.broken is None
 
 
 HOLDING = [
